@@ -1,0 +1,4538 @@
+/**
+ * Offload: a drop-in replacement for `guix offload`, the build hook with which
+ * GNU Guix's guix-daemon sends builds to other machines over SSH.
+ *
+ * The file reads from top to bottom as a build passes through it.
+ *
+ * @module
+ */
+
+import { Buffer, isUtf8 } from "node:buffer";
+import {
+  constants,
+  createHash,
+  createPrivateKey,
+  createPublicKey,
+  publicDecrypt,
+  randomUUID,
+} from "node:crypto";
+import type { Hash } from "node:crypto";
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { createConnection } from "node:net";
+import { hostname, userInfo } from "node:os";
+import { basename, dirname } from "node:path";
+import process from "node:process";
+import { createInterface } from "node:readline";
+import { DatabaseSync } from "node:sqlite";
+import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
+import type { Duplex } from "node:stream";
+import { setTimeout as delay } from "node:timers/promises";
+import { pathToFileURL } from "node:url";
+import { cac, glob, nacl, ssh2 } from "./deps.ts";
+import builtinPlugins from "./plugins/mod.ts";
+import type {
+  Client,
+  ConnectConfig,
+  ParsedKey,
+  ServerHostKeyAlgorithm,
+} from "./deps.ts";
+
+// ---------------------------------------------------------------------------
+// Types
+// ---------------------------------------------------------------------------
+
+/**
+ * A build machine: a `<build-machine>` record of guix/scripts/offload.scm,
+ * with the names of its fields in camel case.
+ */
+export interface Machine {
+  /** Host name or address. */
+  readonly name: string;
+  /** TCP port of its SSH server. */
+  readonly port: number;
+  /** System types it builds for, for example `x86_64-linux`. */
+  readonly systems: readonly string[];
+  /** Account to log in to. */
+  readonly user: string;
+  /** File name of the SSH private key to log in with. */
+  readonly privateKey: string;
+  /** Its SSH host key as OpenSSH writes it: `ssh-ed25519 AAAA… comment`. */
+  readonly hostKey: string;
+  /** The reference's list of SSH compression methods; `none` for never. */
+  readonly compression: string;
+  /** Compression level, 1 to 9. */
+  readonly compressionLevel: number;
+  /** File name of the guix-daemon socket there. */
+  readonly daemonSocket: string;
+  /** Normalized load (0 to 1) from which on it gets no build; `false`: any. */
+  readonly overloadThreshold: number | false;
+  /** How many builds it runs at a time: its slots. */
+  readonly parallelBuilds: number;
+  /** Relative speed: a machine of 2 is preferred to one of 1. */
+  readonly speed: number;
+  /** Features that derivations may require, for example `kvm`. */
+  readonly features: readonly string[];
+}
+
+/** A build that the daemon offers. */
+export interface Request {
+  /** Whether the daemon has a free slot and would build it itself. */
+  readonly wantsLocal: boolean;
+  /** The system type it is for. */
+  readonly system: string;
+  /** File name of the derivation. */
+  readonly derivation: string;
+  /** The features that it requires. */
+  readonly features: readonly string[];
+}
+
+/** The environment's variables. */
+export type Variables = Readonly<Record<string, string | undefined>>;
+
+/** Limits that a build runs under, in seconds. */
+export interface BuildOptions {
+  /** How long it may print nothing. */
+  readonly maxSilentTime: number;
+  /** How long it may take. */
+  readonly buildTimeout: number;
+}
+
+// ---------------------------------------------------------------------------
+// Errors and log
+// ---------------------------------------------------------------------------
+
+/** What the hook's exit code tells the daemon. */
+const EXIT = {
+  transient: 1,
+  usage: 2,
+  buildFailed: 100,
+  timedOut: 101,
+} as const;
+
+/** What an {@linkcode OffloadError} may carry beside its message. */
+export interface OffloadErrorOptions extends ErrorOptions {
+  /** What the user can do about it. */
+  readonly hint?: string | undefined;
+  /** Exit code of a process that ends with it: 1 unless told. */
+  readonly exitCode?: number | undefined;
+}
+
+/** An expected failure, told in Guix's voice: lower case, with the reason. */
+export class OffloadError extends Error {
+  /** Its class, for stack traces. */
+  override readonly name: string = "OffloadError";
+  /** What the user can do about it. */
+  readonly hint: string | undefined;
+  /** 100: the build failed; 101: it timed out; else transient. */
+  readonly exitCode: number;
+
+  /** Makes an error with its message and, where known, cause and hint. */
+  constructor(message: string, options: OffloadErrorOptions = {}) {
+    super(message, options);
+    this.hint = options.hint;
+    this.exitCode = options.exitCode ?? 1;
+  }
+}
+
+/** Where a request or a command writes its messages, a line each. */
+export interface Log {
+  /** Progress that every user sees. */
+  info(message: string): void;
+  /** A trace that clients parse, such as `@ build-remote`. */
+  trace(line: string): void;
+  /** Something is wrong, and work goes on. */
+  warn(problem: unknown): void;
+  /** Something is wrong, and the work ends. */
+  error(problem: unknown): void;
+  /** For debugging: written only where OFFLOAD_DEBUG is set. */
+  debug(message: string): void;
+}
+
+/** The system's error codes, as strerror says them. */
+const SYSTEM_ERRORS: Readonly<Record<string, string>> = {
+  EACCES: "permission denied",
+  ECONNREFUSED: "connection refused",
+  ECONNRESET: "connection reset by peer",
+  EHOSTUNREACH: "no route to host",
+  ENETUNREACH: "network is unreachable",
+  ENOENT: "no such file or directory",
+  ENOSPC: "no space left on device",
+  ENOTFOUND: "name or service not known",
+  EPERM: "operation not permitted",
+  ETIMEDOUT: "connection timed out",
+};
+
+/** Says in a few words what a problem is. */
+function reason(problem: unknown): string {
+  if (!(problem instanceof Error)) return String(problem);
+  const { code } = problem as NodeJS.ErrnoException;
+  return SYSTEM_ERRORS[code ?? ""] ?? problem.message;
+}
+
+/** `1 store item`, `2 store items`. */
+function count(items: number): string {
+  return `${items} store item${items === 1 ? "" : "s"}`;
+}
+
+function mebibytes(bytes: number): string {
+  return (bytes / 2 ** 20).toFixed(1);
+}
+
+// Here the runtimes differ: file names that are no UTF-8 need bytes, which
+// Deno has no call for but the C library's.
+
+interface DenoNamespace {
+  readonly version: { readonly deno: string };
+  dlopen(file: string, symbols: unknown): {
+    readonly symbols: Record<
+      "rename" | "symlink",
+      (...paths: Buffer[]) => number
+    >;
+  };
+}
+
+const deno = (globalThis as { Deno?: unknown }).Deno as
+  | DenoNamespace
+  | undefined;
+
+function callWithBytes(name: "rename" | "symlink", paths: Buffer[]): void {
+  const signature = { parameters: ["buffer", "buffer"], result: "i32" };
+  const library = deno!.dlopen("libc.so.6", { [name]: signature });
+  const strings = paths.map((path) => Buffer.concat([path, Buffer.alloc(1)]));
+  if (library.symbols[name](...strings) !== 0) {
+    throw new OffloadError(`failed to ${name} '${paths.join("' to '")}'`);
+  }
+}
+
+function renameToBytes(from: string, to: Buffer): void {
+  if (deno === undefined) renameSync(from, to);
+  else callWithBytes("rename", [Buffer.from(from), to]);
+}
+
+function symlinkBytes(target: Buffer, file: string): void {
+  if (deno === undefined) symlinkSync(target, file);
+  else if (isUtf8(target)) symlinkSync(target.toString(), file);
+  else callWithBytes("symlink", [target, Buffer.from(file)]);
+}
+
+// ---------------------------------------------------------------------------
+// Machine file
+// ---------------------------------------------------------------------------
+
+/** What the evaluation of a machine file may ask of the outside. */
+export interface MachineFileHost {
+  /** The value of an environment variable. */
+  getenv(name: string): string | undefined;
+  /** The name of this host. */
+  hostname(): string;
+  /** The text of a file; throws where it can't be read. */
+  readFile(file: string): string;
+  /** The user's home directory in the password database: HOME in the file. */
+  readonly home: string | undefined;
+}
+
+/** Something wrong with a machine file or with one machine in it. */
+export interface Problem {
+  /** A machine with an error is left out, one with a warning is not. */
+  readonly severity: "warning" | "error";
+  /** What is wrong, after `FILE:LINE:COLUMN: ` where the place is known. */
+  readonly message: string;
+  /** What to do about it. */
+  readonly hint?: string | undefined;
+}
+
+/** What a machine file evaluates to. */
+export interface MachineFile {
+  /** Its name. */
+  readonly file: string;
+  /** The machines, in the order of the file. */
+  readonly machines: readonly Machine[];
+  /** Warnings and errors. */
+  readonly problems: readonly Problem[];
+  /** Place and name of what only Guile can evaluate; no machines then. */
+  readonly needsGuile?: string;
+  /** Names of the files that it read. */
+  readonly filesRead: readonly string[];
+}
+
+/** Far more than 10,000 machines take; an endless loop is there in a second. */
+const maximumSteps = 5_000_000;
+
+/** Of parentheses and of calls: the stack has room for more. */
+const maximumDepth = 500;
+
+/** Thrown, with place and text, at what only Guile can be sure about. */
+class NeedsGuile extends Error {}
+
+/** A piece of program and where it begins; exact numbers are bigints. */
+type Form = { at: number; value: Atom | Form[] };
+type Atom = boolean | bigint | number | string | symbol;
+/** A value; undefined is the unspecified one. */
+type Value = undefined | Atom | Value[] | Procedure | BuildMachine | InputPort;
+type InputPort = { unread: string };
+/** A `<build-machine>` record and where it was made. */
+type BuildMachine = { at: number; fields: Record<string, Value> };
+/** Variables by name; those of the scopes around are its prototypes. */
+type Scope = { [name: symbol]: Value };
+/** A place in the text and what is bound there. */
+type Site = { source: Source; at: number; scope: Scope };
+/** What is called with values, or with forms, learns from where. */
+interface Procedure<T = Value> {
+  (site: Site, args: T[]): Value;
+}
+
+/** A file under evaluation, and how far that is. */
+type Source = {
+  readonly file: string;
+  readonly text: string;
+  readonly host: MachineFileHost;
+  readonly filesRead: string[];
+  /** What modules in use bind, and what the file itself defines. */
+  imports: Scope;
+  globals: Scope;
+  position: number;
+  depth: number;
+  steps: number;
+  /** Whether there is code that may not have run. */
+  hasBranches: boolean;
+  /** What `place` found last: it mostly goes on from there. */
+  located: { at: number; line: number; column: number };
+};
+
+/** Says where a position is, as Guile counts: lines from 1, columns from 0. */
+function place({ file, text, located }: Source, at: number, first = 0): string {
+  if (at < located.at) Object.assign(located, { at: 0, line: 1, column: 0 });
+  for (; located.at < at; located.at++) {
+    const code = text.charCodeAt(located.at);
+    if (code === 10) located.line++;
+    if (code === 10 || code === 13) located.column = 0;
+    else if (code === 9) located.column = (located.column | 7) + 1;
+    else if ((code & 0xfc00) !== 0xdc00) located.column++;
+  }
+  return `${file}:${located.line}:${located.column + first}`;
+}
+
+/** Makes the error for something wrong at a position. */
+function failure(source: Source, at: number, message: string) {
+  return new OffloadError(`${place(source, at)}: ${message}`);
+}
+
+/** Makes an error of the reader, at its position; Guile's count from 1. */
+function readFailure(source: Source, message: string, hint?: string) {
+  const where = place(source, source.position, 1);
+  return new OffloadError(`${where}: ${message}`, { hint });
+}
+
+/** Leaves the file to Guile, because of a form, unless a condition holds. */
+function demand({ source, at }: Site, condition: unknown): asserts condition {
+  if (condition) return;
+  const start = source.text.slice(at, at + 60);
+  const [form = ""] = /^[(["]?[^\s()[\]";]*/.exec(start) ?? [];
+  const rest = /^[(["]/.test(form) ? " …" : "";
+  throw new NeedsGuile(`${place(source, at)}: ${form}${rest}`);
+}
+
+/** Goes on by some steps, within the bounds. */
+function spend(source: Source, at: number, steps: number): void {
+  source.steps += steps;
+  if (source.steps <= maximumSteps && source.depth <= maximumDepth) return;
+  throw failure(source, at, "too deeply nested, or an endless loop");
+}
+
+/** Takes what a sticky pattern matches here, and gives its group. */
+function take(source: Source, pattern: RegExp): string {
+  pattern.lastIndex = source.position;
+  const found = pattern.exec(source.text);
+  if (found) source.position = pattern.lastIndex;
+  return found?.[1] ?? "";
+}
+
+/** Blanks, then a comment, parenthesis, prefix, quote or, last, an atom. */
+const tokenPattern =
+  /[ \t\r\n\f]*(;[^\n]*|#[|;]|[()[\]'`"]|,@?|[^()[\]"; \t\r\n\f]+)?/y;
+
+/** Takes the next token that is no comment; none at the end of the text. */
+function nextToken(source: Source): string {
+  for (;;) {
+    const token = take(source, tokenPattern);
+    if (token === "#|") skipBlockComment(source);
+    else if (token === "#;") readForm(source, "#; comment");
+    else if (token[0] !== ";") return token;
+  }
+}
+
+/** Skips the rest of a block comment; they nest. */
+function skipBlockComment(source: Source): void {
+  for (let depth = 1; depth > 0;) {
+    const edge = take(source, /[^]*?(#\||\|#)/y);
+    depth += edge === "#|" ? 1 : -1;
+    if (edge) continue;
+    source.position = source.text.length;
+    throw readFailure(source, "unterminated `#| ... |#' comment");
+  }
+}
+
+/** What the prefixes of data abbreviate, and Guile's words for what follows. */
+const abbreviations: Record<string, [name: string, what: string]> = {
+  "'": ["quote", "quoted expression"],
+  "`": ["quasiquote", "quasiquoted expression"],
+  ",": ["unquote", "unquoted expression"],
+  ",@": ["unquote-splicing", "subexpression of ,@"],
+};
+
+/** Reads the next datum; WHAT is missing where there is none. */
+function readForm(source: Source, what: string, token = nextToken(source)) {
+  const at = source.position - token.length;
+  source.depth++;
+  spend(source, at, 1);
+  const value = readValue({ source, at, scope: {} }, what, token);
+  source.depth--;
+  return { at, value };
+}
+
+/** Reads what begins with a token. */
+function readValue(site: Site, what: string, token: string): Form["value"] {
+  const { source, at } = site;
+  const abbreviated = /^[`',]/.test(token) && abbreviations[token];
+  if (abbreviated) {
+    const [name, rest] = abbreviated;
+    return [{ at, value: Symbol.for(name) }, readForm(source, rest)];
+  }
+  if (token === "(" || token === "[") return readList(source, at, token);
+  if (token === '"') return readString(site);
+  if (token && token !== ")" && token !== "]") return readAtom(site, token);
+  const end = `unexpected end of input while reading ${what}`;
+  throw readFailure(source, token ? `unexpected "${token}"` : end);
+}
+
+/** Reads the rest of a list. */
+function readList(source: Source, at: number, opening: string): Form[] {
+  const close = opening === "(" ? ")" : "]";
+  const items: Form[] = [];
+  let token = nextToken(source);
+  for (; token && !")]".includes(token); token = nextToken(source)) {
+    items.push(readForm(source, "", token));
+  }
+  if (token === close) return items;
+  if (token) throw readFailure(source, `mismatched close paren: ${token}`);
+  const message = `unexpected end of input while searching for: ${close}`;
+  const hint = `the '${opening}' at ${place(source, at)} is not closed`;
+  throw readFailure(source, message, hint);
+}
+
+/** Letters after a backslash in a string and what they stand for. */
+const escapes = { from: '|\\("0fnrtavb', to: '|\\("\0\f\n\r\t\x07\v\b' };
+
+/** What an escape in a string stands for. */
+function readEscape(site: Site, escape: string): string {
+  const letter = escapes.from.indexOf(escape.slice(1));
+  if (letter >= 0) return escapes.to[letter]!;
+  if (escape === "\\\n") return "";
+  const code = parseInt(escape.slice(2), 16);
+  demand(site, code <= 0x10ffff && (code & 0xfff800) !== 0xd800);
+  return String.fromCodePoint(code);
+}
+
+/** Reads the rest of a string. */
+function readString(site: Site): string {
+  const { source } = site;
+  for (let result = "";;) {
+    result += take(source, /([^"\\]*)/y);
+    const edge = take(
+      source,
+      /("|\\(?:x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{6}|[^]))/y,
+    );
+    if (edge === '"') return result;
+    if (edge) result += readEscape(site, edge);
+    else {
+      source.position = source.text.length;
+      const message = "unexpected end of input while reading string";
+      throw readFailure(source, message);
+    }
+  }
+}
+
+/** Reads a number, symbol, boolean or keyword (as the symbol `#:NAME`). */
+function readAtom(site: Site, token: string): Atom {
+  if (/^[^\d#+.-]/.test(token)) return Symbol.for(token);
+  if (/^[+-]?\d{1,15}$/.test(token)) return BigInt(token);
+  if (/^[+-]?(\d+\.\d*|\.\d+)$/.test(token)) return Number(token);
+  if (/^#(t|true|f|false)$/.test(token)) return token[1] === "t";
+  demand(site, !/^#([^:]|$|:#|:$)|^[+-]?\.?\d|^[+-](i|nan)|^\.$/i.test(token));
+  return Symbol.for(token);
+}
+
+/** The symbol that a form is. */
+function symbolIn(site: Site, form: Form | undefined): symbol {
+  demand(site, typeof form?.value === "symbol");
+  return form.value;
+}
+
+/** The forms in a list, of a length where it matters. */
+function formsIn(site: Site, form: Form | undefined, length?: number): Form[] {
+  demand(site, Array.isArray(form?.value));
+  demand(site, length === undefined || form.value.length === length);
+  return form.value;
+}
+
+/** The operand of a form `(NAME OPERAND)`. */
+function operandOf(name: string, { value }: Form): Form | undefined {
+  if (!Array.isArray(value) || value.length !== 2) return undefined;
+  return value[0]?.value === Symbol.for(name) ? value[1] : undefined;
+}
+
+/** The elements of a list; what is done with them costs their number. */
+function listIn(site: Site, value: Value): Value[] {
+  demand(site, Array.isArray(value));
+  spend(site.source, site.at, value.length);
+  return value;
+}
+
+/** The text of a string, which costs its length. */
+function textIn(site: Site, value: Value): string {
+  demand(site, typeof value === "string");
+  spend(site.source, site.at, value.length);
+  return value;
+}
+
+/** Calls a procedure. */
+function call(site: Site, procedure: Value, args: Value[]): Value {
+  demand(site, typeof procedure === "function");
+  return procedure(site, args);
+}
+
+/** Calls a procedure with the elements of lists of the same length. */
+function map(site: Site, [procedure, ...args]: Value[]): Value[] {
+  const [list = [], ...others] = args.map((arg) => listIn(site, arg));
+  demand(site, others.every((other) => other.length === list.length));
+  return list.map((item, i) =>
+    call(site, procedure, [item, ...others.map((other) => other[i])])
+  );
+}
+
+/** Has a procedure read a file. */
+function callWithInputFile(site: Site, [name, procedure]: Value[]): Value {
+  const { host, filesRead } = site.source;
+  const file = textIn(site, name);
+  const port = { unread: "" };
+  filesRead.push(file);
+  try {
+    port.unread = host.readFile(file);
+  } catch (error) {
+    const reason = (error as Error).message.replace(
+      /^E\w+: |, \w+( '.*')?$/g,
+      "",
+    );
+    throw failure(site.source, site.at, `failed to open '${file}': ${reason}`);
+  }
+  return call(site, procedure, [port]);
+}
+
+/** Reads the environment, in which the reference has set HOME. */
+function getenv(site: Site, [value]: Value[]): Value {
+  const { host } = site.source;
+  const name = textIn(site, value);
+  return (name === "HOME" ? host.home : host.getenv(name)) ?? false;
+}
+
+/** Takes an element of a list. */
+function elementOf(site: Site, value: Value, index: number): Value {
+  const list = listIn(site, value);
+  demand(site, index < list.length);
+  return list[index];
+}
+
+/** Reads from a port what a pattern finds; the end of file is for Guile. */
+function readPort(site: Site, port: Value, pattern: RegExp): Value {
+  demand(site, typeof port === "object" && "unread" in port);
+  const found = pattern.exec(port.unread);
+  demand(site, found);
+  port.unread = port.unread.slice(found[0].length);
+  return found[1];
+}
+
+/** Reads from a port all there is. */
+function readAll(site: Site, [port]: Value[]): Value {
+  return readPort(site, port, /^([^]*)/);
+}
+
+/** The value of a variable. */
+function lookUp(site: Site, name: symbol): Value {
+  if (name in site.scope) return site.scope[name];
+  // Only of what the modules below bind is it sure that Guile has it not.
+  demand(site, Object.values(modules).some((module) => name in module));
+  throw failure(site.source, site.at, `Unbound variable: ${name.description}`);
+}
+
+/** Evaluates a form where a site is; no form has no value. */
+function evaluate({ source, scope }: Site, form: Form | undefined): Value {
+  if (!form) return undefined;
+  const { at, value } = form;
+  const site = { source, at, scope };
+  if (typeof value === "symbol") return lookUp(site, value);
+  if (!Array.isArray(value)) return value;
+  source.depth++;
+  spend(source, at, 1);
+  const result = evaluateList(site, value);
+  source.depth--;
+  return result;
+}
+
+/** Evaluates a special form or a call. */
+function evaluateList(site: Site, list: Form[]): Value {
+  const name = list[0]?.value;
+  if (typeof name === "symbol" && !(name in site.scope)) {
+    const special = specialForms[name];
+    if (special) return special(site, list.slice(1));
+  }
+  const values = list.map((part) => evaluate(site, part));
+  return call(site, values[0], values.slice(1));
+}
+
+/** Evaluates forms in order; the value is that of the last. */
+function evaluateAll(site: Site, forms: Form[]): Value {
+  return forms.reduce<Value>((_, form) => evaluate(site, form), undefined);
+}
+
+/** Makes `and`, which goes on while true, or `or`, the other way. */
+function connective(goesOn: boolean): Procedure<Form> {
+  return (site, forms) => {
+    let value: Value = goesOn;
+    site.source.hasBranches = true;
+    for (const form of forms) {
+      if ((value !== false) === goesOn) value = evaluate(site, form);
+    }
+    return value;
+  };
+}
+
+/** Goes to where names are bound to values, too. */
+function bind(site: Site, names: symbol[], values: Value[]): Site {
+  const { source, at } = site;
+  const scope: Scope = Object.create(site.scope);
+  names.forEach((name, i) => scope[name] = values[i]);
+  return { source, at, scope };
+}
+
+/** Makes a procedure. */
+function lambda(site: Site, parameters: Form[], body: Form[]): Procedure {
+  const names = parameters.map((form) => symbolIn(site, form));
+  demand(site, new Set(names).size === names.length);
+  site.source.hasBranches = true;
+  return (caller, args) => {
+    demand(caller, args.length === names.length);
+    return evaluateAll(bind(site, names, args), body);
+  };
+}
+
+/** Evaluates `let`. */
+function evaluateLet(site: Site, [bindings, ...body]: Form[]): Value {
+  const pairs = formsIn(site, bindings).map((pair) => formsIn(site, pair, 2));
+  const values = pairs.map(([, form]) => evaluate(site, form));
+  return lambda(site, pairs.map(([name]) => name!), body)(site, values);
+}
+
+/** Evaluates `let*`, whose bindings see those before them. */
+function evaluateLetInOrder(site: Site, [bindings, ...body]: Form[]): Value {
+  let inner = site;
+  for (const pair of formsIn(site, bindings)) {
+    const [name, form] = formsIn(site, pair, 2);
+    inner = bind(inner, [symbolIn(site, name)], [evaluate(inner, form)]);
+  }
+  return evaluateAll(inner, body);
+}
+
+/** The value of a quoted form. */
+function datumOf({ value }: Form): Value {
+  return Array.isArray(value) ? value.map(datumOf) : value;
+}
+
+/** The value of a quasiquoted form. */
+function fillTemplate(site: Site, form: Form): Value {
+  const { value } = form;
+  const unquoted = operandOf("unquote", form);
+  if (unquoted) return evaluate(site, unquoted);
+  if (!Array.isArray(value)) return value;
+  demand(site, !operandOf("quasiquote", form));
+  return value.flatMap((item) => {
+    const spliced = operandOf("unquote-splicing", item);
+    return spliced
+      ? listIn(site, evaluate(site, spliced))
+      : [fillTemplate(site, item)];
+  });
+}
+
+/** Evaluates a definition at the top level, where all of them are here. */
+function define(site: Site, [target, ...body]: Form[]): undefined {
+  const { globals, imports, depth } = site.source;
+  const call = Array.isArray(target?.value) ? target.value : undefined;
+  const name = symbolIn(site, call ? call[0] : target);
+  // Guile's way with code that has seen another binding is intricate.
+  demand(site, !(name in imports) && !(name in specialForms));
+  demand(site, depth === 1 && (call || body.length === 1));
+  globals[name] = call
+    ? lambda(site, call.slice(1), body)
+    : evaluate(site, body[0]);
+}
+
+/** What a module binds. */
+function moduleIn(site: Site, form: Form | undefined): Scope {
+  const names = formsIn(site, form).map((part) => symbolIn(site, part));
+  const module =
+    modules[`(${names.map((name) => name.description).join(" ")})`];
+  demand(site, module);
+  return module;
+}
+
+/** Makes visible what modules bind. */
+function useModules(site: Site, forms: Form[]): undefined {
+  demand(site, site.source.depth === 1);
+  for (const form of forms) {
+    Object.assign(site.source.imports, moduleIn(site, form));
+  }
+}
+
+/** Starts a module, where only what it uses is bound. */
+function defineModule(site: Site, [name, ...options]: Form[]): undefined {
+  const { source } = site;
+  demand(site, source.depth === 1 && formsIn(site, name).length > 0);
+  source.imports = { ...modules["(guile)"] };
+  source.globals = Object.create(source.imports);
+  for (let i = 0; i < options.length; i += 2) {
+    const { description } = symbolIn(site, options[i]);
+    const forms = formsIn(site, options[i + 1]);
+    if (description !== "#:export") {
+      demand(site, description === "#:use-module");
+      useModules(site, [{ at: site.at, value: forms }]);
+    }
+  }
+}
+
+/** Takes field specifiers apart, or objects to them as Guix does. */
+function fieldsIn(site: Site, specifiers: Form[]) {
+  const { source, at } = site;
+  const original = specifiers[0] && operandOf("inherit", specifiers[0]);
+  const own = original ? specifiers.slice(1) : specifiers;
+  const fields = own.map((specifier): [symbol, Form] => {
+    const { value } = specifier;
+    if (Array.isArray(value) && value.length === 2) {
+      return [symbolIn(site, value[0]), value[1]!];
+    }
+    // Guile knows no place of symbols, nor of what fits into a word.
+    const isPlaced = Array.isArray(value)
+      ? value.length > 0
+      : ["string", "number"].includes(typeof value);
+    const there = isPlaced ? specifier.at : at;
+    throw failure(source, there, "invalid field specifier");
+  });
+  const names = fields.map(([name]) => name.description ?? "");
+  const repeated = own.find((_, i) => names.indexOf(names[i]!) < i);
+  if (repeated && !original) {
+    throw failure(source, repeated.at, "duplicate field initializer");
+  }
+  const required = original ? [] : ["name", "user", "host-key"];
+  const extraneous = names.filter((name) => !fieldNames.includes(name));
+  const missing = required.filter((name) => !names.includes(name));
+  const [kind, wrong] = extraneous.length > 0
+    ? ["extraneous", extraneous]
+    : ["missing", missing];
+  if (wrong.length === 0) return { fields, original };
+  // Guile writes other symbols in a way of its own.
+  demand(site, wrong.every((name) => /^[\w!?*<>=/-]+$/.test(name)));
+  const message = `${kind} field initializers (${wrong.join(" ")})`;
+  throw failure(source, at, message);
+}
+
+/** Tells whether `build-machine` is bound, as only what comes with it shows. */
+function canMakeMachines({ source }: Site): boolean {
+  return Symbol.for("build-machine?") in source.imports;
+}
+
+/** Makes a build machine; its fields see those before them as variables. */
+function buildMachine(site: Site, specifiers: Form[]): BuildMachine {
+  const { source, at } = site;
+  if (!canMakeMachines(site)) {
+    throw failure(source, at + 1, "Unbound variable: build-machine");
+  }
+  const { fields, original } = fieldsIn(site, specifiers);
+  const values: Record<string, Value> = {};
+  let inner = site;
+  for (const [name, form] of fields) {
+    const value = evaluate(inner, form);
+    values[name.description ?? ""] = value;
+    inner = bind(inner, [name], [value]);
+  }
+  const record = original
+    ? evaluate(inner, original)
+    : { at, fields: defaultFields(source.host) };
+  demand(site, isBuildMachine(record));
+  return { at, fields: { ...record.fields, ...values } };
+}
+
+/** Checks the build machines in a form, those in code that never runs, too. */
+function checkSyntax(site: Site, form: Form, quoted = false): void {
+  const { at, value } = form;
+  if (!Array.isArray(value)) return;
+  const [head, ...forms] = value;
+  const name = typeof head?.value === "symbol" ? head.value.description : "";
+  if (name === "quote") return;
+  const quotes = name === "quasiquote" || (quoted && !/^unquote/.test(name!));
+  if (name === "build-machine" && !quotes && canMakeMachines(site)) {
+    fieldsIn({ ...site, at }, forms);
+  }
+  for (const part of value) checkSyntax(site, part, quotes);
+}
+
+/** Evaluates a form of the top level. */
+function evaluateTop(site: Site, form: Form): Value {
+  let value: Value;
+  try {
+    value = evaluate(site, form);
+  } catch (error) {
+    // Guile finds errors of syntax first.
+    if (!(error instanceof NeedsGuile)) checkSyntax(site, form);
+    throw error;
+  }
+  if (site.source.hasBranches) checkSyntax(site, form);
+  return value;
+}
+
+/** Tells build machines. */
+function isBuildMachine(value: Value): value is BuildMachine {
+  return typeof value === "object" && "fields" in value;
+}
+
+/** Binds `NAME LEAST..MOST`; another number of arguments is for Guile. */
+function bindings<T>(table: Record<string, Procedure<T>>) {
+  const bound: { [name: symbol]: Procedure<T> } = {};
+  for (const [key, procedure] of Object.entries(table)) {
+    const [name = "", least, most = least] = key.split(/ |\.\./);
+    bound[Symbol.for(name)] = (site, args) => {
+      const { length } = args;
+      demand(site, length >= Number(least));
+      demand(site, length <= Number(most || Infinity));
+      return procedure(site, args);
+    };
+  }
+  return bound;
+}
+
+/** The special forms that are evaluated here. */
+const specialForms = bindings<Form>({
+  "quote 1": (_, [form]) => datumOf(form!),
+  "quasiquote 1": (site, [form]) => fillTemplate(site, form!),
+  "if 2..3": (site, [test, yes, no]) => {
+    site.source.hasBranches = true;
+    return evaluate(site, evaluate(site, test) === false ? no : yes);
+  },
+  "and 0..": connective(true),
+  "or 0..": connective(false),
+  "begin 1..": evaluateAll,
+  "lambda 2..": (site, [names, ...body]) =>
+    lambda(site, formsIn(site, names), body),
+  "let 2..": evaluateLet,
+  "let* 2..": evaluateLetInOrder,
+  "define 2..": define,
+  "define-public 2..": define,
+  "use-modules 0..": useModules,
+  "define-module 1..": defineModule,
+  "@ 2": (site, [module, name]) =>
+    lookUp({ ...site, scope: moduleIn(site, module) }, symbolIn(site, name)),
+  "build-machine 0..": buildMachine,
+});
+
+/** What modules bind, as far as machine files use it. */
+const modules: Record<string, Scope> = {
+  "(guile)": bindings<Value>({
+    "list 0..": (_, args) => args,
+    "cons 2": (site, [item, list]) => [item, ...listIn(site, list)],
+    "car 1": (site, [list]) => elementOf(site, list, 0),
+    "cadr 1": (site, [list]) => elementOf(site, list, 1),
+    "append 0..": (site, lists) => lists.flatMap((it) => listIn(site, it)),
+    "null? 1": (_, [value]) => Array.isArray(value) && value.length === 0,
+    "not 1": (_, [value]) => value === false,
+    "equal? 2": (site, [a, b]) => {
+      demand(site, !Array.isArray(a) || !Array.isArray(b));
+      return a === b;
+    },
+    "string=? 2": (site, [a, b]) => textIn(site, a) === textIn(site, b),
+    "string-append 0..": (site, args) =>
+      args.map((text) => textIn(site, text)).join(""),
+    "string-trim-right 1": (site, [text]) => textIn(site, text).trimEnd(),
+    "string-trim-both 1": (site, [text]) => textIn(site, text).trim(),
+    "map 2..": map,
+    "filter 2": (site, [holds, list]) =>
+      listIn(site, list).filter((it) => call(site, holds, [it]) !== false),
+    "apply 2..": (site, [procedure, ...args]) =>
+      call(site, procedure, args.concat(listIn(site, args.pop()))),
+    "getenv 1": getenv,
+    "gethostname 0": (site) => site.source.host.hostname(),
+    "call-with-input-file 2": callWithInputFile,
+  }),
+  "(srfi srfi-1)": bindings<Value>({
+    "append-map 2..": (site, args) =>
+      map(site, args).flatMap((list) => listIn(site, list)),
+    "fold 3": (site, [combine, first, list]) =>
+      listIn(site, list).reduce<Value>(
+        (result, item) => call(site, combine, [item, result]),
+        first,
+      ),
+    "first 1": (site, [list]) => elementOf(site, list, 0),
+    "second 1": (site, [list]) => elementOf(site, list, 1),
+  }),
+  "(ice-9 rdelim)": bindings<Value>({
+    "read-line 1": (site, [port]) =>
+      readPort(site, port, /^(?=[^])([^\n]*)\n?/),
+  }),
+  "(ice-9 textual-ports)": bindings<Value>({ "get-string-all 1": readAll }),
+  "(rnrs io ports)": bindings<Value>({ "get-string-all 1": readAll }),
+  "(guix scripts offload)": bindings<Value>({
+    "build-machine? 1": (_, [value]) => isBuildMachine(value),
+  }),
+  // To use these is no reason for Guile, to use what they bind is one.
+  "(guix gexp)": {},
+  "(ice-9 format)": {},
+  "(ice-9 match)": {},
+  "(srfi srfi-26)": {},
+};
+
+/** The fields of a build machine that have a default. */
+function defaultFields({ home }: MachineFileHost): Record<string, Value> {
+  return {
+    port: 22n,
+    systems: false,
+    system: false,
+    "private-key": home === undefined ? false : `${home}/.ssh/id_rsa`,
+    compression: "zlib@openssh.com,zlib",
+    "compression-level": 3n,
+    "daemon-socket": "/var/guix/daemon-socket/socket",
+    "overload-threshold": 0.8,
+    "parallel-builds": 1n,
+    speed: 1,
+    features: [],
+  };
+}
+
+/** What a field must be, and whether a value is. */
+type FieldRule = [expected: string, accepts: (value: unknown) => boolean];
+
+/** Makes the rule of a string that matches. */
+function stringRule(expected: string, pattern: RegExp): FieldRule {
+  return [expected, (it) => typeof it === "string" && pattern.test(it)];
+}
+
+/** Makes the rule of a list of strings that match. */
+function listRule(expected: string, pattern: RegExp): FieldRule {
+  const [, accepts] = stringRule(expected, pattern);
+  return [expected, (it) => Array.isArray(it) && it.every(accepts)];
+}
+
+/** Makes the rule of an integer in a range. */
+function integerRule(least: number, most: number): FieldRule {
+  const expected = `an integer from ${least} to ${most}`;
+  return [expected, (it) => Number.isInteger(it) && isWithin(it, least, most)];
+}
+
+/** Tells whether a value is a number in a range. */
+function isWithin(value: unknown, least: number, most: number): boolean {
+  return typeof value === "number" && least <= value && value <= most;
+}
+
+/** Tells host keys as OpenSSH writes them, with the same type outside and in. */
+function isHostKey(value: unknown): boolean {
+  const [type = "", data = ""] = String(value).trim().split(/\s+/);
+  const types = /^(ssh-(ed25519|rsa|dss)|ecdsa-sha2-nistp(256|384|521))$/;
+  if (!types.test(type) || !/^[a-z\d+/]+={0,2}$/i.test(data)) return false;
+  const inner = atob(data.slice(0, Math.min(40, data.length & ~3))).slice(4);
+  return inner.startsWith(type) || type.startsWith(inner);
+}
+
+/** The fields of a machine. */
+const machineFields: Record<string, FieldRule> = {
+  name: stringRule("a host name", /^[^\s/]+$/),
+  port: integerRule(1, 65535),
+  systems: listRule("a list of systems like x86_64-linux", /^\w+-[\w-]+$/),
+  user: stringRule("an account name", /^\S+$/),
+  "private-key": stringRule("a file name", /^[^\0]+$/),
+  "host-key": ["a key like 'ssh-ed25519 AAAAC3…'", isHostKey],
+  compression: stringRule("a list of methods", /./),
+  "compression-level": integerRule(1, 9),
+  "daemon-socket": stringRule("a file name", /^[^\0]+$/),
+  "overload-threshold": [
+    "a number from 0 to 1, or #f",
+    (it) => it === false || isWithin(it, 0, 1),
+  ],
+  "parallel-builds": integerRule(1, 9999),
+  speed: ["a positive number", (it) => isWithin(it, 1e-9, 1e9)],
+  features: listRule("a list of strings", /^/),
+};
+
+/** All fields that a `<build-machine>` record has. */
+const fieldNames = [...Object.keys(machineFields), "system", "location"];
+
+/** The names of fields in a machine file and in {@linkcode Machine}. */
+const properties = Object.keys(machineFields).map((name) =>
+  [
+    name,
+    name.replace(/-(.)/g, (_, letter: string) => letter.toUpperCase()),
+  ] as const
+);
+
+/**
+ * Makes a machine of fields, or says what is wrong with them. The names are
+ * those of {@linkcode machineToJson}; WHERE is where they stand, if anywhere.
+ */
+export function machineFromFields(
+  fields: Record<string, unknown>,
+  where: string,
+): Machine | Problem {
+  const machine: Record<string, unknown> = {};
+  const reasons: string[] = [];
+  for (const [name, property] of properties) {
+    const [expected, accepts] = machineFields[name]!;
+    const value = machine[property] = fields[name];
+    if (accepts(value)) continue;
+    const found = JSON.stringify(value)?.slice(0, 60) ?? typeof value;
+    reasons.push(`field '${name}' must be ${expected}, not ${found}`);
+  }
+  if (reasons.length === 0) return machine as unknown as Machine;
+  const name = String(fields.name).replace(/\p{Cc}/gu, "?");
+  const message = `machine '${name}': ${reasons.join("; ")}`;
+  return { severity: "error", message: `${where && `${where}: `}${message}` };
+}
+
+/** Gives the fields of a machine by their names in the machine file. */
+export function machineToJson(machine: Machine): Record<string, unknown> {
+  const values: Record<string, unknown> = { ...machine };
+  return Object.fromEntries(
+    properties.map(([name, property]) => [name, values[property]]),
+  );
+}
+
+/** Turns a value into plain data. */
+function plain(value: Value): unknown {
+  if (Array.isArray(value)) return value.map(plain);
+  if (typeof value === "bigint") return Number(value);
+  return typeof value === "object" || typeof value === "symbol" ? {} : value;
+}
+
+/** Makes machines of records, and says what is wrong with those. */
+function machinesFrom(source: Source, records: BuildMachine[]) {
+  const machines: Machine[] = [];
+  const problems: Problem[] = [];
+  for (const { at, fields: values } of records) {
+    const fields: Record<string, unknown> = {};
+    for (const name in values) fields[name] = plain(values[name]);
+    if (fields.systems === false && fields.system !== false) {
+      fields.systems = [fields.system];
+      const where = place(source, at);
+      const message =
+        `${where}: The 'system' field is deprecated, please use 'systems' instead.`;
+      problems.push({ severity: "warning", message });
+    }
+    const machine = machineFromFields(fields, "");
+    if (!("severity" in machine)) machines.push(machine);
+    else problems.push(machineFromFields(fields, place(source, at)) as Problem);
+  }
+  return { machines, problems };
+}
+
+/** Evaluates all forms of a file; the value is that of the last. */
+function evaluateForms(source: Source): Value {
+  const site = { source, at: 0, scope: source.globals };
+  const [, coding = "utf-8"] = /^;.*coding[:=]\s*([-\w]+)/m.exec(
+    source.text.slice(0, 500),
+  ) ?? [];
+  demand(site, /^utf-?8$/i.test(coding) && !source.text.includes("\ufffd"));
+  let value: Value;
+  for (let token = nextToken(source); token; token = nextToken(source)) {
+    const form = readForm(source, "", token);
+    value = evaluateTop({ ...site, scope: source.globals }, form);
+  }
+  return value;
+}
+
+/**
+ * Evaluates a machine file. What can't surely be evaluated as Guile does it is
+ * left to Guile; where Guile would find an error as well, it is thrown.
+ */
+export function evaluateMachineFile(
+  content: string | Uint8Array,
+  file: string,
+  host: MachineFileHost,
+): MachineFile {
+  const text = typeof content === "string"
+    ? content.replace(/^\ufeff/, "")
+    : new TextDecoder().decode(content);
+  const filesRead: string[] = [];
+  // The reference, too, loads the file in a module that uses these two.
+  const imports = {
+    ...modules["(guile)"],
+    ...modules["(guix scripts offload)"],
+  };
+  const globals: Scope = Object.create(imports);
+  const located = { at: 0, line: 1, column: 0 };
+  const progress = { position: 0, depth: 0, steps: 0, hasBranches: false };
+  const source = {
+    file,
+    text,
+    host,
+    filesRead,
+    imports,
+    globals,
+    located,
+    ...progress,
+  };
+  const nothing = { file, machines: [], problems: [], filesRead };
+  try {
+    const value = evaluateForms(source);
+    if (Array.isArray(value) && value.every(isBuildMachine)) {
+      return { ...nothing, ...machinesFrom(source, value) };
+    }
+  } catch (error) {
+    if (error instanceof NeedsGuile) {
+      return { ...nothing, needsGuile: error.message };
+    }
+    // The stack may end before the depth does, since others are on it, too.
+    if (!(error instanceof RangeError)) throw error;
+    throw failure(source, source.position, "too deeply nested");
+  }
+  const message =
+    `'${file}' did not return a list of build machines; ignoring it`;
+  return { ...nothing, problems: [{ severity: "error", message }] };
+}
+
+// ---------------------------------------------------------------------------
+// Plugins
+// ---------------------------------------------------------------------------
+
+/** A value, or the promise of one. */
+export type Awaitable<T> = T | Promise<T>;
+
+/** The settings: those of settings.json over the defaults. */
+export type Settings = Readonly<{
+  attempts: number;
+  backoff: number;
+  backoffLimit: number;
+  buildLocally: boolean;
+  connectTimeout: number;
+  decisionTimeout: number;
+  factsLifetime: number;
+  hookTimeout: number;
+  minimumFreeSpace: number;
+  score: string;
+}>;
+
+/** A setting, in the words of JSON Schema. */
+interface Setting {
+  readonly description: string;
+  readonly default: number | boolean | string;
+  readonly minimum?: number;
+  readonly maximum?: number;
+}
+
+const DAY = 86400;
+
+const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
+  attempts: {
+    ...{ default: 3, minimum: 1, maximum: 100 },
+    description: "how many machines a build is tried on, one after another",
+  },
+  backoff: {
+    ...{ default: 10, minimum: 0, maximum: DAY },
+    description: "seconds for which a machine that failed is left alone; " +
+      "doubled at each further failure",
+  },
+  backoffLimit: {
+    ...{ default: 600, minimum: 0, maximum: DAY },
+    description: "seconds beyond which that does not grow",
+  },
+  buildLocally: {
+    default: true,
+    description: "whether guix-daemon may build what no machine can be " +
+      "reached for",
+  },
+  connectTimeout: {
+    ...{ default: 30, minimum: 1, maximum: 600 },
+    description: "seconds that connecting to a machine may take",
+  },
+  decisionTimeout: {
+    ...{ default: 3, minimum: 0.1, maximum: 60 },
+    description: "seconds within which a request is answered",
+  },
+  factsLifetime: {
+    ...{ default: 5, minimum: 0, maximum: 600 },
+    description: "seconds for which what a machine said of itself is believed",
+  },
+  hookTimeout: {
+    ...{ default: 1, minimum: 0.01, maximum: 60 },
+    description: "seconds that a plugin's machines and scores may take",
+  },
+  minimumFreeSpace: {
+    ...{ default: 100 * 2 ** 20, minimum: 0, maximum: 2 ** 50 },
+    description: "bytes that must be free in a machine's store",
+  },
+  score: {
+    default: "guix",
+    description: "the built-in plugin that scores machines",
+  },
+};
+
+/** The JSON Schema of settings.json. */
+export function settingsSchema(): Record<string, unknown> {
+  const properties = Object.entries(SETTINGS).map(([name, setting]) => [name, {
+    type: typeof setting.default,
+    ...setting,
+  }]);
+  return {
+    $schema: "https://json-schema.org/draft/2020-12/schema",
+    title: "Settings of Offload: settings.json beside its plugins",
+    type: "object",
+    additionalProperties: false,
+    properties: {
+      $schema: { type: "string" },
+      ...Object.fromEntries(properties),
+    },
+  };
+}
+
+/** The environment variable that overrides a setting. */
+function settingVariable(name: string): string {
+  return `OFFLOAD_${name.replace(/[A-Z]/g, "_$&").toUpperCase()}`;
+}
+
+/** Checks the value of a setting, which `where` names. */
+function checkSetting(name: string, value: unknown, where: string): unknown {
+  const setting = SETTINGS[name as keyof Settings];
+  const { default: usual, minimum = -Infinity, maximum = Infinity } = setting;
+  if (typeof value !== typeof usual) {
+    const got = JSON.stringify(value);
+    throw new OffloadError(`${where}: expected a ${typeof usual}, got ${got}`);
+  }
+  const isNumber = typeof value === "number";
+  if (isNumber && !(value >= minimum && value <= maximum)) {
+    throw new OffloadError(
+      `${where}: ${value} is not between ${minimum} and ${maximum}`,
+    );
+  }
+  return value;
+}
+
+/** Reads a setting from an environment variable's text. */
+function parseSetting(name: string, text: string): unknown {
+  const type = typeof SETTINGS[name as keyof Settings].default;
+  if (type === "number" && text.trim() !== "") return Number(text);
+  if (type === "boolean" && /^(true|false)$/.test(text)) return text === "true";
+  return text;
+}
+
+/** Reads the object in settings.json, where there is one. */
+function readSettingsFile(file: string): Record<string, unknown> {
+  if (!existsSync(file)) return {};
+  try {
+    const settings = JSON.parse(readFileSync(file, "utf8"));
+    if (settings?.constructor === Object) return settings;
+  } catch (cause) {
+    throw new OffloadError(`${file}: ${reason(cause)}`, { cause });
+  }
+  throw new OffloadError(`${file}: expected an object`);
+}
+
+/**
+ * Reads the settings: the environment's over those of `directory`'s
+ * settings.json over the defaults.
+ *
+ * @throws {OffloadError} that names what is unknown or wrong.
+ */
+export function readSettings(
+  directory: string,
+  environment: Variables,
+): Settings {
+  const file = `${directory}/settings.json`;
+  const settings: Record<string, unknown> = {};
+  for (const [name, value] of Object.entries(readSettingsFile(file))) {
+    if (name === "$schema") continue;
+    if (!Object.hasOwn(SETTINGS, name)) {
+      throw new OffloadError(`${file}: unknown setting '${name}'`, {
+        hint: `the settings are ${Object.keys(SETTINGS).join(", ")}`,
+      });
+    }
+    settings[name] = checkSetting(name, value, `${file}: '${name}'`);
+  }
+  for (const [name, setting] of Object.entries(SETTINGS)) {
+    const variable = settingVariable(name);
+    const text = environment[variable];
+    settings[name] ??= setting.default;
+    if (text === undefined) continue;
+    settings[name] = checkSetting(name, parseSetting(name, text), variable);
+  }
+  return settings as unknown as Settings;
+}
+
+/** What a build machine says of itself. */
+export interface Facts {
+  /** When it said so, in milliseconds since 1970. */
+  readonly time: number;
+  /** How long a message there and back takes, in milliseconds. */
+  readonly roundTrip?: number | undefined;
+  /** Load average of the last minute. */
+  readonly load?: number | undefined;
+  /** Logical processors. */
+  readonly cores?: number | undefined;
+  /** Bytes of memory that are available. */
+  readonly memory?: number | undefined;
+  /** Share of the last 10 s (0 to 100) in which tasks waited for each. */
+  readonly pressure?:
+    | Readonly<Record<"cpu" | "io" | "memory", number>>
+    | undefined;
+  /** Bytes and inodes that are free in its store. */
+  readonly store?: FreeSpace | undefined;
+  /** Bytes and inodes that are free where it builds. */
+  readonly build?: FreeSpace | undefined;
+  /** Seconds that its clock is ahead of ours. */
+  readonly clock?: number | undefined;
+  /** Kernel, host name, release and architecture, as uname says. */
+  readonly uname?: string | undefined;
+}
+
+/** Room in a file system. */
+export interface FreeSpace {
+  /** Free bytes. */
+  readonly bytes: number;
+  /** Free inodes. */
+  readonly inodes: number;
+}
+
+/** A build that was done. */
+export interface PastBuild {
+  /** NAME:PORT of the machine. */
+  readonly machine: string;
+  /** How long it took, in seconds. */
+  readonly seconds: number;
+}
+
+/** A store item that a build needs. */
+export interface InputItem {
+  /** File name. */
+  readonly path: string;
+  /** Size of its nar, in bytes. */
+  readonly size: number;
+}
+
+/** A machine that could take a build, as a score sees it. */
+export interface Candidate {
+  /** The machine. */
+  readonly machine: Machine;
+  /** Its NAME:PORT. */
+  readonly id: string;
+  /** What it said of itself a few seconds ago at most, if it did. */
+  readonly facts: Facts | undefined;
+  /** How many of its slots are free now. */
+  freeSlots(): number;
+  /** Those of `paths` that it was seen to hold. */
+  holds(paths: readonly string[]): readonly string[];
+  /** Bytes a second that it was seen to receive, if it was. */
+  readonly bandwidth: number | undefined;
+}
+
+/** A build to score machines for. */
+export interface ScoredRequest extends Request {
+  /** Name of the derivation, without hash and `.drv`. */
+  readonly name: string;
+  /** Earlier builds of that name, the latest first. */
+  history(): readonly PastBuild[];
+  /** What it needs; takes a while. */
+  inputs(): Promise<readonly InputItem[]>;
+}
+
+/** What a plugin is given beside the matter at hand. */
+export interface PluginContext {
+  /** Messages for the user whose build it is. */
+  readonly log: Log;
+  /** Ends the work. */
+  readonly signal: AbortSignal;
+  /** The settings. */
+  readonly settings: Settings;
+  /** The environment's variables. */
+  readonly environment: Variables;
+  /** Where Guix keeps its configuration: /etc/guix. */
+  readonly configDirectory: string;
+  /** Where Guix keeps its state: /var/guix. */
+  readonly stateDirectory: string;
+  /** The machine file, as far as it is evaluated without Guile. */
+  machineFile(): Awaitable<MachineFile>;
+  /** Tells of something wrong with the machine file. */
+  report(problem: Problem): void;
+  /** The program of the real guix. */
+  readonly guix: string;
+  /** Checks the fields of a machine, named as in the machine file. */
+  machineFromFields(
+    fields: Record<string, unknown>,
+    where: string,
+  ): Machine | Problem;
+}
+
+/** A build's connections, for a transport. */
+export interface TransportContext extends PluginContext {
+  /** The daemon of the build machine. */
+  readonly remote: StoreConnection;
+  /** The daemon here. */
+  readonly local: StoreConnection;
+  /** Runs a shell command on the machine: its input and output. */
+  exec(command: string): Promise<Duplex>;
+}
+
+/**
+ * Moves archives between the stores. What it brings is checked here, whatever
+ * brought it.
+ */
+export interface Transport {
+  /** Returns those of `paths` that the machine lacks. */
+  missing(paths: readonly string[]): Awaitable<readonly string[]>;
+  /** Sends items; what they refer to is there or among them. */
+  send(items: ReadonlyMap<string, PathInfo>): Awaitable<void>;
+  /** The bundle that `guix archive --export` makes of `paths` there. */
+  retrieve(paths: readonly string[]): AsyncIterable<Uint8Array>;
+}
+
+/** The hooks: what a plugin may do. */
+export interface Hooks {
+  /** Lists machines; of all plugins' lists, the first NAME:PORT wins. */
+  machines(context: PluginContext): Awaitable<readonly Machine[]>;
+  /** Scores a machine; summed. `undefined` abstains, -Infinity vetoes. */
+  score(
+    candidate: Candidate,
+    request: ScoredRequest,
+    context: PluginContext,
+  ): Awaitable<number | undefined>;
+  /** Moves archives to and from a machine; the first answer wins. */
+  transport(
+    machine: Machine,
+    context: TransportContext,
+  ): Awaitable<Transport | undefined>;
+}
+
+/** A plugin: a name, and at least one hook. */
+export interface Plugin extends Partial<Hooks> {
+  /** Names it in messages and settings. */
+  readonly name: string;
+}
+
+/** What serving a request needs of the world. */
+export interface Context extends PluginContext {
+  /** Takes the log of the build. */
+  readonly buildLog: (text: Uint8Array) => void;
+  /** Limits on the build. */
+  readonly buildOptions: BuildOptions;
+  /** The system type of this machine. */
+  readonly system: string;
+  /** The store: /gnu/store. */
+  readonly storeDirectory: string;
+  /** Socket of this machine's daemon. */
+  readonly daemonSocket: string;
+  /** The plugins, in the order in which they are asked. */
+  readonly plugins: readonly Plugin[];
+  /** What was reported of the machine file. */
+  readonly problems: readonly Problem[];
+  /** What our processes saw of the machines. */
+  readonly observations: Observations;
+}
+
+const HOOKS = ["machines", "score", "transport"] as const;
+
+/** Says what is wrong with a plugin, if anything is. */
+function pluginProblem(plugin: unknown): string | undefined {
+  if (typeof plugin !== "object" || plugin === null) {
+    return "its default export is no plugin";
+  }
+  const { name, ...hooks } = plugin as Record<string, unknown>;
+  if (typeof name !== "string" || name === "") return "it has no 'name'";
+  const keys = Object.keys(hooks);
+  const unknown = keys.find((key) =>
+    !(HOOKS as readonly string[]).includes(key)
+  );
+  if (unknown !== undefined) return `unknown key '${unknown}'`;
+  if (keys.length === 0) return "it has no hook";
+  const odd = keys.find((key) => typeof hooks[key] !== "function");
+  return odd && `'${odd}' is no function`;
+}
+
+/** Refuses a file that somebody else could have written. */
+function checkOwner(file: string): void {
+  const { uid, mode } = statSync(file);
+  const trusted = uid === 0 || uid === process.getuid?.();
+  if (!trusted || (mode & 0o022) !== 0) {
+    throw new OffloadError(
+      `${file}: others than root and the daemon's user can write it`,
+      { hint: `run 'chown root ${file}; chmod go-w ${file}'` },
+    );
+  }
+}
+
+/** Loads a site's plugin. */
+async function loadPlugin(
+  file: string,
+  others: readonly Plugin[],
+): Promise<Plugin> {
+  checkOwner(file);
+  const { default: plugin } = await import(pathToFileURL(file).href);
+  const problem = pluginProblem(plugin) ??
+    (others.some(({ name }) => name === plugin.name)
+      ? `the name '${plugin.name}' is taken`
+      : undefined);
+  if (problem !== undefined) throw new OffloadError(`${file}: ${problem}`);
+  return plugin;
+}
+
+/**
+ * Loads the plugins: those of the site, by file name, before the built-in
+ * ones. One that can't be loaded is warned about: it stops no build.
+ */
+export async function loadPlugins(
+  directory: string,
+  settings: Settings,
+  log: Log,
+): Promise<readonly Plugin[]> {
+  const builtins = [guixPlugin, ...builtinPlugins];
+  const scorers = builtins.filter(({ score }) => score !== undefined);
+  if (!scorers.some(({ name }) => name === settings.score)) {
+    const names = scorers.map(({ name }) => name).join("', '");
+    throw new OffloadError(
+      `there is no built-in score '${settings.score}', only '${names}'`,
+    );
+  }
+  const plugins: Plugin[] = [];
+  for (const file of await findPlugins(directory)) {
+    try {
+      plugins.push(await loadPlugin(file, [...plugins, ...builtins]));
+    } catch (error) {
+      const known = error instanceof OffloadError;
+      log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
+    }
+  }
+  return [...plugins, ...builtins];
+}
+
+async function findPlugins(directory: string): Promise<string[]> {
+  if (!existsSync(directory)) return [];
+  checkOwner(directory);
+  const options = { cwd: directory, absolute: true, flush: true };
+  const files = await glob("*.{ts,js,mjs}", options);
+  return files.filter((file) => !/^[._]/.test(basename(file))).sort();
+}
+
+/** Calls a hook within its time, and names it in what goes wrong. */
+async function callHook<T>(
+  plugin: Plugin,
+  hook: keyof Hooks,
+  seconds: number,
+  call: () => Awaitable<T>,
+): Promise<T> {
+  const timeout = Promise.withResolvers<never>();
+  const timer = setTimeout(
+    () => timeout.reject(new Error(`no answer within ${seconds} s`)),
+    seconds * 1000,
+  );
+  try {
+    return await Promise.race([(async () => await call())(), timeout.promise]);
+  } catch (cause) {
+    if (isBuiltin(plugin)) throw cause;
+    const message = `plugin '${plugin.name}': ${hook}: ${reason(cause)}`;
+    throw new OffloadError(message, {
+      cause,
+      hint: cause instanceof OffloadError ? cause.hint : undefined,
+    });
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Checks what a `machines` hook came back with. */
+function checkMachines(list: unknown, context: PluginContext): Machine[] {
+  if (!Array.isArray(list)) throw new Error("expected a list of machines");
+  const machines: Machine[] = [];
+  for (const [index, machine] of list.entries()) {
+    const fields = machineToJson(machine);
+    const checked = context.machineFromFields(fields, `machine ${index + 1}`);
+    if ("severity" in checked) context.log.warn(checked.message);
+    else machines.push(checked);
+  }
+  return machines;
+}
+
+/** Whether a plugin is one of ours, not the site's. */
+function isBuiltin(plugin: Plugin): boolean {
+  return plugin === guixPlugin || builtinPlugins.includes(plugin);
+}
+
+/** Asks all plugins for machines; of each NAME:PORT, the first plugin's. */
+export async function listMachines(context: Context): Promise<Machine[]> {
+  const machines: Machine[] = [];
+  for (const plugin of context.plugins) {
+    const known = new Set(machines.map(machineId));
+    // Guile alone takes a while to start, and has a bound of its own.
+    const seconds = isBuiltin(plugin) ? 60 : context.settings.hookTimeout;
+    try {
+      const list = await callHook(plugin, "machines", seconds, async () => {
+        const list = await plugin.machines?.(context) ?? [];
+        return isBuiltin(plugin) ? list : checkMachines(list, context);
+      });
+      machines.push(
+        ...list.filter((machine) => !known.has(machineId(machine))),
+      );
+    } catch (error) {
+      context.signal.throwIfAborted();
+      if (isBuiltin(plugin)) {
+        const { message, hint } = error as OffloadError;
+        context.report({ severity: "error", message, hint });
+      } else context.log.warn(error);
+    }
+  }
+  return machines;
+}
+
+/** The scores of a candidate: each plugin's, and their sum. */
+export interface Scores {
+  /** By the plugin's name; those that abstain are left out. */
+  readonly byPlugin: Readonly<Record<string, number>>;
+  /** Their sum: -Infinity where one vetoes. */
+  readonly total: number;
+}
+
+function checkScore(score: unknown): number | undefined {
+  if (score === undefined || score === -Infinity) return score;
+  if (typeof score === "number" && Number.isFinite(score)) return score;
+  throw new Error(`expected a number, got ${String(score)}`);
+}
+
+/** Asks all plugins for scores. One that fails is passed over. */
+export async function scoreCandidates(
+  candidates: readonly Candidate[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Scores[]> {
+  const scores = candidates.map((): Record<string, number> => ({}));
+  for (const plugin of context.plugins) {
+    const { name } = plugin;
+    if (plugin.score === undefined) continue;
+    if (isBuiltin(plugin) && name !== context.settings.score) continue;
+    try {
+      const { hookTimeout } = context.settings;
+      const answers = await callHook(plugin, "score", hookTimeout, async () => {
+        const answers = candidates.map(async (candidate) =>
+          await plugin.score!(candidate, request, context)
+        );
+        return (await Promise.all(answers)).map(checkScore);
+      });
+      answers.forEach((answer, index) => {
+        if (answer !== undefined) scores[index]![name] = answer;
+      });
+    } catch (error) {
+      context.signal.throwIfAborted();
+      context.log.warn(error);
+    }
+  }
+  return scores.map((byPlugin) => ({
+    byPlugin,
+    total: Object.values(byPlugin).reduce((sum, score) => sum + score, 0),
+  }));
+}
+
+/** The defaults: machine file, order and transport of the reference. */
+const guixPlugin: Plugin = {
+  name: "guix",
+  async machines(context) {
+    const { machines, problems } = await context.machineFile();
+    problems.forEach(context.report);
+    return machines;
+  },
+  score: ({ machine }) => machine.speed,
+  transport: (_, context) => daemonTransport(context),
+};
+
+// ---------------------------------------------------------------------------
+// Wire: the store RPC
+// ---------------------------------------------------------------------------
+//
+// Numbers are 64-bit little-endian; strings carry their length before them and
+// are padded with zeros to a multiple of 8 (guix/serialization.scm,
+// guix/store.scm).
+
+/** What can be serialized. */
+export type WireValue =
+  | number
+  | boolean
+  | string
+  | Uint8Array
+  | readonly string[];
+
+/** Lengths beyond which a peer is not believed, in bytes or items. */
+const LIMITS = {
+  storePath: 4096,
+  message: 1 << 20,
+  chunk: 16 << 20,
+  list: 1 << 20,
+  signature: 16384,
+} as const;
+
+function encodeNumber(value: number): Buffer {
+  const buffer = Buffer.alloc(8);
+  buffer.writeBigUInt64LE(BigInt(value));
+  return buffer;
+}
+
+function encodeBytes(bytes: Uint8Array): Buffer {
+  const buffer = Buffer.alloc(8 + bytes.length + padding(bytes.length));
+  buffer.writeBigUInt64LE(BigInt(bytes.length));
+  buffer.set(bytes, 8);
+  return buffer;
+}
+
+function encodeValue(value: WireValue): Buffer {
+  if (typeof value === "number") return encodeNumber(value);
+  if (typeof value === "boolean") return encodeNumber(value ? 1 : 0);
+  if (typeof value === "string") return encodeBytes(Buffer.from(value));
+  if (value instanceof Uint8Array) return encodeBytes(value);
+  return Buffer.concat([encodeNumber(value.length), encode(...value)]);
+}
+
+/** Serializes values the way guix-daemon reads them. */
+export function encode(...values: readonly WireValue[]): Buffer {
+  return Buffer.concat(values.map(encodeValue));
+}
+
+function padding(size: number): number {
+  return (8 - size % 8) % 8;
+}
+
+/**
+ * Reads exact amounts from a stream of chunks, pulling no more than it needs,
+ * and hashes what it hands out where asked to.
+ *
+ * Every method throws an {@linkcode OffloadError} that names the stream where
+ * it ends too early or says something absurd.
+ */
+export class ByteReader {
+  readonly #source: AsyncIterator<Uint8Array>;
+  /** What messages call it. */
+  readonly name: string;
+  readonly #chunks: Buffer[] = [];
+  #size = 0;
+  #hash: Hash | undefined;
+
+  /** Reads from `source`, which messages call `name`. */
+  constructor(source: AsyncIterable<Uint8Array>, name: string) {
+    this.#source = source[Symbol.asyncIterator]();
+    this.name = name;
+  }
+
+  /** Begins to hash, with SHA-256, what is read from here on. */
+  startHash(): void {
+    this.#hash = createHash("sha256");
+  }
+
+  /** The hash of what was read since `startHash`, which it ends. */
+  finishHash(): Buffer {
+    const hash = this.#hash!.digest();
+    this.#hash = undefined;
+    return hash;
+  }
+
+  /** An error about this stream. */
+  error(message: string): OffloadError {
+    return new OffloadError(`${this.name}: ${message}`);
+  }
+
+  /** Whether another byte follows. */
+  async more(): Promise<boolean> {
+    while (this.#size === 0) if (!await this.#pull()) return false;
+    return true;
+  }
+
+  /** Reads `size` bytes. */
+  async read(size: number): Promise<Buffer> {
+    while (this.#size < size) {
+      if (!await this.#pull()) throw this.error("unexpected end of data");
+    }
+    const bytes = this.#take(size);
+    this.#hash?.update(bytes);
+    return bytes;
+  }
+
+  /** Reads what is at hand, at least a byte and at most `limit`. */
+  async readSome(limit: number): Promise<Buffer> {
+    await this.read(0);
+    if (!await this.more()) throw this.error("unexpected end of data");
+    return this.read(Math.min(limit, this.#chunks[0]!.length));
+  }
+
+  /** Reads up to `limit` bytes, fewer only where the stream ends. */
+  async readFull(limit: number): Promise<Buffer> {
+    while (this.#size < limit) if (!await this.#pull()) break;
+    return this.read(Math.min(limit, this.#size));
+  }
+
+  /** Reads a number, at most `limit`. */
+  async number(limit: number = Number.MAX_SAFE_INTEGER): Promise<number> {
+    const value = (await this.read(8)).readBigUInt64LE();
+    if (value > BigInt(limit)) {
+      throw this.error(`unexpected number ${value}, more than ${limit}`);
+    }
+    return Number(value);
+  }
+
+  /** Reads a byte string of at most `limit` bytes. */
+  async bytes(limit: number): Promise<Buffer> {
+    const bytes = await this.read(await this.number(limit));
+    await this.padding(bytes.length);
+    return bytes;
+  }
+
+  /** Reads the zeros behind a byte string of `size` bytes. */
+  async padding(size: number): Promise<void> {
+    const zeros = await this.read(padding(size));
+    if (zeros.some((byte) => byte !== 0)) {
+      throw this.error("padding that is not zero");
+    }
+  }
+
+  /** Reads a string of at most `limit` bytes of UTF-8. */
+  async string(limit: number): Promise<string> {
+    return (await this.bytes(limit)).toString();
+  }
+
+  /** Reads a list of store paths. */
+  async strings(): Promise<string[]> {
+    const strings = [];
+    for (let left = await this.number(LIMITS.list); left > 0; left--) {
+      strings.push(await this.string(LIMITS.storePath));
+    }
+    return strings;
+  }
+
+  async #next(): Promise<IteratorResult<Uint8Array>> {
+    try {
+      return await this.#source.next();
+    } catch (cause) {
+      if (cause instanceof OffloadError) throw cause;
+      const message = `${this.name}: ${reason(cause)}`;
+      throw new OffloadError(message, { cause });
+    }
+  }
+
+  async #pull(): Promise<boolean> {
+    const { value, done } = await this.#next();
+    if (done) return false;
+    if (value.length === 0) return true;
+    this.#chunks.push(
+      Buffer.from(value.buffer, value.byteOffset, value.length),
+    );
+    this.#size += value.length;
+    return true;
+  }
+
+  #take(size: number): Buffer {
+    this.#size -= size;
+    const parts = [];
+    while (size > 0) {
+      const chunk = this.#chunks[0]!;
+      parts.push(chunk.subarray(0, size));
+      if (chunk.length > size) this.#chunks[0] = chunk.subarray(size);
+      else this.#chunks.shift();
+      size -= Math.min(size, chunk.length);
+    }
+    return parts.length === 1 ? parts[0]! : Buffer.concat(parts);
+  }
+}
+
+/** An error that a guix-daemon reports. */
+export class DaemonError extends OffloadError {
+  /** The daemon's own status: 100 for a build that failed for good. */
+  readonly status: number;
+
+  /** Makes an error of the daemon's message and status. */
+  constructor(message: string, status: number) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** A connection to a guix-daemon, past the handshake. */
+export interface StoreConnection {
+  /** What messages call it: `guix-daemon on 'HOST'`. */
+  readonly name: string;
+  /** The socket or SSH channel beneath. */
+  readonly stream: Duplex;
+  /** Its incoming side. */
+  readonly reader: ByteReader;
+  /** Minor version of the daemon's protocol. */
+  readonly minor: number;
+}
+
+/** What a daemon's operation reads and writes while it works. */
+interface OperationStreams {
+  /** Takes each piece of a log. */
+  readonly log?: (text: Buffer) => void;
+  /** Has the data that the operation asks for. */
+  readonly source?: ByteReader;
+}
+
+const WORKER_MAGIC = [0x6e697863, 0x6478696f] as const;
+const PROTOCOL_VERSION = 0x164;
+/** Guix 0.9 of 2015: what came before counts the arguments differently. */
+const OLDEST_MINOR = 0x61;
+
+const OPERATION = {
+  addTextToStore: 8,
+  buildThings: 9,
+  addTempRoot: 11,
+  exportPath: 16,
+  setOptions: 19,
+  queryDerivationOutputs: 22,
+  queryPathInfo: 26,
+  importPaths: 27,
+  queryValidPaths: 31,
+} as const;
+
+const STDERR = {
+  next: 0x6f6c6d67,
+  read: 0x64617461,
+  write: 0x64617416,
+  last: 0x616c7473,
+  error: 0x63787470,
+} as const;
+
+/** Writes with back-pressure; what fails, fails the next read as well. */
+async function write(stream: Duplex, bytes: Uint8Array): Promise<void> {
+  if (stream.write(bytes)) return;
+  await new Promise<void>((resolve, reject) => {
+    const done = (error?: Error | null) => {
+      stream.off("drain", done).off("close", done).off("error", done);
+      error ? reject(error) : resolve();
+    };
+    stream.on("drain", done).on("close", done).on("error", done);
+  });
+}
+
+async function daemonError(store: StoreConnection): Promise<DaemonError> {
+  const message = await store.reader.string(LIMITS.message);
+  // The daemon sends no status for what goes wrong very early.
+  const status = await store.reader.more() ? await store.reader.number() : 1;
+  return new DaemonError(message.trim(), status);
+}
+
+/**
+ * Serves a daemon's operation until it hands out data (a non-empty result) or
+ * ends (`undefined`).
+ */
+async function nextData(
+  store: StoreConnection,
+  { log, source }: OperationStreams = {},
+): Promise<Buffer | undefined> {
+  const { reader } = store;
+  for (;;) {
+    const code = await reader.number();
+    if (code === STDERR.last) return undefined;
+    if (code === STDERR.write) return reader.bytes(LIMITS.chunk);
+    if (code === STDERR.error) throw await daemonError(store);
+    if (code === STDERR.next) {
+      const text = await reader.bytes(LIMITS.message);
+      log?.(text);
+    } else if (code === STDERR.read && source !== undefined) {
+      const limit = Math.min(await reader.number(), LIMITS.chunk);
+      await write(store.stream, encode(await source.readFull(limit)));
+    } else throw reader.error(`unexpected message 0x${code.toString(16)}`);
+  }
+}
+
+async function operate(
+  store: StoreConnection,
+  request: readonly WireValue[],
+  streams?: OperationStreams,
+): Promise<void> {
+  await write(store.stream, encode(...request));
+  if (await nextData(store, streams) !== undefined) {
+    throw store.reader.error("unexpected data");
+  }
+}
+
+/**
+ * Shakes hands with the guix-daemon at the other end of `stream`.
+ *
+ * @throws {OffloadError} where the peer is none or too old.
+ */
+export async function openStore(
+  stream: Duplex,
+  name: string,
+): Promise<StoreConnection> {
+  const reader = new ByteReader(stream, name);
+  // The version needn't be known to send ours: one round trip, not two.  The
+  // two zeros are: no processor affinity, no space reserved.
+  await write(stream, encode(WORKER_MAGIC[0], PROTOCOL_VERSION, 0, 0));
+  if (await reader.number() !== WORKER_MAGIC[1]) {
+    throw reader.error("not a guix-daemon: unexpected greeting");
+  }
+  const version = await reader.number();
+  const minor = version & 0xff;
+  if (
+    version - minor !== (PROTOCOL_VERSION & ~0xff) || minor < OLDEST_MINOR
+  ) {
+    throw reader.error(`unsupported protocol 0x${version.toString(16)}`);
+  }
+  const store = { name, stream, reader, minor };
+  await nextData(store);
+  return store;
+}
+
+/** Sets the options of the builds of this connection. */
+export function setBuildOptions(
+  store: StoreConnection,
+  options: BuildOptions,
+): Promise<void> {
+  const pairs = [
+    ["build-timeout", String(options.buildTimeout)],
+    ["build-max-silent-time", String(options.maxSilentTime)],
+  ];
+  return operate(store, [
+    OPERATION.setOptions,
+    ...[false, false, false, 0], // keep failed, keep going, fallback, verbosity
+    false, // no build hook: machines could offload in circles
+    ...[0, 0, false], // verbosity of builds, log type, build traces
+    true, // substitutes
+    pairs.length,
+    ...pairs.flat(),
+  ]);
+}
+
+/** Returns those of `paths` that are valid in the store. */
+export async function queryValidPaths(
+  store: StoreConnection,
+  paths: readonly string[],
+): Promise<string[]> {
+  await operate(store, [OPERATION.queryValidPaths, paths]);
+  return store.reader.strings();
+}
+
+/** What a store knows of an item. */
+export interface PathInfo {
+  /** Store items that it refers to. */
+  readonly references: readonly string[];
+  /** Size of its nar, in bytes. */
+  readonly narSize: number;
+}
+
+/** Length of the hash with which the name of a store item begins. */
+const HASH_PART_LENGTH = 32;
+
+/** The name of a store item, without directory and hash. */
+function itemName(path: string): string {
+  return basename(path).slice(HASH_PART_LENGTH + 1);
+}
+
+/** The name of a derivation, without hash and `.drv`. */
+function derivationName(path: string): string {
+  return itemName(path).replace(/\.drv$/, "");
+}
+
+/** Returns what the store knows of `path`, which must be valid. */
+export async function queryPathInfo(
+  store: StoreConnection,
+  path: string,
+): Promise<PathInfo> {
+  const { reader } = store;
+  await operate(store, [OPERATION.queryPathInfo, path]);
+  await reader.string(LIMITS.storePath); // deriver
+  await reader.string(LIMITS.storePath); // hash
+  const references = await reader.strings();
+  await reader.number(); // registration time
+  return { references, narSize: await reader.number() };
+}
+
+/** Returns the outputs of a derivation. */
+async function queryDerivationOutputs(
+  store: StoreConnection,
+  derivation: string,
+): Promise<string[]> {
+  await operate(store, [OPERATION.queryDerivationOutputs, derivation]);
+  return store.reader.strings();
+}
+
+/** Protects `path` from garbage collection while the connection is open. */
+export async function addTempRoot(
+  store: StoreConnection,
+  path: string,
+): Promise<void> {
+  await operate(store, [OPERATION.addTempRoot, path]);
+  await store.reader.number();
+}
+
+/** Adds a text to the store and returns its path, which follows from it. */
+export async function addTextToStore(
+  store: StoreConnection,
+  name: string,
+  text: Uint8Array,
+  references: readonly string[],
+): Promise<string> {
+  await operate(store, [OPERATION.addTextToStore, name, text, references]);
+  return store.reader.string(LIMITS.storePath);
+}
+
+/**
+ * Builds a derivation, handing each piece of its log to `log` as it comes.
+ *
+ * @throws {DaemonError} with status 100 where the build failed.
+ */
+export async function buildThings(
+  store: StoreConnection,
+  derivations: readonly string[],
+  log: (text: Buffer) => void,
+): Promise<void> {
+  const normalMode = 0;
+  const request = [OPERATION.buildThings, derivations, normalMode];
+  await operate(store, request, { log });
+  await store.reader.number();
+}
+
+/** Exports an item as a daemon signs it: nar, metadata, signature. */
+export async function* exportPath(
+  store: StoreConnection,
+  path: string,
+): AsyncGenerator<Buffer, void> {
+  const sign = true;
+  await write(store.stream, encode(OPERATION.exportPath, path, sign));
+  let data;
+  while ((data = await nextData(store)) !== undefined) yield data;
+  if (await store.reader.number() !== 1) {
+    throw store.reader.error(`failed to export '${path}'`);
+  }
+}
+
+/** Imports a bundle of items and returns their paths. */
+export async function importPaths(
+  store: StoreConnection,
+  bundle: AsyncIterable<Uint8Array>,
+): Promise<string[]> {
+  const source = new ByteReader(bundle, "archive");
+  await operate(store, [OPERATION.importPaths], { source });
+  return store.reader.strings();
+}
+
+// ---------------------------------------------------------------------------
+// Archives: nars, export bundles, signatures
+// ---------------------------------------------------------------------------
+
+const EXPORT_MAGIC = 0x4558494e;
+
+/** Makes a bundle of the signed exports of `paths` (guix/store.scm). */
+async function* exportBundle(
+  store: StoreConnection,
+  paths: readonly string[],
+): AsyncGenerator<Buffer, void> {
+  for (const path of paths) {
+    yield encode(1);
+    yield* exportPath(store, path);
+  }
+  yield encode(0);
+}
+
+/** Longest file name and symlink target, in bytes (limits.h). */
+const LONGEST_NAME = 255;
+const LONGEST_TARGET = 4095;
+
+async function expectTokens(
+  reader: ByteReader,
+  ...tokens: readonly string[]
+): Promise<void> {
+  const expected = encode(...tokens);
+  if (!expected.equals(await reader.read(expected.length))) {
+    throw reader.error(`invalid nar: expected '${tokens.join("' '")}'`);
+  }
+}
+
+/** Restores the nar that `reader` is at as the new file `target`. */
+export async function restoreNar(
+  reader: ByteReader,
+  target: string,
+): Promise<void> {
+  await expectTokens(reader, "nix-archive-1");
+  await restoreNode(reader, target);
+}
+
+async function restoreNode(reader: ByteReader, target: string): Promise<void> {
+  if (Buffer.byteLength(target) > LONGEST_TARGET) {
+    throw reader.error("invalid nar: a file name is too long");
+  }
+  await expectTokens(reader, "(", "type");
+  const type = await reader.string(LONGEST_NAME);
+  if (type === "regular") await restoreRegular(reader, target);
+  else if (type === "symlink") await restoreSymlink(reader, target);
+  else if (type === "directory") return restoreDirectory(reader, target);
+  else throw reader.error(`invalid nar: unsupported file type '${type}'`);
+  await expectTokens(reader, ")");
+}
+
+async function restoreRegular(
+  reader: ByteReader,
+  target: string,
+): Promise<void> {
+  let token = await reader.string(LONGEST_NAME);
+  const mode = token === "executable" ? 0o755 : 0o644;
+  if (token === "executable") {
+    await expectTokens(reader, "");
+    token = await reader.string(LONGEST_NAME);
+  }
+  if (token !== "contents") {
+    throw reader.error(`invalid nar: unexpected '${token}' in a file`);
+  }
+  const size = await reader.number();
+  // "wx": nothing may be there, not even a symlink to follow.
+  const file = openSync(target, "wx", mode);
+  try {
+    for (let left = size; left > 0;) {
+      const bytes = await reader.readSome(left);
+      writeFileSync(file, bytes);
+      left -= bytes.length;
+    }
+  } finally {
+    closeSync(file);
+  }
+  await reader.padding(size);
+}
+
+async function restoreSymlink(
+  reader: ByteReader,
+  target: string,
+): Promise<void> {
+  await expectTokens(reader, "target");
+  const destination = await reader.bytes(LONGEST_TARGET);
+  if (destination.length === 0 || destination.includes(0)) {
+    throw reader.error("invalid nar: unusable symlink target");
+  }
+  symlinkBytes(destination, target);
+}
+
+async function restoreDirectory(
+  reader: ByteReader,
+  target: string,
+): Promise<void> {
+  mkdirSync(target);
+  let previous: Buffer | undefined;
+  for (;;) {
+    const token = await reader.string(LONGEST_NAME);
+    if (token === ")") return;
+    if (token !== "entry") {
+      throw reader.error(`invalid nar: unexpected '${token}' in a directory`);
+    }
+    await expectTokens(reader, "(", "name");
+    const name = await reader.bytes(LONGEST_NAME);
+    checkEntryName(reader, name, previous);
+    await expectTokens(reader, "node");
+    await restoreEntry(reader, target, name);
+    await expectTokens(reader, ")");
+    previous = name;
+  }
+}
+
+/** Strictly rising names can't repeat, so nothing is restored twice. */
+function checkEntryName(
+  reader: ByteReader,
+  name: Buffer,
+  previous: Buffer | undefined,
+): void {
+  const text = name.toString();
+  if (
+    ["", ".", ".."].includes(text) || name.includes("/") || name.includes(0)
+  ) {
+    throw reader.error(`invalid nar: file name ${JSON.stringify(text)}`);
+  }
+  if (previous !== undefined && Buffer.compare(previous, name) >= 0) {
+    throw reader.error(`invalid nar: file name '${text}' is out of order`);
+  }
+}
+
+/** File names are bytes: one that is no UTF-8 gets its name at the end. */
+async function restoreEntry(
+  reader: ByteReader,
+  directory: string,
+  name: Buffer,
+): Promise<void> {
+  if (isUtf8(name)) return restoreNode(reader, `${directory}/${name}`);
+  const temporary = `${directory}/${randomUUID()}`;
+  await restoreNode(reader, temporary);
+  renameToBytes(temporary, Buffer.concat([Buffer.from(`${directory}/`), name]));
+}
+
+/** What an export says of its item, behind the nar. */
+interface ItemMetadata {
+  readonly path: string;
+  readonly references: readonly string[];
+  readonly deriver: string;
+  readonly signature: string | undefined;
+  /** SHA-256 of all but the signature. */
+  readonly hash: Buffer;
+}
+
+/** Restores an exported item as the new file `target`. */
+async function restoreItem(
+  reader: ByteReader,
+  target: string,
+): Promise<ItemMetadata> {
+  reader.startHash();
+  await restoreNar(reader, target);
+  if (await reader.number() !== EXPORT_MAGIC) {
+    throw reader.error("corrupt file set archive");
+  }
+  const path = await reader.string(LIMITS.storePath);
+  const references = await reader.strings();
+  const deriver = await reader.string(LIMITS.storePath);
+  const hash = reader.finishHash();
+  const signed = await reader.number(1) === 1;
+  const signature = signed
+    ? (await reader.bytes(LIMITS.signature)).toString("latin1")
+    : undefined;
+  return { path, references, deriver, signature, hash };
+}
+
+/** A canonical s-expression: an atom or a list. */
+export type Sexp = Buffer | readonly Sexp[];
+
+const SEXP_DEPTH = 32;
+const SEXP_ESCAPES: Record<string, string> = {
+  b: "\b",
+  t: "\t",
+  v: "\v",
+  n: "\n",
+  f: "\f",
+  r: "\r",
+};
+
+/** The forms of an atom, each with how to read it (SPKI, RFC 2693). */
+const SEXP_ATOMS: readonly (readonly [RegExp, (text: string) => Buffer])[] = [
+  [
+    /#((?:\s*[0-9A-Fa-f]\s*[0-9A-Fa-f])*\s*)#/y,
+    (hex) => Buffer.from(hex.replace(/\s/g, ""), "hex"),
+  ],
+  [/\|([A-Za-z0-9+/=\s]*)\|/y, (base64) => Buffer.from(base64, "base64")],
+  [/"((?:[^"\\]|\\[^])*)"/y, unescapeSexp],
+  [/([^\s()#|"]+)/y, (token) => Buffer.from(token, "latin1")],
+];
+
+function unescapeSexp(text: string): Buffer {
+  const escape = /\\(?:x([0-9A-Fa-f]{2})|([0-7]{3})|(\r\n|\n\r|\r|\n)|([^]))/g;
+  const plain = text.replace(escape, (_, hex, octal, newline, other) => {
+    if (hex !== undefined) return String.fromCharCode(parseInt(hex, 16));
+    if (octal !== undefined) return String.fromCharCode(parseInt(octal, 8));
+    return newline === undefined ? SEXP_ESCAPES[other] ?? other : "";
+  });
+  return Buffer.from(plain, "latin1");
+}
+
+/**
+ * Reads an s-expression in the advanced format, as libgcrypt writes it.
+ *
+ * @throws {OffloadError} where `text`, which messages call `name`, is none.
+ */
+export function parseSexp(text: string, name: string): Sexp {
+  let position = 0;
+  const skipSpace = () => {
+    while (/\s/.test(text[position] ?? "")) position++;
+  };
+  const fail = () => {
+    throw new OffloadError(`${name}: invalid s-expression at ${position}`);
+  };
+  const readAtom = (): Buffer => {
+    for (const [pattern, decode] of SEXP_ATOMS) {
+      pattern.lastIndex = position;
+      const match = pattern.exec(text);
+      if (match === null) continue;
+      position = pattern.lastIndex;
+      return decode(match[1]!);
+    }
+    return fail();
+  };
+  const read = (depth: number): Sexp => {
+    skipSpace();
+    if (text[position] !== "(") return readAtom();
+    if (depth === SEXP_DEPTH) fail();
+    const list: Sexp[] = [];
+    for (position++;;) {
+      skipSpace();
+      if (text[position] === ")") return position++, list;
+      list.push(read(depth + 1));
+    }
+  };
+  const sexp = read(0);
+  skipSpace();
+  return position === text.length ? sexp : fail();
+}
+
+function isAtom(sexp: Sexp | undefined): sexp is Buffer {
+  return sexp instanceof Buffer;
+}
+
+/** The same text for the same s-expression. */
+function sexpKey(sexp: Sexp): string {
+  if (isAtom(sexp)) return sexp.toString("hex");
+  return `(${sexp.map(sexpKey).join(" ")})`;
+}
+
+/** The first list in `sexp` that begins with `token`. */
+function findToken(
+  sexp: Sexp | undefined,
+  token: string,
+): readonly Sexp[] | undefined {
+  if (sexp === undefined || isAtom(sexp)) return undefined;
+  const [head] = sexp;
+  if (isAtom(head) && head.equals(Buffer.from(token))) {
+    return sexp;
+  }
+  for (const element of sexp) {
+    const found = findToken(element, token);
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
+
+/** The last atom of the list that begins with `token`. */
+function tokenValue(sexp: Sexp | undefined, token: string): Buffer | undefined {
+  const value = findToken(sexp, token)?.at(-1);
+  return isAtom(value) ? value : undefined;
+}
+
+/** The keys whose signatures are believed, each as `sexpKey` writes it. */
+export type Acl = ReadonlySet<string>;
+
+/**
+ * Reads an access-control list: entries of a key and `(tag (guix import))`
+ * (guix/pki.scm).
+ */
+export function parseAcl(text: string, file: string): Acl {
+  const acl = parseSexp(text, file);
+  const invalid = new OffloadError(`${file}: invalid access-control list`);
+  const importTag = sexpKey(parseSexp("(tag (guix import))", file));
+  const keys = new Set<string>();
+  if (findToken(acl, "acl") !== acl) throw invalid;
+  for (const entry of acl.slice(1)) {
+    const key = findToken(entry, "public-key");
+    const tag = findToken(entry, "tag");
+    if (key === undefined || tag === undefined) throw invalid;
+    if (sexpKey(tag) === importTag) keys.add(sexpKey(key));
+  }
+  return keys;
+}
+
+function readAcl(configDirectory: string): Acl {
+  const file = `${configDirectory}/acl`;
+  if (!existsSync(file)) return new Set();
+  return parseAcl(readFileSync(file, "latin1"), file);
+}
+
+const UNAUTHORIZED = "unauthorized public key";
+
+/**
+ * Checks that `signature` is one of `hash` by a key of `acl`.
+ *
+ * @returns what is wrong, in the reference's words, or `undefined`.
+ */
+export function checkSignature(
+  signature: string,
+  hash: Buffer,
+  acl: Acl,
+): string | undefined {
+  const sexp = parseSexp(signature, "signature");
+  const data = findToken(sexp, "data");
+  const key = findToken(sexp, "public-key");
+  const signed = tokenValue(data, "hash");
+  if (key === undefined || signed === undefined) {
+    return "corrupt signature data";
+  }
+  if (!acl.has(sexpKey(key))) return UNAUTHORIZED;
+  if (!signed.equals(hash)) return "invalid hash";
+  return verifySignature(findToken(sexp, "sig-val"), hash, key);
+}
+
+function verifySignature(
+  value: Sexp | undefined,
+  hash: Buffer,
+  key: Sexp,
+): string | undefined {
+  const [n, e, q] = ["n", "e", "q"].map((name) => tokenValue(key, name));
+  const [r, s] = ["r", "s"].map((name) => tokenValue(value, name));
+  const curve = tokenValue(key, "curve")?.toString();
+  const eddsa = tokenValue(key, "flags")?.toString() === "eddsa";
+  const isRsa = n !== undefined && e !== undefined;
+  if (!isRsa && (q === undefined || curve !== "Ed25519" || eddsa)) {
+    return UNSUPPORTED_KEY;
+  }
+  const valid = isRsa
+    ? s !== undefined && verifyRsa(n, e, hash, s)
+    : r !== undefined && s !== undefined && verifyEcdsa(q!, hash, r, s);
+  return valid ? undefined : "invalid signature";
+}
+
+// Guix 1.5 can make an EdDSA key, but not sign with it.
+const UNSUPPORTED_KEY =
+  "unsupported type of key: expected ECDSA on Ed25519, or RSA";
+
+/** How PKCS #1 marks a SHA-256 hash (RFC 8017, section 9.2). */
+const SHA256_PREFIX = "3031300d060960864801650304020105000420";
+
+function verifyRsa(n: Buffer, e: Buffer, hash: Buffer, s: Buffer): boolean {
+  const number = (bytes: Buffer) => {
+    const start = bytes.findIndex((byte) => byte !== 0);
+    return bytes.subarray(start < 0 ? bytes.length : start);
+  };
+  const [modulus, exponent, signature] = [n, e, s].map(number);
+  const jwk = {
+    kty: "RSA",
+    n: modulus!.toString("base64url"),
+    e: exponent!.toString("base64url"),
+  };
+  const padded = Buffer.alloc(modulus!.length);
+  if (signature!.length > padded.length) return false;
+  padded.set(signature!, padded.length - signature!.length);
+  try {
+    const key = createPublicKey({ key: jwk, format: "jwk" });
+    const signed = publicDecrypt(
+      { key, padding: constants.RSA_PKCS1_PADDING },
+      padded,
+    );
+    return signed.toString("hex") === SHA256_PREFIX + hash.toString("hex");
+  } catch {
+    return false; // the padding is wrong, or the key none
+  }
+}
+
+// The curve Ed25519 (RFC 8032, section 5.1): its field, the order of its base
+// point and its constant d.
+const FIELD = 2n ** 255n - 19n;
+const ORDER = 2n ** 252n + 27742317777372353535851937790883648493n;
+const CURVE_D = modulo(-121665n * power(121666n, FIELD - 2n, FIELD), FIELD);
+
+function modulo(value: bigint, modulus: bigint): bigint {
+  return (value % modulus + modulus) % modulus;
+}
+
+function power(base: bigint, exponent: bigint, modulus: bigint): bigint {
+  let result = 1n;
+  for (let rest = exponent; rest > 0n; rest >>= 1n) {
+    if (rest & 1n) result = result * base % modulus;
+    base = base * base % modulus;
+  }
+  return result;
+}
+
+function bigEndian(bytes: Uint8Array): bigint {
+  return BigInt(`0x0${Buffer.from(bytes).toString("hex")}`);
+}
+
+function littleEndian(bytes: Uint8Array): bigint {
+  return bigEndian(Uint8Array.from(bytes).reverse());
+}
+
+function toLittleEndian(value: bigint): Uint8Array {
+  const hex = value.toString(16).padStart(64, "0");
+  return Uint8Array.from(Buffer.from(hex, "hex")).reverse();
+}
+
+/** An element of the field, and a point in extended coordinates. */
+type FieldElement = Float64Array;
+type Point = FieldElement[];
+
+/** What tweetnacl has but does not declare. */
+interface CurveOperations {
+  gf(): FieldElement;
+  unpack25519(element: FieldElement, bytes: Uint8Array): void;
+  pack25519(bytes: Uint8Array, element: FieldElement): void;
+  add(point: Point, other: Point): void;
+  scalarmult(result: Point, point: Point, scalar: Uint8Array): void;
+  scalarbase(result: Point, scalar: Uint8Array): void;
+}
+
+const { lowlevel } = nacl as unknown as { lowlevel: CurveOperations };
+
+function makePoint(x: bigint, y: bigint): Point {
+  return [x, y, 1n, x * y % FIELD].map((value) => {
+    const element = lowlevel.gf();
+    lowlevel.unpack25519(element, toLittleEndian(value));
+    return element;
+  });
+}
+
+function fieldValue(element: Float64Array): bigint {
+  const bytes = new Uint8Array(32);
+  lowlevel.pack25519(bytes, element);
+  return littleEndian(bytes);
+}
+
+/** Decodes a point (RFC 8032, section 5.1.3), `undefined` if it is none. */
+function decodePoint(bytes: Buffer): Point | undefined {
+  if (bytes.length !== 32) return undefined;
+  const number = littleEndian(bytes);
+  const y = number & (2n ** 255n - 1n);
+  const sign = number >> 255n;
+  if (y >= FIELD) return undefined;
+  const u = modulo(y * y - 1n, FIELD);
+  const v = modulo(CURVE_D * y * y + 1n, FIELD);
+  const root = power(u * v ** 7n % FIELD, (FIELD - 5n) / 8n, FIELD);
+  let x = u * v ** 3n * root % FIELD;
+  if (v * x * x % FIELD !== u) {
+    x = x * power(2n, (FIELD - 1n) / 4n, FIELD) % FIELD;
+  }
+  if (v * x * x % FIELD !== u || (x === 0n && sign === 1n)) return undefined;
+  return makePoint((x & 1n) === sign ? x : FIELD - x, y);
+}
+
+function multiply(point: Point | undefined, scalar: bigint): Point {
+  const result = makePoint(0n, 1n);
+  const bytes = toLittleEndian(scalar);
+  if (point === undefined) lowlevel.scalarbase(result, bytes);
+  else lowlevel.scalarmult(result, point, bytes);
+  return result;
+}
+
+/**
+ * Verifies an ECDSA signature over the curve Ed25519, as libgcrypt makes it
+ * for Guix: the 256-bit hash loses 3 bits, for the order has 253.
+ */
+export function verifyEcdsa(
+  q: Buffer,
+  hash: Buffer,
+  rBytes: Buffer,
+  sBytes: Buffer,
+): boolean {
+  const [r, s] = [bigEndian(rBytes), bigEndian(sBytes)];
+  if (r <= 0n || r >= ORDER || s <= 0n || s >= ORDER) return false;
+  const key = decodePoint(q);
+  if (key === undefined) return false;
+  const w = power(s, ORDER - 2n, ORDER);
+  const sum = multiply(undefined, (bigEndian(hash) >> 3n) * w % ORDER);
+  lowlevel.add(sum, multiply(key, r * w % ORDER));
+  const [x, , z] = sum.map(fieldValue);
+  return x! * power(z!, FIELD - 2n, FIELD) % FIELD % ORDER === r;
+}
+
+// ---------------------------------------------------------------------------
+// Synchronization: slots, observations
+// ---------------------------------------------------------------------------
+
+/** A build slot of a machine, held until it is released or the process ends. */
+export interface Slot {
+  /** The file that is locked. */
+  readonly file: string;
+  /** Gives the slot back. */
+  release(): void;
+}
+
+/** Names a machine as the slot directories do. */
+function machineId(machine: Machine): string {
+  return `${machine.name}:${machine.port}`;
+}
+
+/** Where the slot files of a machine are. */
+function slotDirectory(machine: Machine, stateDirectory: string): string {
+  return `${stateDirectory}/offload/${machineId(machine)}`;
+}
+
+/**
+ * Locks a file against `guix offload` and our own processes alike.
+ *
+ * The reference takes fcntl locks, which a JavaScript runtime has no call for,
+ * but SQLite takes them too.  The file stays empty.
+ */
+function lockFile(file: string): Slot | undefined {
+  const database = new DatabaseSync(file, { timeout: 0 });
+  try {
+    // No journal file beside the slot, which would be left behind.
+    database.exec("PRAGMA journal_mode=MEMORY; BEGIN EXCLUSIVE");
+    return { file, release: () => database.close() };
+  } catch (error) {
+    database.close();
+    if (/database is locked/.test(String(error))) return undefined;
+    throw error;
+  }
+}
+
+/**
+ * Takes a free slot of a machine, or returns `undefined` where it has none.
+ *
+ * @throws {OffloadError} where the slot files can't be written.
+ */
+export function acquireBuildSlot(
+  machine: Machine,
+  stateDirectory: string,
+): Slot | undefined {
+  const directory = slotDirectory(machine, stateDirectory);
+  try {
+    mkdirSync(directory, { recursive: true });
+    for (let slot = 0; slot < machine.parallelBuilds; slot++) {
+      const locked = lockFile(`${directory}/${slot}`);
+      if (locked !== undefined) return locked;
+    }
+  } catch (cause) {
+    throw new OffloadError(
+      `failed to lock a build slot in '${directory}': ${reason(cause)}`,
+      { cause, hint: "the account that guix-daemon runs as must own it" },
+    );
+  }
+  return undefined;
+}
+
+/** Whether one of the locks in the text of /proc/locks is on `file`. */
+function isLocked(file: string, locks: string): boolean {
+  const stat = statSync(file, { throwIfNoEntry: false });
+  if (stat === undefined) return false;
+  const [major, minor] = [stat.dev >> 8 & 0xfff, stat.dev & 0xff];
+  for (const match of locks.matchAll(/ POSIX .* (\w+):(\w+):(\d+) /g)) {
+    const [device, inode] = [match.slice(1, 3), Number(match[3])];
+    const [itsMajor, itsMinor] = device.map((part) => parseInt(part, 16));
+    // Without a device of its own, a file system may show another number.
+    const same = itsMajor === major && (major === 0 || itsMinor === minor);
+    if (same && inode === stat.ino) return true;
+  }
+  return false;
+}
+
+/** Counts the free slots of a machine, without taking them. */
+function countFreeSlots(machine: Machine, stateDirectory: string): number {
+  const directory = slotDirectory(machine, stateDirectory);
+  const locks = readFileSync("/proc/locks", "latin1");
+  const slots = Array.from(
+    { length: machine.parallelBuilds },
+    (_, slot) => slot,
+  );
+  return slots.filter((slot) => !isLocked(`${directory}/${slot}`, locks))
+    .length;
+}
+
+/** What was seen of a machine. */
+export interface MachineRecord {
+  /** What it said of itself last. */
+  readonly facts: Facts | undefined;
+  /** How often it failed since a build last succeeded there. */
+  readonly failures: number;
+  /** Until when it is left alone, in milliseconds since 1970. */
+  readonly until: number;
+  /** Why. */
+  readonly problem: string;
+  /** The fields with which it failed: others are another try. */
+  readonly definition: string;
+  /** When one of our processes began to ask it, and has no answer yet. */
+  readonly asked: number;
+  /** Bytes a second that it received. */
+  readonly bandwidth: number | undefined;
+}
+
+/** For how long an item is believed to be on a machine, in seconds. */
+const HELD_LIFETIME = 30 * 86400;
+
+const OBSERVATIONS_SCHEMA = `
+  PRAGMA journal_mode = WAL;
+  PRAGMA synchronous = OFF;
+  CREATE TABLE IF NOT EXISTS machine (
+    id TEXT PRIMARY KEY, facts TEXT, failures INTEGER NOT NULL DEFAULT 0,
+    until REAL NOT NULL DEFAULT 0, problem TEXT NOT NULL DEFAULT '',
+    definition TEXT NOT NULL DEFAULT '',
+    asked REAL NOT NULL DEFAULT 0, bandwidth REAL);
+  CREATE TABLE IF NOT EXISTS build (
+    name TEXT, machine TEXT, seconds REAL, time REAL);
+  CREATE INDEX IF NOT EXISTS build_name ON build (name, time);
+  CREATE TABLE IF NOT EXISTS held (
+    machine TEXT, item TEXT, time REAL, PRIMARY KEY (machine, item))
+    WITHOUT ROWID;
+  CREATE TABLE IF NOT EXISTS slot (
+    file TEXT PRIMARY KEY, derivation TEXT, time REAL);
+  CREATE TABLE IF NOT EXISTS wait (
+    id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
+  INSERT OR IGNORE INTO wait VALUES (0, 0, 0);
+`;
+
+/**
+ * What our processes see of machines and builds, shared in a small database
+ * beside the slots. Losing it loses nothing but speed, so no method throws.
+ */
+export class Observations {
+  readonly #database: DatabaseSync;
+  readonly #log: Log;
+
+  /** Opens the database in `directory`, or keeps all in memory. */
+  constructor(directory: string, log: Log) {
+    this.#log = log;
+    this.#database = this.#open(`${directory}/observations.sqlite`);
+  }
+
+  #open(file: string): DatabaseSync {
+    for (const name of [file, file, ":memory:"]) {
+      try {
+        if (name === file) mkdirSync(dirname(file), { recursive: true });
+        const database = new DatabaseSync(name, { timeout: 250 });
+        database.exec(OBSERVATIONS_SCHEMA);
+        return database;
+      } catch (error) {
+        this.#log.debug(`failed to open '${name}': ${reason(error)}`);
+        const damaged = /not a database|malformed|no column/.test(`${error}`);
+        if (damaged) rmSync(file, { force: true });
+      }
+    }
+    throw new OffloadError("SQLite does not work");
+  }
+
+  #query(sql: string, ...values: SQLInputValue[]): Row[] {
+    try {
+      return this.#database.prepare(sql).all(...values) as Row[];
+    } catch (error) {
+      this.#log.debug(`observations: ${reason(error)}`);
+      return [];
+    }
+  }
+
+  /** All that is known of machines, by NAME:PORT. */
+  machines(): Map<string, MachineRecord> {
+    return new Map(
+      this.#query("SELECT * FROM machine").map(({ id, facts, ...record }) => [
+        id as string,
+        {
+          ...record as unknown as MachineRecord,
+          facts: facts === null ? undefined : JSON.parse(facts as string),
+        },
+      ]),
+    );
+  }
+
+  /** Claims the right to ask a machine; false where another process does. */
+  claim(id: string, seconds: number): boolean {
+    const now = Date.now();
+    return this.#query(
+      `INSERT INTO machine (id, asked) VALUES (?, ?)
+       ON CONFLICT DO UPDATE SET asked = excluded.asked WHERE asked < ?
+       RETURNING id`,
+      ...[id, now, now - seconds * 1000],
+    ).length > 0;
+  }
+
+  /** Notes what a machine said of itself. */
+  saveFacts(id: string, facts: Facts): void {
+    this.#query(
+      `INSERT INTO machine (id, facts) VALUES (?, ?) ON CONFLICT DO UPDATE
+       SET facts = excluded.facts, asked = 0`,
+      ...[id, JSON.stringify(facts)],
+    );
+  }
+
+  /**
+   * Notes that a machine failed: it is left alone for a growing while. What
+   * happens meanwhile, to other builds there, is part of the same failure.
+   */
+  saveFailure(machine: Machine, problem: string, settings: Settings): void {
+    const { backoff, backoffLimit } = settings;
+    this.#query(
+      `INSERT INTO machine (id, failures, until, problem, definition)
+       VALUES (?1, 1, ?2 + 1000 * min(?4, ?5), ?3, ?6) ON CONFLICT DO UPDATE
+       SET failures = failures + 1, asked = 0, facts = NULL, problem = ?3,
+       until = ?2 + 1000 * min(?4 * (1 << min(failures, 20)), ?5),
+       definition = ?6 WHERE until <= ?2 OR definition <> ?6`,
+      ...[machineId(machine), Date.now(), problem, backoff, backoffLimit],
+      JSON.stringify(machine),
+    );
+  }
+
+  /** Notes a build that succeeded, and what its machine holds now. */
+  saveBuild(
+    id: string,
+    name: string,
+    seconds: number,
+    items: readonly string[],
+  ): void {
+    const now = Date.now();
+    this.#query("BEGIN");
+    this.#query("UPDATE machine SET failures = 0, until = 0 WHERE id = ?", id);
+    this.#query(
+      "INSERT INTO build VALUES (?, ?, ?, ?)",
+      ...[name, id, seconds, now],
+    );
+    this.#query(
+      "INSERT OR REPLACE INTO held SELECT ?, value, ? FROM json_each(?)",
+      ...[id, now, JSON.stringify(items)],
+    );
+    this.#query("DELETE FROM held WHERE time < ?", now - HELD_LIFETIME * 1000);
+    this.#query("COMMIT");
+  }
+
+  /** Earlier builds of a name, the latest first. */
+  history(name: string): PastBuild[] {
+    return this.#query(
+      `SELECT machine, seconds FROM build WHERE name = ?
+       ORDER BY time DESC LIMIT 20`,
+      name,
+    ) as unknown as PastBuild[];
+  }
+
+  /** Those of `paths` that a machine was seen to hold. */
+  held(id: string, paths: readonly string[]): string[] {
+    return this.#query(
+      `SELECT item FROM held WHERE machine = ?
+       AND item IN (SELECT value FROM json_each(?))`,
+      ...[id, JSON.stringify(paths)],
+    ).map(({ item }) => item as string);
+  }
+
+  /** Notes how fast a machine received a lot, in bytes a second. */
+  saveBandwidth(id: string, bandwidth: number): void {
+    this.#query(
+      `UPDATE machine SET bandwidth = coalesce((bandwidth + ?1) / 2, ?1)
+       WHERE id = ?2`,
+      ...[bandwidth, id],
+    );
+  }
+
+  /** Notes what a slot is used for from now on. */
+  useSlot(file: string, derivation: string): void {
+    this.#query(
+      "INSERT OR REPLACE INTO slot VALUES (?, ?, ?)",
+      ...[file, derivation, Date.now()],
+    );
+  }
+
+  /** Notes that a slot became free. */
+  releaseSlot(file: string): void {
+    this.#query("DELETE FROM slot WHERE file = ?", file);
+    this.#query("UPDATE wait SET released = ?", Date.now());
+  }
+
+  /** Whether waiting for a slot was not in vain since the last was freed. */
+  mayWait(): boolean {
+    return this.#query("SELECT 1 FROM wait WHERE vain <= released").length > 0;
+  }
+
+  /** Notes that waiting for a slot was in vain. */
+  saveVainWait(): void {
+    this.#query("UPDATE wait SET vain = ?", Date.now());
+  }
+}
+
+/** A row of the database. */
+type Row = Record<string, SQLOutputValue>;
+
+// ---------------------------------------------------------------------------
+// Sessions: SSH
+// ---------------------------------------------------------------------------
+
+/** Milliseconds between keepalives, and how many may stay unanswered. */
+const KEEPALIVE = { interval: 15_000, count: 4 } as const;
+
+/** The signature algorithms by which a server shows a key of each type. */
+const HOST_KEY_ALGORITHMS: Readonly<
+  Record<string, readonly ServerHostKeyAlgorithm[]>
+> = {
+  "ssh-ed25519": ["ssh-ed25519"],
+  "ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"],
+  "ecdsa-sha2-nistp256": ["ecdsa-sha2-nistp256"],
+  "ecdsa-sha2-nistp384": ["ecdsa-sha2-nistp384"],
+  "ecdsa-sha2-nistp521": ["ecdsa-sha2-nistp521"],
+};
+
+/** An SSH connection to a build machine. */
+export interface Session {
+  /** The machine at the other end. */
+  readonly machine: Machine;
+  /** Why it ended, if it did. */
+  failure(): Error | undefined;
+  /** Connects to the guix-daemon there. */
+  openDaemon(): Promise<StoreConnection>;
+  /** Runs a shell command there: its input and output. */
+  exec(command: string): Promise<Duplex>;
+  /** Ends the connection and all that runs over it. */
+  close(): void;
+}
+
+/** Splits a host key such as `ssh-ed25519 AAAA… comment`. */
+function parseHostKey(machine: Machine): { type: string; key: Buffer } {
+  const [type = "", base64 = ""] = machine.hostKey.trim().split(/\s+/);
+  const key = Buffer.from(base64, "base64");
+  if (!(type in HOST_KEY_ALGORITHMS) || sshKeyType(key) !== type) {
+    throw new OffloadError(
+      `invalid host key '${machine.hostKey}' of '${machine.name}'`,
+      {
+        hint: "expected '" + Object.keys(HOST_KEY_ALGORITHMS).join("', '") +
+          "' and the key, as in /etc/ssh/ssh_host_ed25519_key.pub there",
+      },
+    );
+  }
+  return { type, key };
+}
+
+/** The type of an SSH public key, with which its blob begins (RFC 4253). */
+function sshKeyType(blob: Buffer): string | undefined {
+  if (blob.length < 4) return undefined;
+  return blob.subarray(4, 4 + blob.readUInt32BE()).toString("latin1");
+}
+
+/** Makes an SSH string (RFC 4251, section 5) of each part. */
+function sshStrings(...parts: readonly (Buffer | string)[]): Buffer {
+  return Buffer.concat(parts.flatMap((part) => {
+    const length = Buffer.alloc(4);
+    length.writeUInt32BE(Buffer.byteLength(part));
+    return [length, Buffer.from(part)];
+  }));
+}
+
+/** Writes a key, of the public one and what that lacks, as OpenSSH does. */
+function opensshKey(publicKey: Buffer, secretPart: Buffer): string {
+  const secret = Buffer.concat([
+    Buffer.alloc(8), // twice the same number
+    publicKey,
+    sshStrings(secretPart, ""),
+  ]);
+  const paddingBytes = [1, 2, 3, 4, 5, 6, 7].slice(0, padding(secret.length));
+  const blob = Buffer.concat([
+    Buffer.from("openssh-key-v1\0"),
+    sshStrings("none", "none", ""),
+    Buffer.from([0, 0, 0, 1]),
+    sshStrings(publicKey, Buffer.concat([secret, Buffer.from(paddingBytes)])),
+  ]).toString("base64");
+  return "-----BEGIN OPENSSH PRIVATE KEY-----\n" +
+    blob.replace(/.{1,70}/g, "$&\n") + "-----END OPENSSH PRIVATE KEY-----\n";
+}
+
+/** What OpenSSH calls the curves of ECDSA keys. */
+const OPENSSH_CURVES: Readonly<Record<string, string>> = {
+  "P-256": "nistp256",
+  "P-384": "nistp384",
+  "P-521": "nistp521",
+};
+
+/**
+ * Turns PEM forms into OpenSSH's: PKCS #8 ssh2 doesn't read, and of SEC 1 not
+ * all curves under Deno.
+ */
+function convertPrivateKey(pem: string): string {
+  if (!/-----BEGIN (EC )?PRIVATE KEY-----/.test(pem)) return pem;
+  const key = createPrivateKey(pem);
+  if (key.asymmetricKeyType === "rsa") {
+    return key.export({ type: "pkcs1", format: "pem" }) as string;
+  }
+  const jwk = key.export({ format: "jwk" });
+  const [d, x, y] = [jwk.d, jwk.x, jwk.y].map((part = "") =>
+    Buffer.from(part, "base64url")
+  );
+  if (jwk.crv === "Ed25519") {
+    return opensshKey(sshStrings("ssh-ed25519", x!), Buffer.concat([d!, x!]));
+  }
+  const curve = OPENSSH_CURVES[jwk.crv ?? ""];
+  if (curve === undefined) throw new Error("unsupported type of key");
+  const point = Buffer.concat([Buffer.of(4), x!, y!]);
+  return opensshKey(sshStrings(`ecdsa-sha2-${curve}`, curve, point), d!);
+}
+
+/**
+ * Drops the zero that OpenSSH puts before a number whose first bit is set:
+ * ssh2 hands it on, and Deno refuses it.
+ */
+function withoutSign(key: string, parsed: ParsedKey): string {
+  if (!parsed.type.startsWith("ecdsa-")) return key;
+  const pem = parsed.getPrivatePEM().replace(/-----.*-----/g, "");
+  const der = Buffer.from(pem, "base64");
+  const start = der.indexOf(Buffer.of(2, 1, 1, 4)) + 5; // behind the version
+  const number = der.subarray(start, start + der[start - 1]!);
+  if (number[0] !== 0 || number[1]! < 0x80) return key;
+  return opensshKey(parsed.getPublicSSH(), number.subarray(1));
+}
+
+/**
+ * Reads an SSH private key.
+ *
+ * @throws {OffloadError} where there is none, it is of a form that is not
+ * known, or it is protected by a passphrase, which nobody could type in.
+ */
+export function readPrivateKey(file: string): string {
+  try {
+    const pem = readFileSync(file, "latin1");
+    if (/ENCRYPTED/.test(pem)) throw new Error("passphrase");
+    const key = convertPrivateKey(pem);
+    const parsed = ssh2.utils.parseKey(key);
+    if (parsed instanceof Error) throw parsed;
+    if (!parsed.isPrivateKey()) throw new Error("it is a public key");
+    return withoutSign(key, parsed);
+  } catch (cause) {
+    const locked = /passphrase/.test(String(cause));
+    throw new OffloadError(
+      `failed to load SSH private key from '${file}': ` +
+        (locked ? "it is protected by a passphrase" : reason(cause)),
+      {
+        cause,
+        hint: locked
+          ? `nobody can type it in here: run 'ssh-keygen -p -f ${file}'`
+          : undefined,
+      },
+    );
+  }
+}
+
+/** What ssh2 puts beside an error's message. */
+type SshError = Error & { readonly level?: string };
+
+/** Says why a connection failed, and what may help. */
+function connectionError(machine: Machine, cause: SshError): OffloadError {
+  const { name, user, port, privateKey } = machine;
+  if (cause instanceof OffloadError) return cause;
+  if (cause.level === "client-authentication") {
+    return new OffloadError(
+      `SSH public key authentication failed for '${name}': access denied`,
+      {
+        cause,
+        hint: `add the public key of '${privateKey}' to ` +
+          `~${user}/.ssh/authorized_keys on '${name}'`,
+      },
+    );
+  }
+  return new OffloadError(`failed to connect to '${name}': ${reason(cause)}`, {
+    cause,
+    hint: `try 'ssh -p ${port} -i ${privateKey} ${user}@${name}'`,
+  });
+}
+
+function hostKeyError(machine: Machine, shown: Buffer): OffloadError {
+  const { type, key } = parseHostKey(machine);
+  return new OffloadError(
+    `server at '${machine.name}' returned host key ` +
+      `'${shown.toString("base64")}' of type '${sshKeyType(shown)}' ` +
+      `instead of '${key.toString("base64")}' of type '${type}'`,
+    { hint: "if it was changed on purpose, correct the machine's host-key" },
+  );
+}
+
+/** Everything ssh2 is told; `refuse` gets the error of a wrong host key. */
+function sshOptions(
+  machine: Machine,
+  connectTimeout: number,
+  refuse: (error: OffloadError) => void,
+): ConnectConfig {
+  const { type, key } = parseHostKey(machine);
+  return {
+    host: machine.name,
+    port: machine.port,
+    username: machine.user,
+    privateKey: readPrivateKey(machine.privateKey),
+    authHandler: ["publickey"],
+    algorithms: {
+      serverHostKey: [...HOST_KEY_ALGORITHMS[type]!],
+      // Archives are compressed where that pays, not every packet.
+      compress: ["none"],
+    },
+    // Synchronous: ssh2 takes the promise of an answer for a yes.
+    hostVerifier: (shown: Buffer) => {
+      if (shown.equals(key)) return true;
+      refuse(hostKeyError(machine, shown));
+      return false;
+    },
+    readyTimeout: connectTimeout * 1000,
+    keepaliveInterval: KEEPALIVE.interval,
+    keepaliveCountMax: KEEPALIVE.count,
+  };
+}
+
+/**
+ * Connects to a build machine, whose host key is pinned, and logs in.
+ *
+ * @throws {OffloadError} that says at which step it failed and what to do.
+ */
+export async function openSession(
+  machine: Machine,
+  context: Pick<Context, "signal" | "settings">,
+): Promise<Session> {
+  for (let retries = 0;; retries++) {
+    try {
+      return await connect(machine, context);
+    } catch (error) {
+      const { cause } = error as Error;
+      if (retries === CROWDED.retries || !CROWDED.error.test(String(cause))) {
+        throw error;
+      }
+      await delay(CROWDED.delay * (1 + Math.random()) * (1 + retries));
+    }
+  }
+}
+
+/** What an sshd with too many logins under way (MaxStartups) does to a new one. */
+const CROWDED = {
+  error: /Connection lost before handshake|ECONNRESET/,
+  retries: 4,
+  delay: 100, // milliseconds, growing and with jitter
+} as const;
+
+async function connect(
+  machine: Machine,
+  { signal, settings }: Pick<Context, "signal" | "settings">,
+): Promise<Session> {
+  signal.throwIfAborted();
+  const client = new ssh2.Client();
+  let failure: Error | undefined;
+  const fail = (error: Error) => {
+    failure ??= error;
+  };
+  const options = sshOptions(machine, settings.connectTimeout, fail);
+  const abort = () => {
+    fail(signal.reason);
+    client.destroy();
+  };
+  signal.addEventListener("abort", abort);
+  await new Promise<void>((resolve, reject) => {
+    client.on("connect", () => client.setNoDelay(true));
+    client.on("ready", resolve);
+    client.on("error", fail);
+    client.on("close", () => {
+      signal.removeEventListener("abort", abort);
+      fail(new Error("connection closed"));
+      reject(connectionError(machine, failure!));
+    });
+    client.connect(options);
+  });
+  return {
+    machine,
+    failure: () => failure,
+    openDaemon: () => openRemoteDaemon(client, machine),
+    exec: (command) => execute(client, command),
+    close: () => client.end(),
+  };
+}
+
+function execute(client: Client, command: string): Promise<Duplex> {
+  return new Promise((resolve, reject) => {
+    client.exec(command, (cause, channel) => {
+      if (cause !== undefined) return reject(cause);
+      channel.stderr.resume(); // unread, it would block the rest
+      resolve(channel);
+    });
+  });
+}
+
+/** Connects to the socket of the daemon there, without a program's help. */
+async function openRemoteDaemon(
+  client: Client,
+  { name, user, daemonSocket }: Machine,
+): Promise<StoreConnection> {
+  const stream = await new Promise<Duplex>((resolve, reject) => {
+    client.openssh_forwardOutStreamLocal(daemonSocket, (cause, stream) => {
+      if (cause === undefined) return resolve(stream);
+      reject(
+        new OffloadError(
+          `failed to connect to guix-daemon on '${name}': ${reason(cause)}`,
+          {
+            cause,
+            hint: `check that guix-daemon runs there, that '${user}' may use ` +
+              `'${daemonSocket}', and that sshd allows stream-local forwarding`,
+          },
+        ),
+      );
+    });
+  });
+  return openStore(stream, `guix-daemon on '${name}'`);
+}
+
+/** Connects to this machine's daemon, at the Unix-domain socket `path`. */
+async function openLocalDaemon(path: string): Promise<StoreConnection> {
+  const stream = createConnection({ path });
+  await new Promise<void>((resolve, reject) => {
+    stream.once("connect", resolve).once("error", (cause) => {
+      const message = `failed to connect to '${path}': ${reason(cause)}`;
+      reject(new OffloadError(message, { cause }));
+    });
+  });
+  return openStore(stream, "guix-daemon");
+}
+
+// ---------------------------------------------------------------------------
+// Scheduling
+// ---------------------------------------------------------------------------
+
+const REQUEST_LINE = /^([01]) ([a-z0-9_-]+) (\/\S+\.drv) (\S*)$/;
+
+/**
+ * Reads a request as the daemon writes it (`tryBuildHook` in its build.cc).
+ *
+ * @throws {OffloadError} where `line` is none.
+ */
+export function parseRequest(line: string): Request {
+  const match = REQUEST_LINE.exec(line);
+  if (match === null) {
+    throw new OffloadError(
+      `invalid request line: ${JSON.stringify(line)}`,
+      { hint: "expected '0|1 SYSTEM DERIVATION FEATURE,…' from guix-daemon" },
+    );
+  }
+  const [, wantsLocal, system, derivation, features] = match;
+  return {
+    wantsLocal: wantsLocal === "1",
+    system: system!,
+    derivation: derivation!,
+    features: features!.split(",").filter((feature) => feature !== ""),
+  };
+}
+
+/** Whether a machine builds for the system and has the features. */
+export function machineMatches(machine: Machine, request: Request): boolean {
+  return machine.systems.includes(request.system) &&
+    request.features.every((feature) => machine.features.includes(feature));
+}
+
+/** The questions, for any POSIX shell: a line `NAME ANSWER…` for each. */
+function probeCommand(storeDirectory: string): string {
+  return `
+PATH=$PATH:/run/current-system/profile/bin:/usr/bin:/bin
+exec 2>/dev/null
+space() {
+  echo "$1-bytes $(df -Pk "$2" | tail -n 1)"
+  echo "$1-inodes $(df -Pi "$2" | tail -n 1)"
+}
+echo "uname $(uname -snrm)"
+echo "cores $(nproc || grep -c ^processor /proc/cpuinfo)"
+echo "load $(cat /proc/loadavg)"
+echo "memory $(grep ^MemAvailable: /proc/meminfo)"
+for i in cpu io memory; do echo "$i $(head -n 1 /proc/pressure/$i)"; done
+space store '${storeDirectory}'
+build=/var/guix/builds; [ -d $build ] || build=/tmp
+space build $build
+echo "clock $(date +%s.%N)"
+`;
+}
+
+/** Reads the facts from what the probe printed. */
+export function parseFacts(
+  text: string,
+  time: number,
+  roundTrip: number,
+): Facts {
+  const answers = new Map<string, string[]>();
+  for (const line of text.split("\n")) {
+    const [name = "", ...words] = line.trim().split(/\s+/);
+    answers.set(name, words);
+  }
+  const number = (name: string, index: number, unit = 1) => {
+    const value = parseFloat(answers.get(name)?.at(index) ?? "") * unit;
+    return Number.isFinite(value) ? value : undefined;
+  };
+  // Of df's line, the fourth word is what is available.
+  const space = (name: string): FreeSpace | undefined => {
+    const bytes = number(`${name}-bytes`, 3, 1024);
+    const inodes = number(`${name}-inodes`, 3) ?? Infinity;
+    return bytes === undefined ? undefined : { bytes, inodes };
+  };
+  const pressure = (name: string) =>
+    parseFloat(answers.get(name)?.[1]?.replace("avg10=", "") ?? "0") || 0;
+  const clock = number("clock", 0);
+  return {
+    time,
+    roundTrip,
+    load: number("load", 0),
+    cores: number("cores", 0),
+    memory: number("memory", 1, 1024),
+    pressure: {
+      cpu: pressure("cpu"),
+      io: pressure("io"),
+      memory: pressure("memory"),
+    },
+    store: space("store"),
+    build: space("build"),
+    clock: clock === undefined ? undefined : clock - time / 1000,
+    uname: answers.get("uname")?.join(" "),
+  };
+}
+
+/** The load as the reference normalizes it: 0 to 1, by the processors. */
+export function normalizedLoad({ load, cores }: Facts): number | undefined {
+  return load === undefined || cores === undefined
+    ? undefined
+    : Math.min(1, load / cores);
+}
+
+/** Asks a machine for its facts, all by one command. */
+async function probe(session: Session, context: Context): Promise<Facts> {
+  const start = performance.now();
+  const channel = await session.exec(probeCommand(context.storeDirectory));
+  const roundTrip = performance.now() - start;
+  let text = "";
+  for await (const chunk of channel) text += chunk;
+  const middle = Date.now() - (performance.now() - start - roundTrip) / 2;
+  return parseFacts(text, middle, roundTrip);
+}
+
+/** A machine that matches, and what is found out about it. */
+export interface Prospect extends Candidate {
+  /** What it said, once it did. */
+  facts: Facts | undefined;
+  /** Why it can't be reached, or is left alone. */
+  problem: string | undefined;
+  /** How often it failed since a build last succeeded there. */
+  readonly failures: number;
+  /** Until when it is left alone for that, in milliseconds since 1970. */
+  readonly until: number;
+  /** Kept for the build, where it was opened to ask. */
+  session: Session | undefined;
+  /** Whether it is too late to answer. */
+  dismissed: boolean;
+}
+
+/** How many machines are asked at the same time. */
+const PROBES_AT_ONCE = 32;
+
+/** How much longer than the first answer took others are waited for, in ms. */
+const GRACE = { factor: 2, least: 50, most: 500 } as const;
+
+function makeProspect(
+  machine: Machine,
+  record: MachineRecord | undefined,
+  context: Context,
+): Prospect {
+  const { observations, settings, stateDirectory } = context;
+  const id = machineId(machine);
+  const now = Date.now();
+  const oldest = now - settings.factsLifetime * 1000;
+  const facts = record?.facts;
+  const same = record?.definition === JSON.stringify(machine);
+  const until = same ? record.until : 0;
+  return {
+    machine,
+    id,
+    facts: facts !== undefined && facts.time > oldest ? facts : undefined,
+    problem: until > now ? record?.problem : undefined,
+    failures: same ? record.failures : 0,
+    until,
+    session: undefined,
+    dismissed: false,
+    bandwidth: record?.bandwidth,
+    freeSlots: () => countFreeSlots(machine, stateDirectory),
+    holds: (paths) => observations.held(id, paths),
+  };
+}
+
+/** Connects to a machine and asks it; what is found out goes to `prospect`. */
+async function ask(prospect: Prospect, context: Context): Promise<void> {
+  const { machine, id } = prospect;
+  const { observations, settings } = context;
+  try {
+    const session = await openSession(machine, context);
+    prospect.session = session;
+    // An account may be unable to run commands and still be of use.
+    const facts = await probe(session, context).catch(() => undefined);
+    prospect.facts = facts ?? { time: Date.now() };
+    observations.saveFacts(id, prospect.facts);
+    if (prospect.dismissed) session.close();
+  } catch (error) {
+    context.signal.throwIfAborted();
+    prospect.problem = reason(error);
+    observations.saveFailure(machine, prospect.problem, settings);
+    context.log.warn(error);
+  }
+}
+
+/** Waits for the answer that another of our processes asked for. */
+async function awaitOther(prospect: Prospect, context: Context): Promise<void> {
+  const seconds = context.settings.decisionTimeout;
+  for (let waited = 0; waited < seconds * 1000; waited += 20) {
+    await delay(20);
+    const record = context.observations.machines().get(prospect.id);
+    const { facts, problem } = makeProspect(prospect.machine, record, context);
+    Object.assign(prospect, { facts, problem });
+    if (facts !== undefined || problem !== undefined) return;
+  }
+}
+
+/** Finds out about a machine, or leaves that to another of our processes. */
+async function consult(prospect: Prospect, context: Context): Promise<void> {
+  const { observations, settings } = context;
+  const mine = observations.claim(prospect.id, settings.decisionTimeout);
+  await (mine ? ask : awaitOther)(prospect, context);
+  if (prospect.facts === undefined) throw new Error(prospect.problem);
+}
+
+/**
+ * Consults machines side by side. Once one has answered, the rest has little
+ * time left; where there is `another` choice, what failed before has none.
+ */
+async function consultAll(
+  prospects: readonly Prospect[],
+  another: boolean,
+  context: Context,
+): Promise<void> {
+  const { observations, settings } = context;
+  const start = performance.now();
+  const answers = prospects.map((prospect) => consult(prospect, context));
+  const awaited = answers.filter((_, i) => prospects[i]!.failures === 0);
+  const bound = delay(settings.decisionTimeout * 1000);
+  const firstAndGrace = Promise.any(answers).then(() => {
+    const grace = GRACE.factor * (performance.now() - start);
+    return delay(Math.min(Math.max(grace, GRACE.least), GRACE.most));
+  }).catch(() => bound);
+  const enough = Promise.allSettled(awaited).then((results) =>
+    another || results.some(({ status }) => status === "fulfilled")
+      ? undefined
+      : Promise.allSettled(answers)
+  );
+  await Promise.race([enough, firstAndGrace, bound]);
+  for (const prospect of prospects) {
+    if (prospect.facts !== undefined || prospect.problem) continue;
+    prospect.problem = "no answer yet";
+    observations.saveFailure(prospect.machine, prospect.problem, settings);
+  }
+}
+
+/** Finds out about the machines, asking only those that nothing is known of. */
+async function survey(
+  machines: readonly Machine[],
+  context: Context,
+): Promise<Prospect[]> {
+  const records = context.observations.machines();
+  const prospects = machines.map((machine) =>
+    makeProspect(machine, records.get(machineId(machine)), context)
+  );
+  const unknown = prospects
+    .filter(({ facts, problem }) =>
+      facts === undefined && problem === undefined
+    )
+    .filter((prospect) => prospect.freeSlots() > 0)
+    .sort((a, b) => b.machine.speed - a.machine.speed);
+  if (unknown.length > 0) {
+    const another = prospects.some(({ facts }) => facts !== undefined);
+    await consultAll(unknown.slice(0, PROBES_AT_ONCE), another, context);
+  }
+  context.signal.throwIfAborted();
+  return prospects;
+}
+
+/** Why a machine gets no build now, if it gets none. */
+function exclusion(
+  { machine, facts, problem, until }: Prospect,
+  { settings }: Context,
+): string | undefined {
+  if (problem !== undefined) {
+    const seconds = Math.ceil((until - Date.now()) / 1000);
+    return seconds > 0 ? `left alone for ${seconds} s: ${problem}` : problem;
+  }
+  if (facts === undefined) return "all its slots are taken";
+  const load = normalizedLoad(facts);
+  const threshold = machine.overloadThreshold;
+  if (load !== undefined && threshold !== false && load >= threshold) {
+    return `overloaded: its normalized load is ${load.toFixed(2)}`;
+  }
+  const free = facts.store?.bytes;
+  if (free !== undefined && free < settings.minimumFreeSpace) {
+    return `low on disk space: ${mebibytes(free)} MiB free`;
+  }
+  return undefined;
+}
+
+/** What speaks for a machine. */
+interface Appraisal {
+  readonly prospect: Prospect;
+  readonly scores: Scores;
+}
+
+/** Scores the machines that may take a build; the best comes first. */
+async function rank(
+  prospects: readonly Prospect[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Appraisal[]> {
+  const eligible = prospects.filter((prospect) => {
+    const why = exclusion(prospect, context);
+    if (why) context.log.debug(`skipping '${prospect.machine.name}': ${why}`);
+    return why === undefined;
+  });
+  const scores = await scoreCandidates(eligible, request, context);
+  return eligible
+    .map((prospect, index) => ({
+      prospect,
+      scores: scores[index]!,
+      chance: Math.random(), // among equals, as the reference does
+    }))
+    .filter(({ scores }) => scores.total !== -Infinity)
+    .sort((a, b) => b.scores.total - a.scores.total || a.chance - b.chance);
+}
+
+/** A machine that takes a build, and the slot that is held for it. */
+export interface Assignment {
+  /** The machine. */
+  readonly prospect: Prospect;
+  /** The slot. */
+  readonly slot: Slot;
+}
+
+/** Takes a slot of the first machine that has one. */
+function takeSlot(
+  ranking: readonly Appraisal[],
+  context: Context,
+): Assignment | undefined {
+  for (const { prospect } of ranking) {
+    const slot = acquireBuildSlot(prospect.machine, context.stateDirectory);
+    if (slot !== undefined) return { prospect, slot };
+  }
+  return undefined;
+}
+
+/** Lets go of what was opened to ask, but for `chosen`. */
+function dismiss(prospects: readonly Prospect[], chosen?: Prospect): void {
+  for (const prospect of prospects) {
+    if (prospect === chosen) continue;
+    prospect.dismissed = true;
+    prospect.session?.close();
+  }
+}
+
+/**
+ * Waits until one of the machines has a free slot, as long as an answer may
+ * take: that keeps short builds flowing, for the daemon comes back from a
+ * "postpone" only after 5 s.
+ *
+ * Since the daemon does nothing else meanwhile, a wait in vain is the last one
+ * until a slot was freed.
+ */
+async function waitForSlot(
+  busy: readonly Prospect[],
+  context: Context,
+  end: number,
+): Promise<boolean> {
+  if (busy.length === 0 || !context.observations.mayWait()) return false;
+  while (performance.now() < end) {
+    await delay(25);
+    context.signal.throwIfAborted();
+    if (busy.some((prospect) => prospect.freeSlots() > 0)) return true;
+  }
+  context.observations.saveVainWait();
+  return false;
+}
+
+/** Chooses who takes a build, or says why nobody does. */
+export async function chooseBuildMachine(
+  machines: readonly Machine[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Assignment | "busy" | "unreachable"> {
+  const end = performance.now() + context.settings.decisionTimeout * 1000;
+  for (;;) {
+    const prospects = await survey(machines, context);
+    const ranking = await rank(prospects, request, context);
+    const assignment = takeSlot(ranking, context);
+    dismiss(prospects, assignment?.prospect);
+    if (assignment !== undefined) return assignment;
+    const reachable = prospects.filter(({ problem }) => problem === undefined);
+    if (reachable.length === 0) return "unreachable";
+    const busy = reachable.filter((prospect) => prospect.freeSlots() === 0);
+    if (!await waitForSlot(busy, context, end)) return "busy";
+  }
+}
+
+/** Finds out what a derivation needs, without the daemon's telling. */
+async function queryInputs(
+  derivation: string,
+  context: Context,
+): Promise<InputItem[]> {
+  const store = await openLocalDaemon(context.daemonSocket);
+  try {
+    const items = new Map<string, InputItem>();
+    const { references } = await queryPathInfo(store, derivation);
+    const roots = [...references];
+    for (const path of references.filter((path) => path.endsWith(".drv"))) {
+      roots.push(...await queryDerivationOutputs(store, path));
+    }
+    const queue = await queryValidPaths(store, roots);
+    for (let path; (path = queue.pop()) !== undefined;) {
+      if (items.has(path)) continue;
+      const { references, narSize } = await queryPathInfo(store, path);
+      items.set(path, { path, size: narSize });
+      queue.push(...references);
+    }
+    return [...items.values()];
+  } finally {
+    store.stream.destroy();
+  }
+}
+
+function scoredRequest(request: Request, context: Context): ScoredRequest {
+  const name = derivationName(request.derivation);
+  let inputs: Promise<InputItem[]> | undefined;
+  return {
+    ...request,
+    name,
+    history: () => context.observations.history(name),
+    inputs: () => inputs ??= queryInputs(request.derivation, context),
+  };
+}
+
+// ---------------------------------------------------------------------------
+// Offloading
+// ---------------------------------------------------------------------------
+
+/** Items to send by one means: as texts, or as signed archives. */
+export interface Batch {
+  /** Whether the items' names follow from their text. */
+  readonly asText: boolean;
+  /** The store items, references first. */
+  readonly paths: readonly string[];
+}
+
+/**
+ * Orders items so that each comes after those it refers to, in as few batches
+ * as that allows.
+ *
+ * The name of a derivation follows from its text, so it needs no signature:
+ * that saves the start of `guix authenticate` on both sides.
+ */
+export function makeBatches(
+  references: ReadonlyMap<string, readonly string[]>,
+): Batch[] {
+  const waiting = new Map<string, number>();
+  const referrers = new Map<string, string[]>();
+  for (const path of references.keys()) referrers.set(path, []);
+  for (const [path, all] of references) {
+    const targets = all.filter((target) =>
+      target !== path && references.has(target)
+    );
+    waiting.set(path, targets.length);
+    for (const target of targets) referrers.get(target)!.push(path);
+  }
+  return drain(waiting, referrers);
+}
+
+/** Takes what waits for nothing, means by means, until all is taken. */
+function drain(
+  waiting: Map<string, number>,
+  referrers: ReadonlyMap<string, readonly string[]>,
+): Batch[] {
+  const batches: Batch[] = [];
+  let ready = [...waiting.keys()].filter((path) => waiting.get(path) === 0);
+  for (let asText = false; ready.length > 0; asText = !asText) {
+    const paths: string[] = [];
+    const later: string[] = [];
+    // `ready` grows while it is walked.
+    for (const path of ready) {
+      if (path.endsWith(".drv") !== asText) {
+        later.push(path);
+        continue;
+      }
+      paths.push(path);
+      for (const referrer of referrers.get(path)!) {
+        const left = waiting.get(referrer)! - 1;
+        waiting.set(referrer, left);
+        if (left === 0) ready.push(referrer);
+      }
+    }
+    if (paths.length > 0) batches.push({ asText, paths });
+    ready = later;
+  }
+  return batches;
+}
+
+/** Adds a derivation to the remote store as the text that it is. */
+async function sendText(
+  path: string,
+  references: readonly string[],
+  remote: StoreConnection,
+): Promise<void> {
+  const text = readFileSync(path);
+  const added = await addTextToStore(remote, itemName(path), text, references);
+  if (added !== path) {
+    throw new OffloadError(`${remote.name} made '${added}' of '${path}'`);
+  }
+}
+
+/** The default transport: all goes over the connection to the daemon. */
+function daemonTransport({ local, remote }: TransportContext): Transport {
+  return {
+    missing: async (paths) => {
+      const valid = new Set(await queryValidPaths(remote, paths));
+      return paths.filter((path) => !valid.has(path));
+    },
+    send: async (items) => {
+      const references = new Map(
+        [...items].map(([path, item]) => [path, item.references]),
+      );
+      for (const { asText, paths } of makeBatches(references)) {
+        if (!asText) await importPaths(remote, exportBundle(local, paths));
+        else {
+          for (const path of paths) {
+            await sendText(path, references.get(path)!, remote);
+          }
+        }
+      }
+    },
+    retrieve: (paths) => exportBundle(remote, paths),
+  };
+}
+
+/** The transport of the first plugin that has one for the machine. */
+async function chooseTransport(
+  machine: Machine,
+  context: TransportContext,
+  plugins: readonly Plugin[],
+): Promise<Transport> {
+  const seconds = context.settings.hookTimeout;
+  for (const plugin of plugins) {
+    const transport = await callHook(
+      plugin,
+      "transport",
+      seconds,
+      () => plugin.transport?.(machine, context),
+    );
+    if (transport !== undefined) return transport;
+  }
+  throw new OffloadError(`no transport to '${machine.name}'`);
+}
+
+/** Sends what the machine lacks of `paths`; returns how much that was. */
+async function sendItems(
+  paths: readonly string[],
+  transport: Transport,
+  machine: Machine,
+  { local, log }: TransportContext,
+): Promise<number> {
+  const missing = await transport.missing(paths);
+  if (missing.length === 0) return 0;
+  const items = new Map<string, PathInfo>();
+  let size = 0;
+  for (const path of missing) {
+    const info = await queryPathInfo(local, path);
+    items.set(path, info);
+    size += info.narSize;
+  }
+  log.info(
+    `sending ${count(missing.length)} (${mebibytes(size)} MiB) to ` +
+      `'${machine.name}'...`,
+  );
+  await transport.send(items);
+  return size;
+}
+
+/** Where an output waits until all of them are verified. */
+function temporaryName(output: string): string {
+  // The collector spares this name as long as the output is a temporary root,
+  // as it is while the daemon builds it, and no longer.
+  return `${output}.chroot`;
+}
+
+function removeFile(file: string): void {
+  rmSync(file, { recursive: true, force: true });
+}
+
+/** Checks that an item was asked for and is signed by whom we trust. */
+function checkItem(
+  item: ItemMetadata,
+  outputs: readonly string[],
+  acl: Acl,
+  reader: ByteReader,
+): void {
+  const { path, signature, hash } = item;
+  if (!outputs.includes(path)) {
+    throw reader.error(`unexpected store item '${path}'`);
+  }
+  const problem = signature === undefined
+    ? "it lacks a signature"
+    : checkSignature(signature, hash, acl);
+  if (problem === undefined) return;
+  throw new OffloadError(`${reader.name}: '${path}': ${problem}`, {
+    hint: problem === UNAUTHORIZED
+      ? "run 'guix archive --authorize' here with the machine's " +
+        "/etc/guix/signing-key.pub"
+      : undefined,
+  });
+}
+
+/** Restores and checks what a bundle holds; returns where each output is. */
+async function restoreOutputs(
+  reader: ByteReader,
+  outputs: readonly string[],
+  acl: Acl,
+): Promise<ReadonlyMap<string, string>> {
+  const restored = new Map<string, string>();
+  // An item's name comes after its contents, and in whatever order.
+  while (await reader.number(1) === 1) {
+    if (restored.size === outputs.length) {
+      throw reader.error("more store items than were asked for");
+    }
+    const file = temporaryName(outputs[restored.size]!);
+    removeFile(file); // an earlier hook may have been killed
+    const item = await restoreItem(reader, file);
+    checkItem(item, outputs, acl, reader);
+    if (restored.has(item.path)) throw reader.error(`'${item.path}' twice`);
+    restored.set(item.path, file);
+  }
+  const lacking = outputs.find((output) => !restored.has(output));
+  if (lacking !== undefined) throw reader.error(`'${lacking}' is missing`);
+  if (await reader.more()) throw reader.error("unexpected data at the end");
+  return restored;
+}
+
+/**
+ * Puts the outputs at their paths: all of them, once each is complete and its
+ * signature verified, or none.
+ */
+async function retrieveOutputs(
+  outputs: readonly string[],
+  transport: Transport,
+  machine: Machine,
+  context: Context,
+): Promise<void> {
+  const acl = readAcl(context.configDirectory);
+  context.log.info(
+    `retrieving ${count(outputs.length)} from '${machine.name}'...`,
+  );
+  const name = `archive from '${machine.name}'`;
+  const reader = new ByteReader(transport.retrieve(outputs), name);
+  try {
+    for (const [output, file] of await restoreOutputs(reader, outputs, acl)) {
+      removeFile(output);
+      renameSync(file, output);
+    }
+  } finally {
+    outputs.map(temporaryName).forEach(removeFile);
+  }
+}
+
+/** What the daemon sends for a build that was accepted. */
+interface Work {
+  readonly derivation: string;
+  /** All that it needs, its closure included. */
+  readonly inputs: readonly string[];
+  /** What it is to make. */
+  readonly outputs: readonly string[];
+}
+
+/** What a daemon logs of a build beyond its limits; its status says nothing. */
+const TIMED_OUT = /^building of `.*' timed out after/m;
+
+/** Builds on the other side; what fails there is told in its exit code. */
+async function buildRemotely(
+  derivation: string,
+  remote: StoreConnection,
+  machine: Machine,
+  context: Context,
+): Promise<void> {
+  context.log.info(`offloading '${derivation}' to '${machine.name}'...`);
+  context.log.trace(`@ build-remote ${derivation} ${machine.name}`);
+  let timedOut = false;
+  const log = (text: Buffer) => {
+    timedOut ||= TIMED_OUT.test(text.toString("latin1"));
+    context.buildLog(text);
+  };
+  try {
+    await buildThings(remote, [derivation], log);
+  } catch (cause) {
+    if (!(cause instanceof DaemonError)) throw cause;
+    const failed = cause.status === EXIT.buildFailed;
+    throw new OffloadError(
+      `derivation '${derivation}' offloaded to '${machine.name}' failed: ` +
+        cause.message,
+      {
+        cause,
+        exitCode: timedOut ? EXIT.timedOut : failed ? cause.status : undefined,
+      },
+    );
+  }
+}
+
+/** Sends the inputs, builds, and retrieves the outputs. */
+async function transferAndOffload(
+  { derivation, inputs, outputs }: Work,
+  session: Session,
+  context: Context,
+): Promise<void> {
+  const { machine } = session;
+  const local = openLocalDaemon(context.daemonSocket);
+  local.catch(() => {}); // it is told below
+  try {
+    const remote = await session.openDaemon();
+    await setBuildOptions(remote, context.buildOptions);
+    await addTempRoot(remote, derivation);
+    const connections = { ...context, ...session, remote, local: await local };
+    const transport = await chooseTransport(
+      machine,
+      connections,
+      context.plugins,
+    );
+    const needed = [...new Set([derivation, ...inputs])];
+    const start = performance.now();
+    const size = await sendItems(needed, transport, machine, connections);
+    const sent = performance.now();
+    if (size > 2 ** 20) {
+      const bandwidth = size / (sent - start) * 1000;
+      context.observations.saveBandwidth(machineId(machine), bandwidth);
+    }
+    await buildRemotely(derivation, remote, machine, context);
+    const seconds = (performance.now() - sent) / 1000;
+    await retrieveOutputs(outputs, transport, machine, context);
+    context.observations.saveBuild(
+      machineId(machine),
+      derivationName(derivation),
+      seconds,
+      [...needed, ...outputs],
+    );
+    context.log.info(`done with offloaded '${derivation}'`);
+  } catch (error) {
+    context.signal.throwIfAborted();
+    const cause = session.failure();
+    if (cause === undefined) throw error;
+    const message = `lost connection to '${machine.name}'`;
+    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
+  } finally {
+    (await local.catch(() => undefined))?.stream.destroy();
+  }
+}
+
+/** Runs the build on the machine that took it, and lets go of that. */
+async function attempt(
+  work: Work,
+  { prospect, slot }: Assignment,
+  context: Context,
+): Promise<void> {
+  const { observations } = context;
+  observations.useSlot(slot.file, work.derivation);
+  let session = prospect.session;
+  try {
+    session ??= await openSession(prospect.machine, context);
+    await transferAndOffload(work, session, context);
+  } finally {
+    session?.close();
+    slot.release();
+    observations.releaseSlot(slot.file);
+  }
+}
+
+/**
+ * Runs the build on the machine that took it and, where that machine fails
+ * rather than the build, on others.
+ */
+async function offload(
+  work: Work,
+  request: ScoredRequest,
+  machines: readonly Machine[],
+  first: Assignment,
+  context: Context,
+): Promise<void> {
+  const { log, observations, settings } = context;
+  const causes: string[] = [];
+  for (let assignment: Assignment | string = first;;) {
+    if (typeof assignment === "string") {
+      throw new OffloadError(causes.join("; "), {
+        hint: `no other machine can take '${work.derivation}': ${assignment}`,
+      });
+    }
+    const { machine } = assignment.prospect;
+    try {
+      return await attempt(work, assignment, context);
+    } catch (error) {
+      context.signal.throwIfAborted();
+      const final = error instanceof OffloadError && error.exitCode !== 1;
+      if (final) throw error;
+      observations.saveFailure(machine, reason(error), settings);
+      causes.push(reason(error));
+      if (causes.length >= settings.attempts) {
+        throw new OffloadError(causes.join("; "), { cause: error });
+      }
+      log.warn(error);
+      log.info(`'${machine.name}' failed: trying another machine...`);
+      assignment = await chooseBuildMachine(machines, request, context);
+    }
+  }
+}
+
+/** The daemon's end of a hook: what it says, and how it is answered. */
+export interface Conversation {
+  /** The next line from the daemon, `undefined` at the end. */
+  readLine(): Promise<string | undefined>;
+  /** Answers the request. */
+  answer(word: "accept" | "decline" | "postpone"): void;
+}
+
+/** Reads what the daemon says after an accept: two lines of store paths. */
+async function readWork(
+  derivation: string,
+  conversation: Conversation,
+): Promise<Work> {
+  const inputs = await conversation.readLine();
+  const outputs = await conversation.readLine();
+  if (inputs === undefined || outputs === undefined) {
+    throw new OffloadError(`guix-daemon gave up '${derivation}'`);
+  }
+  const paths = (line: string) => line.split(" ").filter((path) => path !== "");
+  return { derivation, inputs: paths(inputs), outputs: paths(outputs) };
+}
+
+/** What a daemon is told when no machine takes its build. */
+function refusal(
+  why: "busy" | "unreachable",
+  { wantsLocal, system }: Request,
+  context: Context,
+): "decline" | "postpone" {
+  const canBuild = wantsLocal && system === context.system;
+  return why === "unreachable" && canBuild && context.settings.buildLocally
+    ? "decline"
+    : "postpone";
+}
+
+/**
+ * Serves a request; returns whether it was accepted, and so is built.
+ *
+ * @throws {OffloadError} with the exit code that tells the daemon what came
+ * of an accepted build.
+ */
+export async function processRequest(
+  request: Request,
+  conversation: Conversation,
+  context: Context,
+): Promise<boolean> {
+  const machines = (await listMachines(context))
+    .filter((machine) => machineMatches(machine, request));
+  if (machines.length === 0) {
+    conversation.answer("decline"); // none will ever match
+    return false;
+  }
+  const scored = scoredRequest(request, context);
+  const choice = await chooseBuildMachine(machines, scored, context);
+  if (typeof choice === "string") {
+    conversation.answer(refusal(choice, request, context));
+    return false;
+  }
+  conversation.answer("accept");
+  const work = await readWork(request.derivation, conversation);
+  await offload(work, scored, machines, choice, context);
+  return true;
+}
+
+// ---------------------------------------------------------------------------
+// Commands
+// ---------------------------------------------------------------------------
+
+const VERSION = "0.1.0";
+
+/** What a command has to say, and its exit code. */
+interface CommandResult {
+  readonly output: string;
+  readonly exitCode: number;
+}
+
+/** Lays out rows in columns; the last one is as wide as it is. */
+function formatTable(rows: readonly (readonly string[])[]): string {
+  const widths: number[] = [];
+  for (const row of rows) {
+    row.forEach((cell, i) => widths[i] = Math.max(widths[i] ?? 0, cell.length));
+  }
+  const line = (row: readonly string[]) =>
+    row.map((cell, i) => cell.padEnd(widths[i]!)).join("  ").trimEnd();
+  return rows.map(line).join("\n");
+}
+
+/**
+ * Reads from a derivation what decides on the machine (guix/derivations.scm).
+ *
+ * Its syntax is JSON's but for a word and the parentheses.
+ */
+export function readDerivation(
+  text: string,
+): Pick<Request, "system" | "features"> {
+  const json = text.replace(/^Derive/, "").replace(
+    /"(?:[^"\\]|\\[^])*"|[()]/g,
+    (token) => ({ "(": "[", ")": "]" })[token] ?? token,
+  );
+  const [, , , system, , , variables] = JSON.parse(json);
+  const features = new Map<string, string>(variables)
+    .get("requiredSystemFeatures") ?? "";
+  return { system, features: features.split(" ").filter(Boolean) };
+}
+
+/** `offload machines [FILE]`: what the file alone says, without plugins. */
+async function machinesCommand(
+  options: { readonly json?: boolean },
+  context: Context,
+): Promise<CommandResult> {
+  const plugins = context.plugins.filter(isBuiltin);
+  const machines = await listMachines({ ...context, plugins });
+  const rows = machines.map((machine) => [
+    machineId(machine),
+    machine.systems.join(","),
+    machine.user,
+    String(machine.parallelBuilds),
+    String(machine.speed),
+    String(machine.overloadThreshold || "-"),
+    machine.features.join(",") || "-",
+  ]);
+  const columns = "machine,systems,user,slots,speed,threshold,features";
+  const output = options.json
+    ? JSON.stringify(machines.map(machineToJson), null, 2)
+    : formatTable([columns.split(","), ...rows]);
+  const failed = context.problems.some(({ severity }) => severity === "error");
+  return { output, exitCode: failed ? 1 : 0 };
+}
+
+/** A machine as `offload explain` shows it. */
+interface Explanation {
+  readonly machine: string;
+  /** Whether it would be chosen. */
+  readonly chosen: boolean;
+  /** Why it would not, were it the only one. */
+  readonly excluded?: string | undefined;
+  readonly scores?: Scores | undefined;
+  readonly freeSlots: number;
+  readonly slots: number;
+  readonly facts?: Facts | undefined;
+}
+
+/** Why a machine can't build what is asked for, if so. */
+function mismatch(machine: Machine, request: Request): string | undefined {
+  if (machineMatches(machine, request)) return undefined;
+  if (!machine.systems.includes(request.system)) {
+    return `does not build for ${request.system}`;
+  }
+  const lacking = request.features
+    .filter((feature) => !machine.features.includes(feature));
+  return `lacks the features ${lacking.join(", ")}`;
+}
+
+/** Finds out who would build a derivation; takes no slot. */
+async function explain(
+  request: Request,
+  context: Context,
+): Promise<Explanation[]> {
+  const machines = await listMachines(context);
+  const matching = machines.filter((machine) =>
+    machineMatches(machine, request)
+  );
+  const prospects = await survey(matching, context);
+  const ranking = await rank(
+    prospects,
+    scoredRequest(request, context),
+    context,
+  );
+  dismiss(prospects);
+  const ranked = new Map(
+    ranking.map(({ prospect, scores }) => [prospect.machine, scores] as const),
+  );
+  const chosen = ranking.find(({ prospect }) => prospect.freeSlots() > 0);
+  return machines.map((machine): Explanation => {
+    const prospect = prospects.find((prospect) => prospect.machine === machine);
+    const freeSlots = countFreeSlots(machine, context.stateDirectory);
+    const scores = ranked.get(machine);
+    return {
+      machine: machineId(machine),
+      chosen: prospect !== undefined && prospect === chosen?.prospect,
+      excluded: mismatch(machine, request) ?? exclusion(prospect!, context) ??
+        (scores === undefined ? "vetoed by a plugin" : undefined) ??
+        (freeSlots === 0 ? "all its slots are taken" : undefined),
+      scores,
+      freeSlots,
+      slots: machine.parallelBuilds,
+      facts: prospect?.facts,
+    };
+  });
+}
+
+function formatExplanation(explanations: readonly Explanation[]): string {
+  const rows = explanations.map((explanation) => {
+    const { machine, chosen, excluded, scores, facts } = explanation;
+    const load = facts && normalizedLoad(facts);
+    const free = facts?.store?.bytes;
+    const byPlugin = Object.entries(scores?.byPlugin ?? {})
+      .map(([name, score]) => `${name} ${score}`);
+    return [
+      machine,
+      `${explanation.freeSlots} of ${explanation.slots}`,
+      load === undefined ? "-" : load.toFixed(2),
+      free === undefined ? "-" : `${mebibytes(free)} MiB`,
+      scores === undefined ? "-" : String(scores.total),
+      chosen ? "takes it" : excluded ?? "another one scores better",
+      byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
+    ];
+  });
+  const header = ["machine", "free slots", "load", "disk space", "score", ""];
+  return formatTable([header, ...rows]);
+}
+
+/** `offload explain DERIVATION`. */
+async function explainCommand(
+  derivation: string,
+  options: { readonly json?: boolean },
+  context: Context,
+): Promise<CommandResult> {
+  let text;
+  try {
+    text = readFileSync(derivation, "utf8");
+  } catch (cause) {
+    const message = `failed to read '${derivation}': ${reason(cause)}`;
+    throw new OffloadError(message, { cause });
+  }
+  const request = { wantsLocal: false, derivation, ...readDerivation(text) };
+  const explanations = await explain(request, context);
+  const output = options.json
+    ? JSON.stringify(explanations, null, 2)
+    : formatExplanation(explanations);
+  const found = explanations.some(({ chosen }) => chosen);
+  return { output, exitCode: found ? 0 : 1 };
+}
+
+const HOOK_USAGE =
+  `offload SYSTEM MAX-SILENT-TIME PRINT-BUILD-TRACE? BUILD-TIMEOUT
+  is how guix-daemon calls it: requests come in on the standard input.`;
+
+/** Runs the command that `args` name. */
+async function runCommand(
+  args: readonly string[],
+  makeContext: (machineFile?: string) => Promise<Context>,
+): Promise<CommandResult> {
+  const cli = cac("offload");
+  cli.command(
+    "explain <derivation>",
+    "Say which machine would build it, and why",
+  )
+    .option("--json", "Print JSON")
+    .action(async (derivation, options) =>
+      explainCommand(derivation, options, await makeContext())
+    );
+  cli.command("machines [file]", "Print the machines that a file lists")
+    .option("--json", "Print JSON")
+    .action(async (file, options) =>
+      machinesCommand(options, await makeContext(file))
+    );
+  cli.version(VERSION);
+  cli.help((
+    sections,
+  ) => [...sections, { title: "As a hook", body: HOOK_USAGE }]);
+  cli.parse(["", "offload", ...args], { run: false });
+  if (cli.options.help || cli.options.version) {
+    return { output: "", exitCode: 0 };
+  }
+  if (cli.matchedCommand === undefined) {
+    const [name] = args;
+    throw new OffloadError(
+      name === undefined
+        ? "missing command name"
+        : `${name}: command not found`,
+      { hint: "run 'offload --help'", exitCode: EXIT.usage },
+    );
+  }
+  return await cli.runMatchedCommand();
+}
+
+// ---------------------------------------------------------------------------
+// Entry
+// ---------------------------------------------------------------------------
+
+const STANDARD_OUTPUT = 1;
+const STANDARD_ERROR = 2;
+
+/** Writes all of `text` at once, so that nothing is lost at the exit. */
+function writeLine(file: number, text: string): void {
+  try {
+    writeFileSync(file, `${text}\n`);
+  } catch {
+    // The client is gone; the build goes on until the daemon ends it.
+  }
+}
+
+/** Makes a log on standard error, which the daemon shows to the client. */
+function makeLog(environment: Variables): Log {
+  const line = (text: string) => writeLine(STANDARD_ERROR, text);
+  const report = (kind: string, problem: unknown) => {
+    line(`offload: ${kind}: ${reason(problem)}`);
+    if (problem instanceof OffloadError && problem.hint !== undefined) {
+      line(`hint: ${problem.hint}`);
+    }
+    if (environment.OFFLOAD_DEBUG && problem instanceof Error) {
+      line(problem.stack ?? "");
+    }
+  };
+  return {
+    info: line,
+    trace: line,
+    warn: (problem) => report("warning", problem),
+    error: (problem) => report("error", problem),
+    debug: (text) => {
+      if (environment.OFFLOAD_DEBUG) line(`offload: debug: ${text}`);
+    },
+  };
+}
+
+/** Opens the log of the build, file descriptor 4 (by number, Deno can't). */
+function openBuildLog(): (text: Uint8Array) => void {
+  let file = STANDARD_ERROR;
+  try {
+    file = openSync("/proc/self/fd/4", "a");
+  } catch {
+    // Run by hand.
+  }
+  return (text) => writeFileSync(file, text);
+}
+
+/** What the daemon tells the hook when it starts it. */
+type HookArguments = Pick<Context, "system" | "buildOptions">;
+
+/** What stands in for it where a command runs, which builds nothing. */
+const NO_HOOK: HookArguments = {
+  system: "",
+  buildOptions: { maxSilentTime: 0, buildTimeout: 0 },
+};
+
+/** Reads the daemon's four arguments; `undefined` where it is a command. */
+function parseHookArguments(
+  args: readonly string[],
+): HookArguments | undefined {
+  const [, maxSilentTime, , buildTimeout] = args.map(Number);
+  if (args.length !== 4 || !/^[a-z]/.test(args[0]!)) return undefined;
+  if (!Number.isInteger(maxSilentTime) || !Number.isInteger(buildTimeout)) {
+    return undefined;
+  }
+  return {
+    system: args[0]!,
+    buildOptions: {
+      maxSilentTime: maxSilentTime!,
+      buildTimeout: buildTimeout!,
+    },
+  };
+}
+
+/** Evaluates a machine file; a missing one lists no machines. */
+function readMachineFile(file: string, environment: Variables): MachineFile {
+  let content;
+  try {
+    content = readFileSync(file);
+  } catch (cause) {
+    if ((cause as NodeJS.ErrnoException).code === "ENOENT") {
+      return { file, machines: [], problems: [], filesRead: [] };
+    }
+    const message = `failed to open machine file '${file}': ${reason(cause)}`;
+    throw new OffloadError(message, { cause });
+  }
+  return evaluateMachineFile(content, file, {
+    getenv: (name) => environment[name],
+    hostname,
+    readFile: (name) => readFileSync(name, "utf8"),
+    home: userInfo().homedir,
+  });
+}
+
+/** Where plugins and settings are. */
+function pluginDirectory(environment: Variables): string {
+  return environment.OFFLOAD_PLUGINS ??
+    `${configDirectory(environment)}/offload`;
+}
+
+function configDirectory(environment: Variables): string {
+  return environment.GUIX_CONFIGURATION_DIRECTORY ?? "/etc/guix";
+}
+
+/** Makes what is the same for all requests of a process. */
+async function makeContext(
+  hook: HookArguments,
+  environment: Variables,
+  log: Log,
+  signal: AbortSignal,
+  machineFile?: string,
+): Promise<Context> {
+  const stateDirectory = environment.GUIX_STATE_DIRECTORY ?? "/var/guix";
+  const socket = environment.GUIX_DAEMON_SOCKET ??
+    `${stateDirectory}/daemon-socket/socket`;
+  const plugins = pluginDirectory(environment);
+  const settings = readSettings(plugins, environment);
+  const machines = machineFile ??
+    `${configDirectory(environment)}/machines.scm`;
+  const problems: Problem[] = [];
+  return {
+    ...hook,
+    log,
+    signal,
+    settings,
+    environment,
+    configDirectory: configDirectory(environment),
+    stateDirectory,
+    storeDirectory: environment.NIX_STORE ?? "/gnu/store",
+    daemonSocket: socket.replace(/^unix:(\/\/)?/, ""),
+    buildLog: openBuildLog(),
+    guix: environment.OFFLOAD_GUIX ?? "guix",
+    machineFile: () => readMachineFile(machines, environment),
+    machineFromFields,
+    problems,
+    report: (problem) => {
+      problems.push(problem);
+      const { severity, message, hint } = problem;
+      const error = new OffloadError(message, { hint });
+      log[severity === "error" ? "error" : "warn"](error);
+    },
+    plugins: await loadPlugins(plugins, settings, log),
+    observations: new Observations(`${stateDirectory}/offload`, log),
+  };
+}
+
+/** Refuses a runtime that is too old, on which things fail in odd ways. */
+function checkRuntime(): void {
+  const [name, version, oldest] = deno === undefined
+    ? ["Node", process.versions.node, [22, 18, 0]] as const
+    : ["Deno", deno.version.deno, [2, 7, 14]] as const;
+  const numbers = version.split(".").map(Number);
+  const index = oldest.findIndex((part, index) => numbers[index] !== part);
+  if (index >= 0 && numbers[index]! < oldest[index]!) {
+    throw new OffloadError(
+      `${name} ${version} is too old: ${oldest.join(".")} or newer is needed`,
+    );
+  }
+}
+
+/** Serves the daemon's requests until one is accepted and built. */
+async function runHook(context: Context): Promise<void> {
+  const input = createInterface({ input: process.stdin });
+  const lines = input[Symbol.asyncIterator]();
+  const conversation: Conversation = {
+    readLine: async () => (await lines.next()).value,
+    answer: (word) => writeLine(STANDARD_OUTPUT, `# ${word}`),
+  };
+  for (let line; (line = await conversation.readLine()) !== undefined;) {
+    const request = parseRequest(line);
+    if (await processRequest(request, conversation, context)) return;
+  }
+}
+
+/** Ends the work, and with it what it holds, when a signal comes. */
+function abortOnSignals(): AbortSignal {
+  const controller = new AbortController();
+  for (const name of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+    process.on(name, () => {
+      controller.abort(new OffloadError(`interrupted by ${name}`));
+    });
+  }
+  return controller.signal;
+}
+
+/** Runs the program and returns its exit code. */
+async function main(args: readonly string[]): Promise<number> {
+  const environment = process.env;
+  const log = makeLog(environment);
+  try {
+    checkRuntime();
+    const signal = abortOnSignals();
+    const hook = parseHookArguments(args);
+    if (hook !== undefined) {
+      await runHook(await makeContext(hook, environment, log, signal));
+      return 0;
+    }
+    const { output, exitCode } = await runCommand(
+      args,
+      (file) => makeContext(NO_HOOK, environment, log, signal, file),
+    );
+    if (output !== "") writeLine(STANDARD_OUTPUT, output);
+    return exitCode;
+  } catch (error) {
+    log.error(error);
+    return error instanceof OffloadError ? error.exitCode : EXIT.transient;
+  }
+}
+
+if (import.meta.main) {
+  main(process.argv.slice(2)).then((code) => process.exit(code));
+}

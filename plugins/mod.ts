@@ -1,0 +1,12 @@
+/**
+ * The plugins that are built in, in the order in which they are asked.
+ *
+ * @module
+ */
+
+import type { Plugin } from "../mod.ts";
+import guileMachines from "./guile_machines.ts";
+import locality from "./locality.ts";
+
+const plugins: readonly Plugin[] = [guileMachines, locality];
+export default plugins;

@@ -1,0 +1,67 @@
+# Finds a JavaScript runtime that can run Offload, for the scripts beside it.
+#
+# OFFLOAD_RUNTIME  node, deno, or the file name of either; else whichever is
+#                  there and new enough, Node first
+
+fail() {
+    echo "offload: error: $1" >&2
+    echo "hint: $2" >&2
+    exit 1
+}
+
+# new_enough VERSION MAJOR MINOR PATCH: whether VERSION is at least that.
+new_enough() {
+    IFS=. read -r major minor patch <<END
+${1%%[-+ ]*}
+END
+    case .$major.$minor.$patch. in
+    *[!0-9.]* | *..*) return 1 ;;
+    esac
+    [ "$major" -ne "$2" ] && { [ "$major" -gt "$2" ]; return; }
+    [ "$minor" -ne "$3" ] && { [ "$minor" -gt "$3" ]; return; }
+    [ "$patch" -ge "$4" ]
+}
+
+# Prints "node FILE" or "deno FILE" for the first program given that can run
+# Offload.
+find_runtime() {
+    for program; do
+        file=$(command -v "$program") || continue
+        version=$("$file" --version 2>/dev/null) || continue
+        case $version in
+        v*) new_enough "${version#v}" 22 18 0 && echo "node $file" && return ;;
+        "deno "*) new_enough "${version#deno }" 2 7 14 && echo "deno $file" && return ;;
+        esac
+    done
+    return 1
+}
+
+# run ROOT FILE ARGUMENT…: becomes the script FILE of the checkout ROOT.
+run() {
+    # Where this is a checkout, `npm install` brought both.
+    node=$1/node_modules/node/bin/node
+    deno=$(echo "$1"/node_modules/@deno/*/deno)
+    case ${OFFLOAD_RUNTIME-} in
+    "") runtime=$(find_runtime node deno "$node" "$deno") ;;
+    node) runtime=$(find_runtime node "$node") ;;
+    deno) runtime=$(find_runtime deno "$deno") ;;
+    *) runtime=$(find_runtime "$OFFLOAD_RUNTIME") ;;
+    esac || fail "neither Node 22.18 nor Deno 2.7.14, or newer, is there" \
+        "install one of them, or set OFFLOAD_RUNTIME to its file name"
+
+    # Both compile a script once where they can keep the result, and guix-daemon
+    # waits for each start.  Nobody else may write there.
+    state=${GUIX_STATE_DIRECTORY:-/var/guix}/offload
+    if [ -O "$state" ]; then
+        export NODE_COMPILE_CACHE="${NODE_COMPILE_CACHE:-$state/node-cache}"
+        export DENO_DIR="${DENO_DIR:-$state/deno-cache}"
+    fi
+
+    script=$1/$2
+    shift 2
+    case $runtime in
+    # Type stripping and SQLite warn while they are young.
+    node*) exec "${runtime#* }" --disable-warning=ExperimentalWarning "$script" "$@" ;;
+    deno*) exec "${runtime#* }" run --allow-all --no-prompt "$script" "$@" ;;
+    esac
+}
