@@ -1,0 +1,112 @@
+/**
+ * A context for tests of what needs no Guix host.
+ *
+ * @module
+ */
+
+import { mkdtempSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { machineFromFields, Observations, readSettings } from "../mod.ts";
+import type {
+  Candidate,
+  Context,
+  Log,
+  Machine,
+  ScoredRequest,
+} from "../mod.ts";
+
+/** A host key that is well-formed. */
+export const HOST_KEY =
+  "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHy+IsFpXiJH78ydyzMC/Wy+sp/fPwGXHhEiljoqqSf5";
+
+/** A machine with these fields. */
+export function machine(fields: Partial<Machine> = {}): Machine {
+  return {
+    name: "machine",
+    port: 22,
+    systems: ["x86_64-linux"],
+    user: "offload",
+    privateKey: "/nonexistent",
+    hostKey: HOST_KEY,
+    compression: "none",
+    compressionLevel: 3,
+    daemonSocket: "/var/guix/daemon-socket/socket",
+    overloadThreshold: 0.8,
+    parallelBuilds: 1,
+    speed: 1,
+    features: [],
+    ...fields,
+  };
+}
+
+/** A candidate that is such a machine. */
+export function candidate(fields: Partial<Machine> = {}): Candidate {
+  const made = machine(fields);
+  return {
+    machine: made,
+    id: `${made.name}:${made.port}`,
+    facts: { time: Date.now(), load: 0, cores: 4 },
+    freeSlots: () => 1,
+    holds: () => [],
+    bandwidth: undefined,
+  };
+}
+
+/** A request for any build. */
+export function request(fields: Partial<ScoredRequest> = {}): ScoredRequest {
+  return {
+    wantsLocal: false,
+    system: "x86_64-linux",
+    derivation: `/gnu/store/${"0".repeat(32)}-hello-2.12.drv`,
+    features: [],
+    name: "hello-2.12",
+    history: () => [],
+    inputs: () => Promise.resolve([]),
+    ...fields,
+  };
+}
+
+/** A context with these parts, and the warnings that it collects. */
+export function makeContext(
+  parts: Partial<Context> = {},
+): { context: Context; warnings: string[] } {
+  const warnings: string[] = [];
+  const warn = (problem: unknown) => {
+    warnings.push(problem instanceof Error ? problem.message : `${problem}`);
+  };
+  const log: Log = {
+    info: () => {},
+    trace: () => {},
+    debug: () => {},
+    warn,
+    error: warn,
+  };
+  const stateDirectory = mkdtempSync(`${tmpdir()}/offload-state-`);
+  const context: Context = {
+    log,
+    signal: new AbortController().signal,
+    settings: { ...readSettings("/nonexistent", {}), hookTimeout: 0.1 },
+    environment: {},
+    configDirectory: "/nonexistent",
+    stateDirectory,
+    storeDirectory: "/gnu/store",
+    daemonSocket: "/nonexistent",
+    system: "x86_64-linux",
+    buildOptions: { maxSilentTime: 60, buildTimeout: 600 },
+    buildLog: () => {},
+    guix: "guix",
+    problems: [],
+    report: ({ message }) => warnings.push(message),
+    machineFile: () => ({
+      file: "/nonexistent",
+      machines: [],
+      problems: [],
+      filesRead: [],
+    }),
+    machineFromFields,
+    plugins: [],
+    observations: new Observations(stateDirectory, log),
+    ...parts,
+  };
+  return { context, warnings };
+}

@@ -1,0 +1,2 @@
+(define (machine name) (list name))
+(list (machine))

@@ -1,0 +1,1 @@
+(list (build-machine (name "é🔑") (name "x")))

@@ -1,0 +1,2 @@
+(list (build-machine
+  (systems (list "x86_64-linux"))))

@@ -1,0 +1,3 @@
+(define (machine name)
+  (build-machine (name name)))
+(list (machine "ada"))

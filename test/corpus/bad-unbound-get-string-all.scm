@@ -1,0 +1,6 @@
+(use-modules (ice-9 rdelim) (srfi srfi-1))
+(list (build-machine
+  (name "ada")
+  (systems (list "x86_64-linux"))
+  (user "offload")
+  (host-key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp root@ada") (private-key (call-with-input-file "/etc/hostname" get-string-all))))

@@ -1,0 +1,12 @@
+(define-module (lab machines)
+  #:use-module (guix scripts offload)
+  #:use-module (srfi srfi-1)
+  #:export (ada machines))
+
+(define ada (build-machine
+  (name "ada")
+  (systems (list "x86_64-linux"))
+  (user "offload")
+  (host-key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp root@ada")))
+(define machines (append-map list (list ada)))
+machines

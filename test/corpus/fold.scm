@@ -1,0 +1,3 @@
+(use-modules (srfi srfi-1))
+(fold (lambda (name machines) (cons (build-machine (name name) (user "u") (systems '("x86_64-linux")) (host-key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp root@ada")) machines))
+  '() '("ada" "bea"))

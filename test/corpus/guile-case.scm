@@ -1,0 +1,7 @@
+(case (string->symbol (gethostname))
+  ((ada bea) (list))
+  (else (list (build-machine
+  (name "cyd")
+  (systems (list "x86_64-linux"))
+  (user "offload")
+  (host-key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMADZ50N1uXFOYv+YLhRQPqwCIqCkm3nI9sFpx/fEQOv root@cyd")))))

@@ -1,0 +1,2 @@
+(include "/etc/offload-corpus/files/more.scm")
+(list more-machine)

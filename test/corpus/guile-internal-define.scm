@@ -1,0 +1,5 @@
+(define (machines)
+  (define key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp root@ada")
+  (define (machine name) (build-machine (name name) (user "u") (systems (list "x86_64-linux")) (host-key key)))
+  (list (machine "ada")))
+(machines)

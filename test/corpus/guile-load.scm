@@ -1,0 +1,1 @@
+(load "/etc/offload-corpus/files/more.scm")

@@ -1,0 +1,16 @@
+(list (build-machine
+        (name "ada.example.org")
+        (systems (list "x86_64-linux" "i686-linux"))
+        (host-key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp root@ada")
+        (user "bob")
+        (speed 2.))
+
+      (build-machine
+        (name "armadillo.example.org")
+        (systems (list "aarch64-linux"))
+        (host-key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAILbhVXoe05ANe+jii7XxN9kYEvMeWakM7drAJ2vFMtGO root@bea")
+        (user "alice")
+
+        ;; Remember 'guix offload' is spawned by
+        ;; 'guix-daemon' as root.
+        (private-key "/root/.ssh/identity-for-guix")))

@@ -1,0 +1,7 @@
+(map (lambda (entry)
+       (let* ((name (car entry))
+              (host (string-append name ".example.org"))
+              (key (cadr entry)))
+         (build-machine (name host) (user "offload") (host-key key)
+                        (systems (list "x86_64-linux")))))
+     (list (list "ada" "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp root@ada") '("bea" "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAILbhVXoe05ANe+jii7XxN9kYEvMeWakM7drAJ2vFMtGO root@bea")))

@@ -1,0 +1,6 @@
+(define %key "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp root@ada")
+(define <user> "u")
+(define x->y* "ada")
+(define a.b "x86_64-linux")
+(define !$&/:=?^_~ 2.)
+(list (build-machine (name x->y*) (user <user>) (systems (list a.b)) (host-key %key) (speed !$&/:=?^_~)))

@@ -1,0 +1,758 @@
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { spawnSync } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
+import { OffloadError } from "../mod.ts";
+import {
+  evaluateMachineFile,
+  type MachineFile,
+  type MachineFileHost,
+  machineFromFields,
+  machineToJson,
+} from "../mod.ts";
+import {
+  corpus,
+  corpusInLab,
+  corpusNames,
+  differences,
+  find,
+  playedHead,
+  recorded,
+} from "./lab_machine_file.ts";
+import { ownRuntime, ROOT } from "./helpers.ts";
+
+const key =
+  "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp";
+
+/** A machine in Scheme, with more fields if need be. */
+function machine(more = "", name = '"ada"'): string {
+  return `(build-machine (name ${name}) (systems '("x86_64-linux")) (user "u") (host-key "${key}") ${more})`;
+}
+
+/** Evaluates a text as the file `f.scm`. */
+function evaluate(
+  text: string | Uint8Array,
+  host: Partial<MachineFileHost> = {},
+): MachineFile {
+  return evaluateMachineFile(text, "f.scm", { ...playedHead, ...host });
+}
+
+/** The error that a text makes. */
+function errorOf(text: string, host: Partial<MachineFileHost> = {}): string {
+  try {
+    const { needsGuile } = evaluate(text, host);
+    return needsGuile === undefined ? "no error" : `Guile: ${needsGuile}`;
+  } catch (error) {
+    assert.instance(error, OffloadError);
+    return (error as OffloadError).message;
+  }
+}
+
+/** What a Scheme expression gives for a private key. */
+function keyOf(expression: string, before = ""): unknown {
+  const { machines, needsGuile, problems } = evaluate(
+    `${before} (list ${machine(`(private-key ${expression})`)})`,
+  );
+  return needsGuile ?? machines[0]?.privateKey ?? problems[0]?.message;
+}
+
+/** Tells whether a text is left to Guile, and where that is. */
+function guilePlace(text: string): string | undefined {
+  return evaluate(text).needsGuile?.replace(/: .*$/s, "");
+}
+
+const conformance = suite("machine file: conformance");
+
+for (const [name, expected] of Object.entries(recorded())) {
+  conformance(`${name} is what the real Guix says`, () => {
+    assert.equal(differences(expected, find(name)), []);
+  });
+}
+
+conformance("the recording has all files and no more", () => {
+  assert.equal(Object.keys(recorded()).sort(), corpusNames());
+  assert.ok(corpusNames().length >= 60);
+});
+
+conformance("most files need no Guile, and of the literal ones none", () => {
+  const left = corpusNames().filter((name) => find(name).needsGuile);
+  assert.equal(left.filter((name) => !/^(guile|bad)-/.test(name)), []);
+  assert.equal(
+    corpusNames().filter((name) =>
+      /^guile-/.test(name) && !left.includes(name)
+    ),
+    [],
+  );
+});
+
+conformance.run();
+
+const reading = suite("machine file: reader");
+
+reading("takes strings as Guile does", () => {
+  assert.is(
+    keyOf(String.raw`"a\x41;b\u00e9c\U01f600d\\e\"f\ng\
+h"`),
+    "aA;bécD".replace("D", "\u{1f600}d") + '\\e"f\ngh',
+  );
+  assert.is(keyOf('"a\r\nb"'), "a\r\nb");
+});
+
+reading("takes bytes with and without a byte-order mark", () => {
+  const text = new TextEncoder().encode(`\ufeff(list ${machine()})`);
+  assert.is(evaluate(text).machines.length, 1);
+  assert.is(evaluate(text.slice(3)).machines.length, 1);
+  assert.is(evaluate(`\ufeff(list ${machine()})`).machines.length, 1);
+});
+
+reading("leaves bytes that are not UTF-8 to Guile", () => {
+  const text = new Uint8Array([0x28, 0x6c, 0xff, 0x29]);
+  assert.ok(evaluate(text).needsGuile);
+  assert.ok(evaluate(";; -*- coding: latin-1 -*-\n(list)").needsGuile);
+  assert.not(evaluate(";; -*- coding: utf-8 -*-\n(list)").needsGuile);
+});
+
+reading("counts lines from 1 and columns from 0, as Guile does", () => {
+  assert.is(
+    errorOf("(list\n\t(build-machine))"),
+    "f.scm:2:8: missing field initializers (name user host-key)",
+  );
+  assert.is(errorOf('"é🔑" (build-machine))').slice(0, 9), "f.scm:1:5");
+  assert.is(errorOf("(list)\r(build-machine)").slice(0, 9), "f.scm:1:0");
+});
+
+reading("tells where what is not closed was opened", () => {
+  try {
+    evaluate("(list\n  (a (b)\n");
+    assert.unreachable();
+  } catch (error) {
+    assert.is(
+      (error as Error).message,
+      "f.scm:3:1: unexpected end of input while searching for: )",
+    );
+    assert.is(
+      (error as OffloadError).hint,
+      "the '(' at f.scm:2:2 is not closed",
+    );
+  }
+});
+
+reading("evaluates what stands before an error first, as Guile does", () => {
+  assert.match(errorOf("(fold)\n)"), "Unbound variable: fold");
+});
+
+reading("leaves what is rare to Guile", () => {
+  for (
+    const text of [
+      "#\\a",
+      "#(1)",
+      "#vu8(1)",
+      "#x10",
+      "#e1.5",
+      "1/2",
+      "1e3",
+      "+inf.0",
+      "-nan.0",
+      "+i",
+      "(a . b)",
+      "#!r6rs",
+      "#!/bin/sh\n!#",
+      "#~(a)",
+      "#'a",
+      "#{a}#",
+      "#t1",
+      "1.5.2",
+      "192.0.2.1",
+      '"\\q"',
+      '"\\ud800"',
+      "#",
+    ]
+  ) {
+    assert.is(guilePlace(`\n ${text}`)?.slice(0, 7), "f.scm:2", text);
+  }
+});
+
+reading.run();
+
+const evaluating = suite("machine file: evaluator");
+
+evaluating("binds a name only where its module is used", () => {
+  const use = "(use-modules (srfi srfi-1))";
+  assert.is(
+    errorOf("(append-map list '((1)))"),
+    "f.scm:1:1: Unbound variable: append-map",
+  );
+  assert.is(errorOf(`${use} (append-map list '((1)))`), "no error");
+  assert.is(
+    errorOf(`(list read-line) ${use}`),
+    "f.scm:1:6: Unbound variable: read-line",
+  );
+  assert.is(
+    errorOf(`(define-module (a)) ${machine()}`),
+    "f.scm:1:21: Unbound variable: build-machine",
+  );
+  assert.is(guilePlace("(use-modules (no such module))"), "f.scm:1:0");
+});
+
+evaluating("reads the environment, where HOME is the user's", () => {
+  assert.is(keyOf('(getenv "HOME")'), "/root");
+  assert.is(keyOf('(string-append "/" (getenv "OFFLOAD_CORPUS"))'), "/set");
+  const { machines, problems } = evaluate(`(list ${machine()})`, {
+    home: undefined,
+  });
+  assert.is(machines.length, 0);
+  assert.match(problems[0]?.message ?? "", "'private-key'");
+});
+
+evaluating("says that a file it reads is missing", () => {
+  const readFile = () => {
+    throw Object.assign(
+      new Error("ENOENT: no such file or directory, open '/k'"),
+      { code: "ENOENT" },
+    );
+  };
+  assert.is(
+    errorOf('(call-with-input-file "/k" list)', { readFile }),
+    "f.scm:1:0: failed to open '/k': no such file or directory",
+  );
+});
+
+evaluating("lists the files that it reads", () => {
+  const { filesRead } = evaluate('(call-with-input-file "/k" list)', {
+    readFile: () => "",
+  });
+  assert.equal(filesRead, ["/k"]);
+});
+
+evaluating("knows local names from those of special forms and modules", () => {
+  assert.is(keyOf('(let ((if (lambda (a b c) c))) (if #t "/a" "/b"))'), "/b");
+  assert.is(
+    keyOf('(let ((string-append (lambda x x))) "/a")'),
+    "f.scm:1:202: (lambda …",
+  );
+  assert.is(keyOf('(f "/b")', "(define (f list) list)"), "/b");
+});
+
+evaluating("sees definitions that come later, where Guile does", () => {
+  assert.is(keyOf("(f)", '(define (f) (g)) (define (g) "/g")'), "/g");
+});
+
+evaluating("knows false from all else", () => {
+  for (const value of ["'()", '""', "0", "'nil", "(if #f #f)"]) {
+    assert.is(keyOf(`(if ${value} "/yes" "/no")`), "/yes", value);
+  }
+});
+
+evaluating("leaves to Guile what it is not sure of", () => {
+  for (
+    const text of [
+      "foo",
+      "(foo)",
+      "(match 1)",
+      "(car '())",
+      "(car 1)",
+      '(string-append "a" 1)',
+      "(1 2)",
+      "()",
+      "(list #:key)",
+      "(if)",
+      "(if 1 2 3 4)",
+      "(let loop () 1)",
+      "(let ((x)) x)",
+      "(let ((x 1) (x 2)) x)",
+      "(lambda (x x) x)",
+      "((lambda (x) x))",
+      "(define list 1)",
+      "(define if 1)",
+      "(list (define x 1))",
+      "(if #t (define x 1))",
+      "(map list '(1) '(1 2))",
+      "`(a `(b ,c))",
+      "`(,@1)",
+      "(define)",
+      "(define x)",
+      "(define x 1 2)",
+      "(quote)",
+      "(use-modules ((srfi srfi-1) #:prefix s:))",
+      "(define-module (a) #:use-module)",
+      "(define-module (a) #:pure)",
+      "(@ (srfi srfi-1) reduce)",
+      "(@@ (srfi srfi-1) fold)",
+      "(let ((x 1)) (use-modules (srfi srfi-1)))",
+      "(set! x 1)",
+      "(build-machine (inherit 1))",
+      "(equal? '(1) '(1))",
+      "if",
+      "(list build-machine)",
+      "(map build-machine (list 1))",
+    ]
+  ) {
+    assert.ok(guilePlace(text), text);
+  }
+});
+
+evaluating("ends what does not end", () => {
+  const tooMuch = /^f\.scm:1:\d+: too deeply nested/;
+  assert.match(errorOf("(define (f) (f)) (f)"), tooMuch);
+  assert.match(
+    errorOf('(define (f x) (f (string-append x x))) (f "ab")'),
+    tooMuch,
+  );
+  assert.match(errorOf("(define (f x) (f (append x x))) (f '(1 2))"), tooMuch);
+  assert.match(
+    errorOf("(define (f x) (map (lambda (y) (f x)) x)) (f '(1 2 3 4 5 6 7 8))"),
+    tooMuch,
+  );
+  const all = "(1 2 3 4 5 6 7 8 9 0)";
+  const loops = "(map (lambda (x) ".repeat(9) + "x" + `) '${all})`.repeat(9);
+  assert.match(errorOf(loops), tooMuch);
+});
+
+evaluating("ends on hostile texts, soon", () => {
+  const texts = [
+    "(",
+    "[",
+    "'",
+    "`",
+    ",",
+    "#;",
+    "#|",
+    "(list ",
+    "(quote (",
+    "#;#|",
+    '"\\',
+    "((",
+    ")",
+    "|",
+    "#",
+  ].map((text) => text.repeat(100_000));
+  texts.push(`(list ${"(".repeat(100_000)}${")".repeat(100_000)})`);
+  texts.push(
+    `"${"a".repeat(10_000_000)}"`,
+    "a".repeat(10_000_000),
+    "1".repeat(1_000_000),
+  );
+  texts.push(
+    `'${"(".repeat(400)}${")".repeat(400)}`,
+    `(list ${"1 ".repeat(200_000)})`,
+  );
+  texts.push(`(apply list '(${"1 ".repeat(200_000)}))`);
+  for (const text of texts) {
+    const start = performance.now();
+    errorOf(text);
+    assert.ok(performance.now() - start < 3000, text.slice(0, 20));
+  }
+});
+
+evaluating.run();
+
+const records = suite("machine file: machines");
+
+records("has the defaults of Guix 1.5", () => {
+  assert.equal(evaluate(`(list ${machine()})`).machines, [{
+    name: "ada",
+    port: 22,
+    systems: ["x86_64-linux"],
+    user: "u",
+    privateKey: "/root/.ssh/id_rsa",
+    hostKey: key,
+    compression: "zlib@openssh.com,zlib",
+    compressionLevel: 3,
+    daemonSocket: "/var/guix/daemon-socket/socket",
+    overloadThreshold: 0.8,
+    parallelBuilds: 1,
+    speed: 1,
+    features: [],
+  }]);
+});
+
+records("warns of the field 'system' and takes it", () => {
+  const text =
+    `(list (build-machine (name "ada") (system "i686-linux") (user "u") (host-key "${key}")))`;
+  const { machines, problems } = evaluate(text);
+  assert.equal(machines[0]?.systems, ["i686-linux"]);
+  assert.equal(problems, [{
+    severity: "warning",
+    message:
+      "f.scm:1:6: The 'system' field is deprecated, please use 'systems' instead.",
+  }]);
+});
+
+records("names the machine, the field and the place of a bad value", () => {
+  const cases: [string, string][] = [
+    ["(port 0)", "port"],
+    ["(port 65536)", "port"],
+    ["(port 22.5)", "port"],
+    ['(port "22")', "port"],
+    ["(parallel-builds 0)", "parallel-builds"],
+    ["(parallel-builds -1)", "parallel-builds"],
+    ["(speed 0)", "speed"],
+    ["(speed -1)", "speed"],
+    ["(speed 'fast)", "speed"],
+    ["(overload-threshold 1.1)", "overload-threshold"],
+    ["(overload-threshold #t)", "overload-threshold"],
+    ["(overload-threshold '(0.5))", "overload-threshold"],
+    ['(overload-threshold "0.5")', "overload-threshold"],
+    ["(compression-level 0)", "compression-level"],
+    ["(compression #f)", "compression"],
+    ["(features 'kvm)", "features"],
+    ["(features '(kvm))", "features"],
+    ["(private-key #f)", "private-key"],
+    ["(daemon-socket 1)", "daemon-socket"],
+    ["(private-key (lambda () 1))", "private-key"],
+  ];
+  for (const [field, name] of cases) {
+    const { machines, problems } = evaluate(
+      `(list ${machine("", '"bea"')}\n${machine(field)})`,
+    );
+    assert.equal(machines.map((machine) => machine.name), ["bea"], field);
+    assert.is(problems.length, 1, field);
+    assert.match(
+      problems[0]!.message,
+      `f.scm:2:0: machine 'ada': field '${name}' must be `,
+      field,
+    );
+  }
+});
+
+records("knows host keys", () => {
+  const fields = machineToJson(evaluate(`(list ${machine()})`).machines[0]!);
+  const accepts = (key: unknown) =>
+    !("severity" in machineFromFields({ ...fields, "host-key": key }, ""));
+  const data = key.split(" ")[1]!;
+  for (
+    const good of [
+      key,
+      `${key} root@ada`,
+      `${key} a comment\n`,
+      ` ${key}`,
+      "ssh-ed25519 AAAA",
+    ]
+  ) {
+    assert.ok(accepts(good), good);
+  }
+  for (
+    const bad of [
+      "",
+      "ssh-ed25519",
+      data,
+      `ssh-rsa ${data}`,
+      `ssh-foo ${data}`,
+      "ssh-ed25519 AAAAC3Nza…",
+      `${data} ssh-ed25519`,
+      5,
+      undefined,
+      `ssh-ed25519 ${data}=x`,
+    ]
+  ) {
+    assert.not.ok(accepts(bad), String(bad));
+  }
+});
+
+records("gives fields back as it took them", () => {
+  for (
+    const machine of evaluate(
+      readFileSync(join(corpus, "literal-every-field.scm")),
+    ).machines
+  ) {
+    assert.equal(machineFromFields(machineToJson(machine), ""), machine);
+  }
+});
+
+records("says what is wrong with other fields than Scheme's", () => {
+  assert.equal(
+    machineFromFields({ name: "ada" }, "") as unknown as { severity: string },
+    {
+      severity: "error",
+      message:
+        (machineFromFields({ name: "ada" }, "") as { message: string }).message,
+    },
+  );
+  assert.match(
+    (machineFromFields({}, "here") as { message: string }).message,
+    /^here: machine 'undefined': field 'name'/,
+  );
+});
+
+records.run();
+
+const command = suite("machine file: offload machines");
+
+/** Runs `offload machines` on a file of this text. */
+function runCommand(text: string, ...options: string[]) {
+  const directory = mkdtempSync(join(tmpdir(), "offload-"));
+  const file = join(directory, "machines.scm");
+  writeFileSync(file, text);
+  const [program, ...args] = ownRuntime;
+  const script = join(ROOT, "mod.ts");
+  const { status, stdout, stderr } = spawnSync(
+    program,
+    [...args, script, "machines", file, ...options],
+    {
+      encoding: "utf8",
+      env: { ...process.env, GUIX_STATE_DIRECTORY: directory },
+    },
+  );
+  rmSync(directory, { recursive: true });
+  return { status, stdout, stderr: stderr.replaceAll(file, "f.scm") };
+}
+
+command("prints a table", () => {
+  const { status, stdout, stderr } = runCommand(
+    `(list ${machine()} ${machine("(port 2222)", '"bea.example.org"')})`,
+  );
+  assert.is(stderr, "");
+  assert.is(status, 0);
+  assert.match(stdout, /^machine +systems +user .*\nada:22 +x86_64-linux +u /);
+  assert.match(stdout, /\nbea.example.org:2222 +x86_64-linux +u .*\n$/);
+});
+
+command("prints JSON, and fails with errors", () => {
+  const { status, stdout, stderr } = runCommand(
+    `(list ${machine()} ${machine("(port 0) (overload-threshold #f)")})`,
+    "--json",
+  );
+  assert.is(status, 1);
+  assert.match(
+    stderr,
+    /^offload: error: f\.scm:1:\d+: machine 'ada': field 'port'/,
+  );
+  const [first, ...others] = JSON.parse(stdout);
+  assert.equal(others, []);
+  assert.equal(Object.keys(first), [
+    ...["name", "port", "systems", "user", "private-key", "host-key"],
+    ...["compression", "compression-level", "daemon-socket"],
+    ...["overload-threshold", "parallel-builds", "speed", "features"],
+  ]);
+  assert.is(first["host-key"], key);
+});
+
+command("says where a file can't be evaluated, and fails", () => {
+  const { status, stdout, stderr } = runCommand("(list (build-machine");
+  assert.is(status, 1);
+  assert.is(stdout.trim().split("\n").length, 1);
+  assert.match(
+    stderr,
+    /^offload: error: f\.scm:\d+:\d+: unexpected end of input/,
+  );
+});
+
+command("says nothing of a file that is not there", () => {
+  const [program, ...args] = ownRuntime;
+  const { status, stderr } = spawnSync(
+    program,
+    [...args, join(ROOT, "mod.ts"), "machines", "/nonexistent/machines.scm"],
+    { encoding: "utf8" },
+  );
+  assert.is(status, 0);
+  assert.is(stderr, "");
+});
+
+command.run();
+
+const speed = suite("machine file: speed");
+
+speed("reads 10,000 machines in a second", () => {
+  const text = `(list ${
+    Array.from({ length: 10_000 }, () => machine()).join("\n")
+  })`;
+  const start = performance.now();
+  assert.is(evaluate(text).machines.length, 10_000);
+  // Twice the bound: other tests may run beside this one.
+  assert.ok(
+    performance.now() - start < 2000,
+    `${performance.now() - start} ms`,
+  );
+});
+
+speed("reads 100 machines in some milliseconds", () => {
+  const text = `(list ${
+    Array.from({ length: 100 }, () => machine()).join("\n")
+  })`;
+  const times = Array.from({ length: 9 }, () => {
+    const start = performance.now();
+    evaluate(text);
+    return performance.now() - start;
+  });
+  assert.ok(Math.min(...times) < 10, `${times}`);
+});
+
+speed.run();
+
+const fuzz = suite("machine file: fuzz");
+
+/** Makes random numbers below 1, the same ones for the same seed. */
+function randomNumbers(seed: number): () => number {
+  return () => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+const pieces = [
+  "(",
+  ")",
+  "[",
+  "]",
+  "'",
+  "`",
+  ",",
+  ",@",
+  '"',
+  "\\",
+  ";",
+  "#|",
+  "|#",
+  "#;",
+  "\n",
+  " ",
+  "#t",
+  "#f",
+  "1",
+  "2.",
+  "-1",
+  "list",
+  "define",
+  "lambda",
+  "let",
+  "let*",
+  "if",
+  "and",
+  "or",
+  "map",
+  "append",
+  "apply",
+  "filter",
+  "quote",
+  "begin",
+  "build-machine",
+  "inherit",
+  "name",
+  "user",
+  "host-key",
+  "systems",
+  "port",
+  "(define (f x) (f x))",
+  "(f 1)",
+  "x",
+  "string-append",
+  "getenv",
+  "call-with-input-file",
+  "use-modules",
+  "(srfi srfi-1)",
+  "append-map",
+  "fold",
+  "define-module",
+  "@",
+  ".",
+  "#:use-module",
+  "\\x41",
+  "\u00e9",
+  "\0",
+  "\ufeff",
+  "\ud83d",
+  "__proto__",
+  "constructor",
+  "toString",
+];
+
+/** Changes a text in some places. */
+function mutate(text: string, random: () => number): string {
+  for (let n = 1 + Math.floor(random() * 4); n > 0; n--) {
+    const at = Math.floor(random() * text.length);
+    const end = at + Math.floor(random() * random() * 60);
+    const piece = random() < 0.5
+      ? pieces[Math.floor(random() * pieces.length)]!
+      : "";
+    const other = random() < 0.2 ? text.slice(at, end) : "";
+    text = text.slice(0, at) + piece + other +
+      text.slice(random() < 0.5 ? at : end);
+  }
+  return text;
+}
+
+/** Makes an expression of known names. */
+function generate(random: () => number, depth: number): string {
+  const templates = [
+    '"a"',
+    "1",
+    "#f",
+    "x",
+    "list",
+    '\'(1 "b")',
+    "(f _)",
+    "(list _ _)",
+    "(if _ _ _)",
+    "((lambda (x) _) _)",
+    "(let ((x _)) _)",
+    "(let* ((f _) (x _)) _)",
+    "(map (lambda (x) _) _)",
+    "(map f _)",
+    "(append _ _)",
+    "(apply f _)",
+    "(string-append _ _)",
+    "`(,_ ,@_)",
+    "(filter f _)",
+    "(or _ _)",
+    "(_ _)",
+    machine("(private-key _)"),
+  ];
+  const length = depth > 6 ? 6 : templates.length;
+  const template = templates[Math.floor(random() * length)]!;
+  return template.replace(/_(?!6)/g, () => generate(random, depth + 1));
+}
+
+/** Evaluates a text, which must not fail in another way than it may. */
+function survive(text: string): void {
+  const start = performance.now();
+  try {
+    const { needsGuile, machines } = evaluate(text);
+    assert.ok(needsGuile === undefined || machines.length === 0);
+  } catch (error) {
+    assert.instance(error, OffloadError, `${error}: ${text}`);
+    assert.match((error as Error).message, /^f\.scm:\d+:\d+: /);
+  }
+  assert.ok(performance.now() - start < 5000, text);
+}
+
+fuzz("survives mutations of the corpus", () => {
+  const random = randomNumbers(3);
+  const texts = corpusNames().map((name) =>
+    readFileSync(join(corpus, `${name}.scm`), "utf8")
+  );
+  for (let round = 0; round < 20; round++) {
+    for (const text of texts) survive(mutate(text, random));
+  }
+});
+
+fuzz("survives what a grammar makes", () => {
+  const random = randomNumbers(5);
+  for (let round = 0; round < 3000; round++) {
+    survive(
+      `(define (f x) ${generate(random, 0)}) (define x ${
+        generate(random, 2)
+      }) (f ${generate(random, 1)})`,
+    );
+  }
+});
+
+fuzz("survives noise", () => {
+  const random = randomNumbers(7);
+  for (let round = 0; round < 3000; round++) {
+    const length = Math.floor(random() * 40);
+    survive(
+      Array.from({ length }, () => pieces[Math.floor(random() * pieces.length)])
+        .join(random() < 0.5 ? " " : ""),
+    );
+  }
+});
+
+fuzz.run();
+
+// Where the corpus is in the lab is part of what was recorded.
+assert.match(readFileSync(join(corpus, "expected.json"), "utf8"), corpusInLab);

@@ -1,0 +1,233 @@
+import { Buffer } from "node:buffer";
+import { writeFileSync } from "node:fs";
+import process from "node:process";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  acquireBuildSlot,
+  machineMatches,
+  makeBatches,
+  parseRequest,
+} from "../mod.ts";
+import type { Batch } from "../mod.ts";
+import {
+  golden,
+  makeMachine,
+  makeRandom,
+  ownRuntime,
+  ROOT,
+  run,
+  throws,
+  withDirectory,
+} from "./helpers.ts";
+
+const test = suite("requests");
+
+/** What guix-daemon writes to a hook. */
+interface GoldenRequests {
+  /** Its arguments, `offload` first. */
+  readonly args: string;
+  /** Its input: for a plain derivation, and for one that wants features. */
+  readonly requests: readonly [string, string];
+}
+
+const goldenRequests: Readonly<Record<string, GoldenRequests>> = {
+  "1.5": golden("requests-1.5.json"),
+  "1.2": golden("requests-1.2.json"),
+};
+
+const DRV = `/gnu/store/${"a".repeat(32)}-x.drv`;
+
+for (const [version, { requests }] of Object.entries(goldenRequests)) {
+  test(`parseRequest() reads what Guix ${version} writes`, () => {
+    const [plain, picky] = requests.map(parseRequest);
+    assert.match(plain!.derivation, /^\/gnu\/store\/\w{32}-plain\.drv$/);
+    assert.match(picky!.derivation, /^\/gnu\/store\/\w{32}-picky\.drv$/);
+    assert.equal(plain!.features, []);
+    assert.equal(picky!.features, ["kvm", "big-parallel"]);
+    for (const request of [plain!, picky!]) {
+      assert.is(request.wantsLocal, true);
+      assert.match(request.system, /^[a-z0-9_]+-linux$/);
+    }
+  });
+}
+
+test("parseRequest() reads every field", () => {
+  assert.equal(parseRequest(`0 aarch64-linux ${DRV} kvm`), {
+    wantsLocal: false,
+    system: "aarch64-linux",
+    derivation: DRV,
+    features: ["kvm"],
+  });
+  assert.is(parseRequest(`1 i586-gnu ${DRV} `).wantsLocal, true);
+});
+
+test("parseRequest() refuses what is no request", () => {
+  const lines = [
+    "",
+    "x",
+    `2 x86_64-linux ${DRV} `,
+    ` 1 x86_64-linux ${DRV} `,
+    `1  ${DRV} `,
+    `1 x86_64-linux x.drv `,
+    `1 x86_64-linux /gnu/store/x `,
+    `1 x86_64-linux ${DRV} a b`,
+    `1 x86_64-linux ${DRV} \n1 x86_64-linux ${DRV} `,
+    `1 ../x ${DRV} `,
+  ];
+  for (const line of lines) {
+    const error = throws(() => parseRequest(line), /^invalid request line: "/);
+    assert.match(error.message, JSON.stringify(line));
+    assert.match(error.hint!, "SYSTEM");
+  }
+});
+
+test("machineMatches() compares systems and features", () => {
+  const machine = makeMachine({
+    systems: ["x86_64-linux", "i686-linux"],
+    features: ["kvm", "big-parallel"],
+  });
+  const matches = (rest: string) =>
+    machineMatches(machine, parseRequest(`1 ${rest}`));
+  assert.ok(matches(`x86_64-linux ${DRV} `));
+  assert.ok(matches(`i686-linux ${DRV} kvm`));
+  assert.ok(matches(`x86_64-linux ${DRV} big-parallel,kvm`));
+  assert.not.ok(matches(`x86_64 ${DRV} `));
+  assert.not.ok(matches(`aarch64-linux ${DRV} `));
+  assert.not.ok(matches(`x86_64-linux ${DRV} kvm,benchmark`));
+  assert.not.ok(matches(`x86_64-linux ${DRV} big`));
+});
+
+/** Checks that references come first, each item once, by the right means. */
+function checkBatches(
+  batches: readonly Batch[],
+  references: ReadonlyMap<string, readonly string[]>,
+): void {
+  const done = new Set<string>();
+  for (const { asText, paths } of batches) {
+    assert.ok(paths.length > 0);
+    for (const path of paths) {
+      assert.is(path.endsWith(".drv"), asText, path);
+      assert.not.ok(done.has(path), path);
+      for (const target of references.get(path)!) {
+        const fine = target === path || !references.has(target) ||
+          done.has(target);
+        assert.ok(fine, `${path} comes before ${target}`);
+      }
+      done.add(path);
+    }
+  }
+  assert.is(done.size, references.size);
+}
+
+test("makeBatches() puts references first", () => {
+  const random = makeRandom(4);
+  for (let round = 0; round < 200; round++) {
+    const names = Array.from(
+      { length: Math.floor(random() * 30) },
+      (_, index) => `${index}${random() < 0.5 ? ".drv" : ""}`,
+    );
+    const entries = names.map((name, index) => {
+      const targets = names.slice(0, index).filter(() => random() < 0.2);
+      if (random() < 0.3) targets.push(name, "elsewhere");
+      return [name, targets] as const;
+    });
+    entries.sort(() => random() - 0.5);
+    const references = new Map(entries);
+    checkBatches(makeBatches(references), references);
+  }
+});
+
+test("makeBatches() makes few batches", () => {
+  const batches = (entries: Record<string, string[]>) =>
+    makeBatches(new Map(Object.entries(entries)))
+      .map(({ paths }) => paths.toSorted().join(" "));
+  assert.equal(batches({}), []);
+  assert.equal(batches({ "a.drv": ["b.drv"], "b.drv": [] }), ["a.drv b.drv"]);
+  assert.equal(
+    batches({
+      "top.drv": ["low.drv", "patch", "builder"],
+      "low.drv": ["builder", "source"],
+      "patch": [],
+      "builder": ["source"],
+      "source": [],
+    }),
+    ["builder patch source", "low.drv top.drv"],
+  );
+  assert.equal(
+    batches({ "b": ["a.drv"], "a.drv": [], "c.drv": ["b"], "d": ["c.drv"] }),
+    ["a.drv", "b", "c.drv", "d"],
+  );
+});
+
+test("makeBatches() copes with long chains", () => {
+  const references = new Map<string, string[]>();
+  for (let index = 0; index < 20_000; index++) {
+    references.set(`${index}.drv`, index > 0 ? [`${index - 1}.drv`] : []);
+  }
+  const batches = makeBatches(references);
+  assert.is(batches.length, 1);
+  checkBatches(batches, references);
+});
+
+const HOST_KEY = Buffer.concat([
+  Buffer.of(0, 0, 0, 11),
+  Buffer.from("ssh-ed25519"),
+  Buffer.of(0, 0, 0, 32),
+  Buffer.alloc(32, 1),
+]).toString("base64");
+
+/** Runs the hook the way guix-daemon does. */
+function hook(directory: string, args: string, input: string) {
+  const [runtime, ...options] = ownRuntime;
+  const rest = args.split(" ").slice(1);
+  return run(runtime, [...options, `${ROOT}/mod.ts`, ...rest], {
+    input,
+    env: {
+      ...process.env,
+      GUIX_CONFIGURATION_DIRECTORY: directory,
+      GUIX_STATE_DIRECTORY: directory,
+    },
+  });
+}
+
+for (const [version, golden] of Object.entries(goldenRequests)) {
+  test(`the hook answers Guix ${version}, request by request`, async () => {
+    await withDirectory(async (directory) => {
+      const [plain, picky] = golden.requests;
+      const { system } = parseRequest(plain);
+      const machine = makeMachine({ systems: [system] });
+      writeFileSync(
+        `${directory}/machines.scm`,
+        `(list (build-machine (name "${machine.name}")
+           (systems (list "${system}"))
+           (user "root")
+           (private-key "/nowhere")
+           (host-key "ssh-ed25519 ${HOST_KEY}")))\n`,
+      );
+      // Its only slot is taken, and it hasn't the features.
+      const slot = acquireBuildSlot(machine, directory)!;
+      const input = `${picky}\n${plain}\n${picky}\n`;
+      const { code, stdout } = await hook(directory, golden.args, input);
+      slot.release();
+      assert.is(stdout.toString(), "# decline\n# postpone\n# decline\n");
+      assert.is(code, 0);
+    });
+  });
+}
+
+test("the hook says what is wrong with a request", async () => {
+  await withDirectory(async (directory) => {
+    writeFileSync(`${directory}/machines.scm`, "(list)\n");
+    const { args } = goldenRequests["1.5"]!;
+    const result = await hook(directory, args, "what?\n");
+    assert.is(result.code, 1);
+    assert.is(result.stdout.toString(), "");
+    assert.match(
+      result.stderr,
+      /error: invalid request line: "what\?"\nhint: /,
+    );
+  });
+});
+
+test.run();

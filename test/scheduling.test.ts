@@ -1,0 +1,278 @@
+/** Scheduling, as far as it needs no machine: facts, observations, choice. */
+
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  acquireBuildSlot,
+  chooseBuildMachine,
+  normalizedLoad,
+  Observations,
+  parseFacts,
+  readDerivation,
+} from "../mod.ts";
+import type { Context, Machine, Plugin } from "../mod.ts";
+import { machine, makeContext, request } from "./context.ts";
+
+const test = suite("scheduling");
+const MEBIBYTE = 2 ** 20;
+
+const guix: Plugin = {
+  name: "by-speed",
+  score: ({ machine }) => machine.speed,
+};
+
+/** Notes facts of a machine as if it had just said them. */
+function know(context: Context, { name, port }: Machine, facts = {}): void {
+  context.observations.saveFacts(`${name}:${port}`, {
+    time: Date.now(),
+    load: 0,
+    cores: 4,
+    store: { bytes: 1024 * MEBIBYTE, inodes: 1000 },
+    ...facts,
+  });
+}
+
+/** Chooses among machines that said this of themselves. */
+async function choose(
+  machines: readonly Machine[],
+  facts: Readonly<Record<string, object>> = {},
+  parts: Partial<Context> = {},
+) {
+  const { context } = makeContext({ plugins: [guix], ...parts });
+  for (const each of machines) know(context, each, facts[each.name]);
+  const choice = await chooseBuildMachine(machines, request(), context);
+  if (typeof choice === "string") return choice;
+  choice.slot.release();
+  return choice.prospect.machine.name;
+}
+
+test("parseFacts() reads what the probe prints", () => {
+  const time = 1_700_000_000_000;
+  const facts = parseFacts(
+    [
+      "uname Linux w1 6.1.0 x86_64",
+      "cores 8",
+      "load 2.00 1.00 0.50 1/234 5678",
+      "memory MemAvailable:    2048 kB",
+      "cpu some avg10=12.50 avg60=1.00 avg300=0.10 total=1",
+      "io some avg10=0.00 avg60=0.00 avg300=0.00 total=1",
+      "memory-pressure",
+      "store-bytes /dev/vda1 1000 400 600 40% /",
+      "store-inodes /dev/vda1 100 40 60 40% /",
+      "clock 1700000002.500000000",
+    ].join("\n"),
+    time,
+    1.5,
+  );
+  assert.is(facts.load, 2);
+  assert.is(facts.cores, 8);
+  assert.is(normalizedLoad(facts), 0.25);
+  assert.is(facts.memory, 2048 * 1024);
+  assert.equal(facts.store, { bytes: 600 * 1024, inodes: 60 });
+  assert.is(facts.build, undefined);
+  assert.is(facts.pressure?.cpu, 12.5);
+  assert.is(facts.clock, 2.5);
+  assert.is(facts.uname, "Linux w1 6.1.0 x86_64");
+});
+
+test("parseFacts() leaves out what was not said", () => {
+  const facts = parseFacts("This account is not available.\n", 1, 1);
+  assert.is(facts.load, undefined);
+  assert.is(facts.store, undefined);
+  assert.is(normalizedLoad(facts), undefined);
+});
+
+test("normalizedLoad() is 1 at most", () => {
+  assert.is(normalizedLoad({ time: 0, load: 9, cores: 2 }), 1);
+});
+
+test("readDerivation() finds system and features", () => {
+  const text = 'Derive([("out","/gnu/store/x-a(b)","","")],[],' +
+    '["/gnu/store/y"],"aarch64-linux","/bin/sh",["-c","echo \\"(hi)\\"\\n"],' +
+    '[("out","/gnu/store/x"),("requiredSystemFeatures","kvm big")])';
+  assert.equal(readDerivation(text), {
+    system: "aarch64-linux",
+    features: ["kvm", "big"],
+  });
+});
+
+test("chooseBuildMachine() takes the one with the highest score", async () => {
+  const machines = ["a", "b", "c"].map((name, speed) =>
+    machine({ name, speed: speed + 1 })
+  );
+  assert.is(await choose(machines), "c");
+});
+
+test("chooseBuildMachine() minds load and disk space", async () => {
+  const machines = [
+    machine({ name: "loaded", speed: 4 }),
+    machine({ name: "full", speed: 3 }),
+    machine({ name: "good", speed: 1 }),
+  ];
+  const facts = {
+    loaded: { load: 3.2 }, // of 4 cores: 0.8, the threshold
+    full: { store: { bytes: 100 * MEBIBYTE - 1, inodes: 9 } },
+  };
+  assert.is(await choose(machines, facts), "good");
+  assert.is(await choose(machines.slice(0, 2), facts), "busy");
+  const heedless = machine({ ...machines[0], overloadThreshold: false });
+  assert.is(await choose([heedless], facts), "loaded");
+  const lower = { loaded: { load: 3.19 } };
+  assert.is(await choose([machines[0]!], lower), "loaded");
+});
+
+test("chooseBuildMachine() obeys a veto", async () => {
+  const veto: Plugin = {
+    name: "veto",
+    score: ({ machine }) => machine.name === "b" ? -Infinity : undefined,
+  };
+  const machines = [machine({ name: "a" }), machine({ name: "b", speed: 9 })];
+  assert.is(await choose(machines, {}, { plugins: [veto, guix] }), "a");
+});
+
+test("chooseBuildMachine() goes on to the next with a free slot", async () => {
+  const { context } = makeContext({ plugins: [guix] });
+  const fast = machine({ name: "fast", speed: 2 });
+  const machines = [fast, machine({ name: "slow" })];
+  for (const each of machines) know(context, each);
+  const held = acquireBuildSlot(fast, context.stateDirectory)!;
+  const choice = await chooseBuildMachine(machines, request(), context);
+  assert.is.not(typeof choice, "string");
+  if (typeof choice !== "string") {
+    assert.is(choice.prospect.machine.name, "slow");
+    choice.slot.release();
+  }
+  held.release();
+});
+
+test("chooseBuildMachine() waits for a slot, once in vain", async () => {
+  const { context } = makeContext({ plugins: [guix] });
+  const short = { ...context.settings, decisionTimeout: 0.3 };
+  const patient = { ...context, settings: short };
+  const only = machine({ name: "only" });
+  know(context, only);
+  const held = acquireBuildSlot(only, context.stateDirectory)!;
+  const timed = async () => {
+    const start = performance.now();
+    const choice = await chooseBuildMachine([only], request(), patient);
+    return [choice, performance.now() - start] as const;
+  };
+  const [first, waited] = await timed();
+  assert.is(first, "busy");
+  assert.ok(waited >= 300, `${waited} ms`);
+  const [second, atOnce] = await timed();
+  assert.is(second, "busy");
+  assert.ok(atOnce < 200, `${atOnce} ms`);
+  context.observations.releaseSlot(held.file);
+  setTimeout(() => held.release(), 100);
+  const [third] = await timed();
+  assert.is.not(typeof third, "string");
+  if (typeof third !== "string") third.slot.release();
+});
+
+test("chooseBuildMachine() leaves alone what failed", async () => {
+  const { context } = makeContext({ plugins: [guix] });
+  const machines = [machine({ name: "a", speed: 2 }), machine({ name: "b" })];
+  for (const each of machines) know(context, each);
+  const { observations, settings } = context;
+  observations.saveFailure(machines[0]!, "it is gone", settings);
+  const choice = await chooseBuildMachine(machines, request(), context);
+  assert.is(typeof choice === "string" || choice.prospect.machine.name, "b");
+  observations.saveFailure(machines[1]!, "this too", settings);
+  assert.is(
+    await chooseBuildMachine(machines, request(), context),
+    "unreachable",
+  );
+});
+
+test("chooseBuildMachine() decides among 1,000 machines in 50 ms", async () => {
+  const { context } = makeContext({ plugins: [guix] });
+  const machines = Array.from(
+    { length: 1000 },
+    (_, i) => machine({ name: `m${i}`, speed: i % 10, parallelBuilds: 4 }),
+  );
+  for (const each of machines) know(context, each);
+  const times = [];
+  for (let i = 0; i < 5; i++) {
+    const start = performance.now();
+    const choice = await chooseBuildMachine(machines, request(), context);
+    times.push(performance.now() - start);
+    assert.is(typeof choice === "string" || choice.prospect.machine.speed, 9);
+    if (typeof choice !== "string") choice.slot.release();
+  }
+  // The best of five: these machines are noisy.
+  assert.ok(Math.min(...times) < 50, `${Math.min(...times)} ms`);
+});
+
+test("Observations double the time for which a machine is left alone", () => {
+  const { context } = makeContext();
+  const settings = { ...context.settings, backoff: 0.001, backoffLimit: 0.003 };
+  const { observations } = context;
+  const each = machine();
+  const left = () => {
+    const record = observations.machines().get("machine:22")!;
+    return [record.failures, record.until - Date.now()] as const;
+  };
+  for (let failures = 1; failures <= 3; failures++) {
+    observations.saveFailure(each, "gone", settings);
+    const [count, until] = left();
+    assert.is(count, failures);
+    assert.ok(until <= 3);
+    const end = Date.now() + 5; // until it is over
+    while (Date.now() < end);
+  }
+  observations.saveFailure(each, "gone", { ...settings, backoff: 100 });
+  observations.saveFailure(each, "gone", settings); // part of the same failure
+  assert.is(left()[0], 4);
+  observations.saveBuild("machine:22", "hello", 1, []);
+  assert.equal(left()[0], 0);
+  assert.ok(left()[1] <= 0);
+});
+
+test("Observations forget a failure of other fields", async () => {
+  const { context } = makeContext({ plugins: [guix] });
+  const wrong = machine({ name: "a", user: "nobody" });
+  const right = machine({ name: "a" });
+  context.observations.saveFailure(wrong, "no such user", context.settings);
+  know(context, right);
+  const choice = await chooseBuildMachine([right], request(), context);
+  assert.is.not(choice, "unreachable");
+});
+
+test("Observations remember builds and what machines hold", () => {
+  const { observations } = makeContext().context;
+  observations.saveBuild("a:22", "hello-2.12", 3, ["/gnu/store/x"]);
+  observations.saveBuild("b:22", "hello-2.12", 5, ["/gnu/store/y"]);
+  assert.equal(
+    observations.history("hello-2.12").map((build) => ({ ...build })),
+    [{ machine: "b:22", seconds: 5 }, { machine: "a:22", seconds: 3 }],
+  );
+  const paths = ["/gnu/store/x", "/gnu/store/z"];
+  assert.equal(observations.held("a:22", paths), ["/gnu/store/x"]);
+  assert.equal(observations.held("b:22", paths), []);
+});
+
+test("Observations are claimed by one process at a time", () => {
+  const { context } = makeContext();
+  const { observations, log, stateDirectory } = context;
+  const other = new Observations(stateDirectory, log);
+  assert.ok(observations.claim("a:22", 3));
+  assert.not(other.claim("a:22", 3));
+  assert.ok(other.claim("a:22", 0 - 1), "one that took too long is void");
+  know(context, machine({ name: "a" }));
+  assert.ok(other.claim("a:22", 3), "once it is answered");
+});
+
+test("Observations survive a database that is none", () => {
+  const directory = mkdtempSync(`${tmpdir()}/offload-`);
+  writeFileSync(`${directory}/observations.sqlite`, "garbage ".repeat(1000));
+  const { context } = makeContext();
+  const observations = new Observations(directory, context.log);
+  observations.saveBuild("a:22", "hello", 3, []);
+  assert.is(observations.history("hello").length, 1);
+  rmSync(directory, { recursive: true });
+});
+
+test.run();

@@ -1,0 +1,88 @@
+/** Settings: settings.json, the environment, and the schema. */
+
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { OffloadError, readSettings, settingsSchema } from "../mod.ts";
+
+const test = suite("settings");
+
+/** Reads the settings from a file of this text. */
+function settingsOf(text: string, environment: Record<string, string> = {}) {
+  const directory = mkdtempSync(`${tmpdir()}/offload-`);
+  try {
+    writeFileSync(`${directory}/settings.json`, text);
+    return readSettings(directory, environment);
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+}
+
+function assertRefused(message: RegExp, text: string, variables = {}): void {
+  assert.throws(
+    () => settingsOf(text, variables),
+    (error: unknown) =>
+      error instanceof OffloadError && message.test(error.message),
+  );
+}
+
+test("readSettings() has defaults where there is no file", () => {
+  const settings = readSettings("/nonexistent", {});
+  assert.is(settings.decisionTimeout, 3);
+  assert.is(settings.buildLocally, true);
+  assert.is(settings.score, "guix");
+});
+
+test("readSettings() prefers the environment to the file", () => {
+  const text = '{"$schema": "x", "backoff": 1, "score": "locality"}';
+  assert.is(settingsOf(text).backoff, 1);
+  const variables = { OFFLOAD_BACKOFF: "2.5", OFFLOAD_BUILD_LOCALLY: "false" };
+  const settings = settingsOf(text, variables);
+  assert.is(settings.backoff, 2.5);
+  assert.is(settings.buildLocally, false);
+  assert.is(settings.score, "locality");
+});
+
+test("readSettings() names what is unknown or wrong", () => {
+  assertRefused(/settings\.json: unknown setting 'backof'/, '{"backof": 1}');
+  assertRefused(/'backoff': expected a number, got "1"/, '{"backoff": "1"}');
+  assertRefused(/'buildLocally': expected a boolean/, '{"buildLocally": 1}');
+  assertRefused(/'attempts': 0 is not between 1 and/, '{"attempts": 0}');
+  assertRefused(/settings\.json: expected an object/, "[]");
+  assertRefused(/settings\.json: /, '{"backoff": 1,}');
+  assertRefused(/unknown setting '__proto__'/, '{"__proto__": 1}');
+});
+
+test("readSettings() names a variable that is wrong", () => {
+  assertRefused(/OFFLOAD_ATTEMPTS: NaN is not/, "{}", {
+    OFFLOAD_ATTEMPTS: "many",
+  });
+  assertRefused(/OFFLOAD_ATTEMPTS: expected a number/, "{}", {
+    OFFLOAD_ATTEMPTS: "",
+  });
+  assertRefused(/OFFLOAD_BUILD_LOCALLY: expected a boolean/, "{}", {
+    OFFLOAD_BUILD_LOCALLY: "no",
+  });
+});
+
+test("settingsSchema() is what stands in plugins/settings.schema.json", () => {
+  const file = new URL("../plugins/settings.schema.json", import.meta.url);
+  assert.equal(JSON.parse(readFileSync(file, "utf8")), settingsSchema());
+});
+
+test("README lists every setting with its default", () => {
+  const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
+  const { properties } = settingsSchema() as {
+    properties: Record<string, { default?: unknown }>;
+  };
+  for (const [name, setting] of Object.entries(properties)) {
+    if (name === "$schema") continue;
+    const value = typeof setting.default === "string"
+      ? `\`${setting.default}\``
+      : setting.default;
+    assert.ok(readme.includes(`| \`${name}\` | ${value} |`), name);
+  }
+});
+
+test.run();

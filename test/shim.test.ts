@@ -1,0 +1,274 @@
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { dirname } from "node:path";
+import process from "node:process";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { ROOT, run, runtimes, settled, withDirectory } from "./helpers.ts";
+
+const test = suite("shim");
+
+/** All that the shim needs of the system. */
+const TOOLS = ["readlink", "dirname", "cat"];
+
+function findTool(name: string): string {
+  const directories = (process.env.PATH ?? "").split(":");
+  const file = directories.map((directory) => `${directory}/${name}`)
+    .find((file) => existsSync(file));
+  assert.ok(file, `${name} is missing`);
+  return file!;
+}
+
+/** A checkout with programs that print how they were called. */
+class Sandbox {
+  readonly directory: string;
+
+  /** Copies the shim, so that no runtime is beside it. */
+  constructor(directory: string) {
+    this.directory = directory;
+    mkdirSync(`${directory}/checkout/scripts`, { recursive: true });
+    copyFileSync(`${ROOT}/scripts/guix`, this.shim);
+    const library = `${dirname(this.shim)}/runtime.sh`;
+    copyFileSync(`${ROOT}/scripts/runtime.sh`, library);
+    // There may be runtimes, or even a guix, where the system's tools are.
+    mkdirSync(`${directory}/tools`);
+    for (const name of TOOLS) {
+      symlinkSync(findTool(name), `${directory}/tools/${name}`);
+    }
+  }
+
+  get shim(): string {
+    return `${this.directory}/checkout/scripts/guix`;
+  }
+
+  /** Makes a program and returns its file name. */
+  program(name: string, script: string): string {
+    const file = `${this.directory}/${name}`;
+    mkdirSync(dirname(file), { recursive: true });
+    writeFileSync(file, `#!/bin/sh\n${script}\n`, { mode: 0o755 });
+    return file;
+  }
+
+  /** Makes a runtime of that version. */
+  runtime(name: string, version: string): string {
+    const script = `if [ "$1" = --version ]; then printf '${version}\\n'
+      else echo "${name}:"; printf '%s\\n' "$@"; fi`;
+    return this.program(name, script);
+  }
+
+  /** Makes a guix of that name. */
+  guix(name: string): string {
+    return this.program(name, `echo "${name}:"; printf '%s\\n' "$@"`);
+  }
+
+  /** Calls the shim; `bin` is the directories in PATH. */
+  async call(
+    args: readonly string[],
+    { bin = "bin", env = {}, shim = this.shim, input = "" } = {},
+  ) {
+    const PATH = `${bin}:tools`.split(":")
+      .map((name) => `${this.directory}/${name}`).join(":");
+    const result = await settled(run(shim, args, {
+      env: { PATH, HOME: this.directory, ...env },
+      input,
+    }));
+    return { ...result, stdout: result.stdout.toString() };
+  }
+}
+
+function sandbox(work: (box: Sandbox) => Promise<void>): Promise<void> {
+  return withDirectory((directory) => work(new Sandbox(directory)));
+}
+
+const NODE_OPTIONS = "--disable-warning=ExperimentalWarning";
+const DENO_OPTIONS = "run\n--allow-all\n--no-prompt";
+
+test("guix hands other commands to the real guix", async () => {
+  await sandbox(async (box) => {
+    box.guix("bin/guix");
+    for (const args of [["authenticate", "a b", ""], ["--version"], []]) {
+      const { code, stdout, stderr } = await box.call(args);
+      assert.is(stdout, `bin/guix:\n${args.join("\n")}\n`);
+      assert.is(stderr, "");
+      assert.is(code, 0);
+    }
+  });
+});
+
+test("guix passes on input, output and exit code", async () => {
+  await sandbox(async (box) => {
+    box.program("bin/guix", "cat; echo wrong >&2; exit 42");
+    const result = await box.call(["substitute"], { input: "some\ninput" });
+    assert.is(result.stdout, "some\ninput");
+    assert.is(result.stderr, "wrong\n");
+    assert.is(result.code, 42);
+  });
+});
+
+test("guix takes the guix that OFFLOAD_GUIX names", async () => {
+  await sandbox(async (box) => {
+    box.guix("bin/guix");
+    const env = { OFFLOAD_GUIX: box.guix("other guix") };
+    const { stdout } = await box.call(["gc"], { env });
+    assert.is(stdout, "other guix:\ngc\n");
+    const empty = await box.call(["gc"], { env: { OFFLOAD_GUIX: "" } });
+    assert.is(empty.stdout, "bin/guix:\ngc\n");
+  });
+});
+
+test("guix does not take itself for the real guix", async () => {
+  await sandbox(async (box) => {
+    mkdirSync(`${box.directory}/links`);
+    symlinkSync(box.shim, `${box.directory}/links/guix`);
+    symlinkSync("../links/guix", `${box.directory}/checkout/guix`);
+    box.guix("bin/guix");
+    const shim = `${box.directory}/links/guix`;
+    const bin = "checkout/scripts:links:checkout:bin";
+    for (const program of [box.shim, shim]) {
+      const { stdout } = await box.call(["gc"], { bin, shim: program });
+      assert.is(stdout, "bin/guix:\ngc\n");
+    }
+  });
+});
+
+test("guix refuses to call itself for ever", async () => {
+  await sandbox(async (box) => {
+    // Whatever else there is, it leads back.
+    const wrapper = box.program("bin/guix", `exec '${box.shim}' "$@"`);
+    for (const guix of [box.shim, wrapper, ""]) {
+      const env = { OFFLOAD_GUIX: guix };
+      // The processor time that it may take, in seconds.
+      const shim = box.program("limited", `ulimit -t 2; '${box.shim}' "$@"`);
+      const { code, stderr } = await box.call(["gc"], { env, shim });
+      assert.match(stderr, /^offload: error: .*guix.*\nhint: .*OFFLOAD_GUIX/);
+      assert.is(code, 1);
+    }
+  });
+});
+
+test("guix says where there is no real guix", async () => {
+  await sandbox(async (box) => {
+    const env = { OFFLOAD_GUIX: `${box.directory}/none` };
+    const { code, stderr } = await box.call(["gc"], { env });
+    assert.match(stderr, `${box.directory}/none`);
+    assert.ok(code !== 0);
+  });
+});
+
+test("guix offload runs mod.ts with Node, else Deno", async () => {
+  await sandbox(async (box) => {
+    const mod = `${box.directory}/checkout/mod.ts`;
+    box.runtime("b/deno", "deno 2.9.5 (stable, release)\\nv8 15.0\\ntypes 6");
+    const args = ["offload", "x86_64-linux", "3600", "true", "86400", "a b"];
+    const rest = args.slice(1).join("\n");
+    const deno = await box.call(args, { bin: "a:b" });
+    assert.is(deno.stdout, `b/deno:\n${DENO_OPTIONS}\n${mod}\n${rest}\n`);
+    box.runtime("a/node", "v24.1.0");
+    const node = await box.call(args, { bin: "b:a" });
+    assert.is(node.stdout, `a/node:\n${NODE_OPTIONS}\n${mod}\n${rest}\n`);
+    symlinkSync(box.shim, `${box.directory}/guix`);
+    const shim = `${box.directory}/guix`;
+    const linked = await box.call(args, { bin: "a", shim });
+    assert.is(linked.stdout, node.stdout);
+  });
+});
+
+test("guix offload takes the runtime that OFFLOAD_RUNTIME names", async () => {
+  await sandbox(async (box) => {
+    box.runtime("bin/node", "v24.1.0");
+    box.runtime("bin/deno", "deno 2.9.5");
+    const call = async (OFFLOAD_RUNTIME: string) => {
+      const env = { OFFLOAD_RUNTIME };
+      return (await box.call(["offload"], { env })).stdout.split(":")[0];
+    };
+    assert.is(await call("node"), "bin/node");
+    assert.is(await call("deno"), "bin/deno");
+    assert.is(await call(""), "bin/node");
+    assert.is(await call(box.runtime("my deno", "deno 3.0.0")), "my deno");
+    assert.is(await call(box.runtime("my node", "v30.0.0")), "my node");
+  });
+});
+
+test("guix offload takes the runtimes of the checkout where it must", async () => {
+  await sandbox(async (box) => {
+    const beside = "checkout/node_modules";
+    const env = { OFFLOAD_RUNTIME: "deno" };
+    box.runtime("bin/node", "v20.20.2");
+    box.runtime(`${beside}/@deno/x/deno`, "deno 2.9.5");
+    const deno = await box.call(["offload"], { env });
+    assert.match(deno.stdout, `${beside}/@deno/x/deno:`);
+    const other = await box.call(["offload"]);
+    assert.is(other.stdout, deno.stdout);
+    box.runtime(`${beside}/node/bin/node`, "v24.1.0");
+    const node = await box.call(["offload"]);
+    assert.match(node.stdout, `${beside}/node/bin/node:`);
+  });
+});
+
+test("guix offload refuses runtimes that are old or strange", async () => {
+  const versions = {
+    node: ["v22.17.9", "v21.99.0", "v9.0.0", "v", "x", "", "22.18.0"],
+    deno: ["deno 2.7.13", "deno 2.6.99", "deno 1.46.3", "deno ", "deno x.y.z"],
+  };
+  await sandbox(async (box) => {
+    const check = async (OFFLOAD_RUNTIME: string) => {
+      const env = { OFFLOAD_RUNTIME };
+      const { code, stdout, stderr } = await box.call(["offload"], { env });
+      assert.match(
+        stderr,
+        /^offload: error: .*Node 22\.18 .*Deno 2\.7\.14.*\nhint: .+\n$/,
+      );
+      assert.is(stdout, "");
+      assert.is(code, 1);
+    };
+    for (const kind of ["node", "deno"] as const) {
+      for (const version of versions[kind]) {
+        await check(box.runtime("my runtime", version));
+      }
+    }
+    await check(box.program("my runtime", "exit 1"));
+    await check(`${box.directory}/none`);
+    box.runtime("bin/node", "v22.17.9");
+    box.runtime("bin/deno", "deno 2.7.13");
+    for (const name of ["", "node", "deno"]) await check(name);
+  });
+});
+
+test("guix offload accepts the oldest runtimes and previews", async () => {
+  const versions = [
+    "v22.18.0",
+    "v22.18.1",
+    "v22.20.0-nightly20250801",
+    "v23.0.0",
+  ]
+    .concat([
+      "deno 2.7.14",
+      "deno 2.8.0",
+      "deno 3.0.0-rc.1+abc",
+      "deno 10.0.0",
+    ]);
+  await sandbox(async (box) => {
+    for (const version of versions) {
+      const env = { OFFLOAD_RUNTIME: box.runtime("my runtime", version) };
+      const { stdout, stderr } = await box.call(["offload"], { env });
+      assert.match(stdout, "my runtime:", `${version}: ${stderr}`);
+    }
+  });
+});
+
+for (const kind of ["node", "deno"] as const) {
+  test(`guix offload works with the real ${kind}`, async () => {
+    const env = { ...process.env, OFFLOAD_RUNTIME: runtimes[kind][0] };
+    const args = ["offload", "x86_64-linux", "3600", "true", "86400"];
+    const { code, stderr } = await run(`${ROOT}/scripts/guix`, args, { env });
+    assert.is(stderr, "");
+    assert.is(code, 0);
+  });
+}
+
+test.run();

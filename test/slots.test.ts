@@ -1,0 +1,228 @@
+import { spawn } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
+import { once } from "node:events";
+import { mkdirSync, readdirSync, statSync, writeFileSync } from "node:fs";
+import { createInterface } from "node:readline";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { acquireBuildSlot } from "../mod.ts";
+import type { Slot } from "../mod.ts";
+import {
+  makeMachine,
+  ROOT,
+  runtimes,
+  settled,
+  throws,
+  withDirectory,
+} from "./helpers.ts";
+
+const test = suite("slots");
+
+const FILE = "offload/w1:22/0";
+
+/** Locks a whole file as `guix offload` does, by fcntl. */
+const FCNTL = `
+use Fcntl qw(:DEFAULT :seek);
+$| = 1;
+open my $file, "+>>", $ARGV[0] or die "$ARGV[0]: $!";
+# struct flock: type and whence; start and length; pid
+my $lock = pack "s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0;
+print fcntl($file, F_SETLK, $lock) ? "held\\n" : "busy\\n";
+<STDIN>`;
+
+/** A process that holds what it could take until it is ended. */
+interface Holder {
+  /** What it printed. */
+  readonly said: string;
+  /** Ends it, so that its end can be told from its locks' release. */
+  end(how: "orderly" | "SIGKILL"): Promise<void>;
+}
+
+async function hold(program: string, ...args: string[]): Promise<Holder> {
+  const child: ChildProcess = spawn(program, args, {
+    stdio: ["pipe", "pipe", "inherit"],
+  });
+  const failed = once(child, "error").then(([cause]) => {
+    throw new Error(`failed to run '${program}': is it there?`, { cause });
+  });
+  const lines = createInterface({ input: child.stdout! });
+  const line = once(lines, "line");
+  const ended = once(child, "exit");
+  const early = ended.then(() => [""]);
+  const [said] = await settled(Promise.race([line, early, failed]));
+  const end = async (how: "orderly" | "SIGKILL") => {
+    if (how === "SIGKILL") child.kill("SIGKILL");
+    else child.stdin!.end();
+    await settled(ended);
+  };
+  return { said, end };
+}
+
+/** Takes slots in a process of its own. */
+function holdSlots(
+  kind: "node" | "deno",
+  directory: string,
+  parallelBuilds: number,
+  wanted: number,
+): Promise<Holder> {
+  const numbers = [parallelBuilds, wanted].map(String);
+  const script = `${ROOT}/test/fixtures/slots.ts`;
+  const [runtime, ...options] = runtimes[kind];
+  return hold(runtime, ...options, script, directory, ...numbers);
+}
+
+function holdFcntl(directory: string): Promise<Holder> {
+  return hold("perl", "-e", FCNTL, `${directory}/${FILE}`);
+}
+
+function acquire(directory: string, parallelBuilds = 1): Slot | undefined {
+  return acquireBuildSlot(makeMachine({ parallelBuilds }), directory);
+}
+
+test("acquireBuildSlot() hands out each slot once", async () => {
+  await withDirectory((directory) => {
+    const slots = [1, 2, 3].map(() => acquire(directory, 3)!);
+    assert.equal(
+      slots.map(({ file }) => file),
+      [0, 1, 2].map((slot) => `${directory}/offload/w1:22/${slot}`),
+    );
+    assert.is(acquire(directory, 3), undefined);
+    slots[1]!.release();
+    const again = acquire(directory, 3)!;
+    assert.is(again.file, slots[1]!.file);
+    assert.is(acquire(directory, 3), undefined);
+    for (const slot of [again, slots[0]!, slots[2]!]) slot.release();
+    assert.is(acquire(directory, 0), undefined);
+  });
+});
+
+test("acquireBuildSlot() tells machines apart by name and port", async () => {
+  await withDirectory((directory) => {
+    const machines = [{}, { port: 2222 }, { name: "w2" }].map(makeMachine);
+    const slots = machines.map((machine) =>
+      acquireBuildSlot(machine, directory)!
+    );
+    assert.equal(
+      readdirSync(`${directory}/offload`).sort(),
+      ["w1:22", "w1:2222", "w2:22"],
+    );
+    for (const slot of slots) slot.release();
+  });
+});
+
+test("acquireBuildSlot() leaves nothing but empty files", async () => {
+  await withDirectory((directory) => {
+    const check = () => {
+      assert.equal(readdirSync(`${directory}/offload/w1:22`), ["0"]);
+      assert.is(statSync(`${directory}/${FILE}`).size, 0);
+    };
+    const slot = acquire(directory)!;
+    check();
+    assert.is(acquire(directory), undefined);
+    check();
+    slot.release();
+    check();
+  });
+});
+
+for (const kind of ["node", "deno"] as const) {
+  test(`acquireBuildSlot() respects what a ${kind} process holds`, async () => {
+    await withDirectory(async (directory) => {
+      const other = await holdSlots(kind, directory, 2, 1);
+      assert.is(other.said, '["0"]');
+      const ours = acquire(directory, 2)!;
+      assert.match(ours.file, /\/1$/);
+      assert.is(acquire(directory, 2), undefined);
+      await other.end("orderly");
+      const freed = acquire(directory, 2)!;
+      assert.match(freed.file, /\/0$/);
+      ours.release();
+      freed.release();
+    });
+  });
+
+  test(`acquireBuildSlot() keeps a ${kind} process from what is held`, async () => {
+    await withDirectory(async (directory) => {
+      const slot = acquire(directory)!;
+      // Closing another descriptor of the file must not drop the lock.
+      assert.is(acquire(directory), undefined);
+      const none = await holdSlots(kind, directory, 1, 1);
+      assert.is(none.said, "[null]");
+      slot.release();
+      const other = await holdSlots(kind, directory, 1, 2);
+      assert.is(other.said, '["0",null]');
+      await none.end("orderly");
+      assert.is(acquire(directory), undefined);
+      await other.end("SIGKILL");
+      const freed = acquire(directory);
+      assert.ok(freed, "what a killed process held is free");
+      freed.release();
+    });
+  });
+}
+
+test("acquireBuildSlot() lets as many processes win as there are slots", async () => {
+  await withDirectory(async (directory) => {
+    const kinds = ["node", "deno", "node", "deno"] as const;
+    const holders = await Promise.all(
+      kinds.map((kind) => holdSlots(kind, directory, 3, 1)),
+    );
+    assert.equal(
+      holders.map(({ said }) => said).sort(),
+      ['["0"]', '["1"]', '["2"]', "[null]"],
+    );
+    await Promise.all(holders.map((holder) => holder.end("SIGKILL")));
+  });
+});
+
+test("acquireBuildSlot() respects the locks of guix offload", async () => {
+  await withDirectory(async (directory) => {
+    mkdirSync(`${directory}/offload/w1:22`, { recursive: true });
+    const guix = await holdFcntl(directory);
+    assert.is(guix.said, "held");
+    assert.is(acquire(directory), undefined);
+    const next = acquire(directory, 2)!;
+    assert.match(next.file, /\/1$/);
+    next.release();
+    await guix.end("SIGKILL");
+    const slot = acquire(directory)!;
+    assert.match(slot.file, /\/0$/);
+    slot.release();
+  });
+});
+
+test("acquireBuildSlot() keeps guix offload from what is held", async () => {
+  await withDirectory(async (directory) => {
+    const slot = acquire(directory)!;
+    assert.is(acquire(directory), undefined);
+    const busy = await holdFcntl(directory);
+    assert.is(busy.said, "busy");
+    await busy.end("orderly");
+    slot.release();
+    const guix = await holdFcntl(directory);
+    assert.is(guix.said, "held");
+    await guix.end("orderly");
+  });
+});
+
+test("acquireBuildSlot() says where it can't write", async () => {
+  const check = (state: string) => {
+    const { message, hint } = throws(
+      () => acquire(state),
+      /^failed to lock a build slot in '.*\/offload\/w1:22': ./,
+    );
+    assert.match(message, state);
+    assert.match(hint!, "guix-daemon");
+  };
+  await withDirectory((directory) => {
+    writeFileSync(`${directory}/file`, "");
+    check(`${directory}/file`); // where a directory must be
+    mkdirSync(`${directory}/taken/${FILE}`, { recursive: true });
+    check(`${directory}/taken`); // a directory where the slot must be
+    mkdirSync(`${directory}/damaged/offload/w1:22`, { recursive: true });
+    writeFileSync(`${directory}/damaged/${FILE}`, "no lock file".repeat(99));
+    check(`${directory}/damaged`);
+  });
+});
+
+test.run();
