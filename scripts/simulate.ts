@@ -1,0 +1,826 @@
+/**
+ * Simulates a farm, so that a site can judge a scoring plugin before it uses
+ * it: makespan, utilisation and bytes moved, against the reference's policy
+ * and a lower bound.
+ *
+ * Whenever a slot became free, the daemon offers the builds that are ready, one
+ * after another. A build holds its slot while the machine is sent what it
+ * lacks, while it is built and while its output is brought back. Transfers
+ * don't share bandwidth, builds don't slow each other down, no machine is
+ * overloaded. A veto holds until a build ends on that machine. The clock of
+ * facts starts at 0.
+ *
+ * @module
+ */
+
+import { readFileSync, writeFileSync } from "node:fs";
+import { resolve } from "node:path";
+import process from "node:process";
+import { pathToFileURL } from "node:url";
+import { cac } from "../deps.ts";
+import {
+  loadPlugins,
+  machineFromFields,
+  machineMatches,
+  OffloadError,
+  readSettings,
+} from "../mod.ts";
+import type {
+  Candidate,
+  Facts,
+  InputItem,
+  Machine,
+  PastBuild,
+  Plugin,
+  PluginContext,
+  Request,
+  ScoredRequest,
+  Settings,
+} from "../mod.ts";
+
+// ---------------------------------------------------------------------------
+// Workloads
+// ---------------------------------------------------------------------------
+
+/** A build machine of a workload. */
+export interface WorkloadMachine {
+  /** Host name; no other machine has it. */
+  readonly name: string;
+  /** System types that it builds for: x86_64-linux unless told. */
+  readonly systems?: readonly string[];
+  /** Features that builds may require: none unless told. */
+  readonly features?: readonly string[];
+  /** Relative speed: 1 unless told. */
+  readonly speed?: number;
+  /** Its slots: 1 unless told. */
+  readonly parallelBuilds?: number;
+  /** Logical processors, which its slots share: 4 unless told. */
+  readonly cores?: number;
+  /** Bytes a second, in each direction: 50 MB unless told. */
+  readonly bandwidth?: number;
+}
+
+/** A build of a workload. */
+export interface WorkloadBuild {
+  /** Name of the derivation, the same where a package is built again. */
+  readonly name: string;
+  /** Names it among the inputs of other builds: its name unless told. */
+  readonly id?: string;
+  /** How long it takes on a machine of speed 1, in seconds. */
+  readonly seconds: number;
+  /** System type: x86_64-linux unless told. */
+  readonly system?: string;
+  /** Features that it requires: none unless told. */
+  readonly features?: readonly string[];
+  /** What must be there: items, and the outputs of builds before it. */
+  readonly inputs?: readonly string[];
+  /** Size of its output, in bytes: 0 unless told. */
+  readonly output?: number;
+}
+
+/** What a workload file holds, as JSON. */
+export interface Workload {
+  /** The farm. */
+  readonly machines: readonly WorkloadMachine[];
+  /** Sizes of the store items that are there from the start, in bytes. */
+  readonly items?: Readonly<Record<string, number>>;
+  /** What is to be built, each behind those that it needs. */
+  readonly builds: readonly WorkloadBuild[];
+}
+
+const EXAMPLE = `  {
+    "machines": [{"name": "a", "speed": 2, "parallelBuilds": 4}, {"name": "b"}],
+    "items": {"gcc": 2e8, "source": 1e6},
+    "builds": [
+      {"name": "x", "seconds": 30, "inputs": ["gcc", "source"], "output": 3e5},
+      {"name": "y", "seconds": 9.5, "inputs": ["gcc", "x"]}
+    ]
+  }
+  The interface Workload in simulate.ts documents every field.`;
+
+/** What is assumed; "" and NaN must be told, and a field "" stands for any. */
+const MACHINE: Required<WorkloadMachine> = {
+  ...{ name: "", systems: ["x86_64-linux"], features: [], speed: 1 },
+  ...{ parallelBuilds: 1, cores: 4, bandwidth: 50e6 },
+};
+const BUILD: Required<WorkloadBuild> = {
+  ...{ name: "", id: "its name", seconds: NaN, system: "x86_64-linux" },
+  ...{ features: [], inputs: [], output: 0 },
+};
+const WORKLOAD = { machines: [MACHINE], items: { "": 0 }, builds: [BUILD] };
+
+function fail(place: string, problem: string): never {
+  throw new OffloadError(`${place}: ${problem}`);
+}
+
+/** Says what a value should be, where it is not of the kind of `model`. */
+function mismatch(value: unknown, model: unknown): string | false {
+  if (Array.isArray(model)) return !Array.isArray(value) && "a list";
+  if (typeof model === "object") {
+    return value?.constructor !== Object && "an object";
+  }
+  if (typeof model === "string") {
+    return (typeof value !== "string" || value === "") && "a name";
+  }
+  const number = Number.isFinite(value) ? Number(value) : -1;
+  if (Number(model) > 0) return number <= 0 && "a number above 0";
+  return number < 0 && "a number, 0 or more";
+}
+
+/** Checks `told` against `model`, and takes from that what was not told. */
+function complete<T>(told: unknown, model: T, place: string): T {
+  const required = Array.isArray(model) && typeof model[0] === "object";
+  const value = told === undefined && !required ? model : told;
+  const kind = mismatch(value, model);
+  const got = kind && (JSON.stringify(told)?.slice(0, 60) ?? "nothing");
+  if (kind) fail(place, `expected ${kind}, got ${got}`);
+  if (Array.isArray(value)) {
+    const part = (model as unknown[])[0] ?? "a name";
+    return value.map((v, i) => complete(v, part, `${place}[${i}]`)) as T;
+  }
+  if (typeof value !== "object") return value as T;
+  const values = value as Record<string, unknown>;
+  const models = model as Record<string, unknown>;
+  const names = Object.keys("" in models ? values : models);
+  const unknown = Object.keys(values).find((name) =>
+    !("" in models || names.includes(name))
+  );
+  if (unknown) {
+    fail(`${place}.${unknown}`, `the fields are ${names.join(", ")}`);
+  }
+  return Object.fromEntries(names.map((name) => {
+    const part = models[name] ?? models[""];
+    return [name, complete(values[name], part, `${place}.${name}`)];
+  })) as T;
+}
+
+/** Makes a generator of numbers from 0 to 1 (mulberry32). */
+function makeRandom(seed: number): () => number {
+  let state = seed;
+  return () => {
+    state = state + 0x6d2b79f5 | 0;
+    let bits = Math.imul(state ^ state >>> 15, state | 1);
+    bits ^= bits + Math.imul(bits ^ bits >>> 7, bits | 61);
+    return ((bits ^ bits >>> 14) >>> 0) / 2 ** 32;
+  };
+}
+
+/**
+ * Makes a workload up: eight layers of builds, with heavy-tailed durations and
+ * sizes, that share inputs.
+ */
+export function synthesize(
+  machineCount: number,
+  buildCount: number,
+  seed: number,
+): Workload {
+  const random = makeRandom(seed);
+  // With a skew above 1, the first ones are chosen more often.
+  const pick = (length: number, skew = 1) =>
+    Math.floor(random() ** skew * length);
+  const heavyTailed = (median: number, sigma: number) => {
+    const radius = Math.sqrt(-2 * Math.log(1 - random()));
+    const normal = radius * Math.cos(2 * Math.PI * random());
+    return Math.ceil(median * Math.exp(sigma * normal));
+  };
+  const list = <T>(length: number, make: (index: number) => T) =>
+    Array.from({ length }, (_, index) => make(index));
+  // Every fourth machine and build is of another system.
+  const system = (index: number) =>
+    index % 4 === 3 && machineCount > 3 ? "aarch64-linux" : "x86_64-linux";
+  const machines = list(machineCount, (index) => ({
+    name: `machine-${index}`,
+    systems: [system(index)],
+    speed: [1, 1.5, 2, 3][pick(4)]!,
+    parallelBuilds: [1, 2, 4][pick(3)]!,
+    bandwidth: [1e7, 5e7, 1e8][pick(3)]!,
+  }));
+  const items: Record<string, number> = {};
+  const shared = Math.ceil(8 + Math.sqrt(buildCount));
+  for (let i = 0; i < shared; i++) items[`shared-${i}`] = heavyTailed(2e7, 1.2);
+  const packages = list(Math.ceil(buildCount / 4), (index) => {
+    items[`source-${index}`] = heavyTailed(1e6, 1.5);
+    return { seconds: heavyTailed(40, 0.9), output: heavyTailed(2e6, 1.5) };
+  });
+  const layer = Math.ceil(buildCount / 8);
+  const builds = list(buildCount, (index) => {
+    const number = pick(packages.length);
+    // Of every four builds in the layers below, one may be a parent.
+    const below = Math.floor((index - index % layer) / 4);
+    const parent = () => `build-${pick(below, 2) * 4 + index % 4}`;
+    const inputs = list(3, () => `shared-${pick(shared, 3)}`);
+    if (below > 0) inputs.push(...list(1 + pick(3), parent));
+    inputs.push(`source-${number}`);
+    const name = `package-${number}`;
+    const id = `build-${index}`;
+    return { id, name, system: system(index), inputs, ...packages[number]! };
+  });
+  return { machines, items, builds };
+}
+
+// ---------------------------------------------------------------------------
+// Simulation. Times are in seconds.
+// ---------------------------------------------------------------------------
+
+/** A machine, with what plugins are not told. */
+class Host implements Candidate {
+  readonly id: string;
+  readonly machine: Machine;
+  readonly told: Required<WorkloadMachine>;
+  readonly clock: { now: number };
+  /** From when on it has items, and from when on its bandwidth is known. */
+  readonly store = new Map<string, number>();
+  measured = Infinity;
+  /** What it was seen to hold: what its builds needed and made. */
+  readonly seen = new Set<string>();
+  running = 0;
+  builds = 0;
+  slotSeconds = 0;
+  bytesMoved = 0;
+
+  constructor(told: Required<WorkloadMachine>, clock: { now: number }) {
+    const { name, systems, features, speed, parallelBuilds } = told;
+    this.told = told;
+    this.clock = clock;
+    this.id = `${name}:22`;
+    this.machine = {
+      ...{ name, systems, features, speed, parallelBuilds },
+      ...{ port: 22, user: "offload", privateKey: "", hostKey: "" },
+      ...{ compression: "none", compressionLevel: 3, overloadThreshold: false },
+      daemonSocket: "/var/guix/daemon-socket/socket",
+    };
+  }
+
+  get facts(): Facts {
+    const { cores, parallelBuilds } = this.told;
+    const load = this.running * cores / parallelBuilds;
+    return { time: this.clock.now * 1000, load, cores };
+  }
+
+  get bandwidth(): number | undefined {
+    return this.measured <= this.clock.now ? this.told.bandwidth : undefined;
+  }
+
+  freeSlots = (): number => this.told.parallelBuilds - this.running;
+  holds = (paths: readonly string[]): string[] =>
+    paths.filter((path) => this.seen.has(path));
+}
+
+/** The builds that the same machines can do. */
+class Group {
+  readonly hosts: ReadonlySet<Host>;
+  /** Those with a free slot. */
+  readonly free: Set<Host>;
+  /** The speed of the fastest. */
+  readonly fastest: number;
+  /** How long all its builds take at speed 1. */
+  seconds = 0;
+
+  constructor(hosts: readonly Host[]) {
+    this.hosts = new Set(hosts);
+    this.free = new Set(hosts);
+    this.fastest = Math.max(...hosts.map(({ machine }) => machine.speed));
+  }
+}
+
+/** A build. */
+class Job {
+  readonly build: Required<WorkloadBuild>;
+  readonly request: Request;
+  readonly output: InputItem;
+  readonly group: Group;
+  readonly inputs: InputItem[] = [];
+  /** The builds that need it, and how many it waits for. */
+  readonly children: Job[] = [];
+  pending = 0;
+  host: Host | undefined = undefined;
+  /** When it ends there; until it runs, when it could at best. */
+  end = 0;
+
+  constructor(
+    build: Required<WorkloadBuild>,
+    request: Request,
+    group: Group,
+  ) {
+    this.build = build;
+    this.request = request;
+    this.group = group;
+    const path = request.derivation.replace(/\.drv$/, "");
+    this.output = { path, size: build.output };
+  }
+
+  addInput(input: InputItem | Job): void {
+    this.inputs.push(input instanceof Job ? input.output : input);
+    if (!(input instanceof Job)) return;
+    input.children.push(this);
+    this.pending++;
+    this.end = Math.max(this.end, input.end);
+  }
+}
+
+/** What came of a machine, or of all. */
+export interface Work {
+  /** How many builds it did. */
+  readonly builds: number;
+  /** Slot-seconds used, of all that there were: 0 to 1. */
+  readonly utilisation: number;
+  /** Bytes sent to it and brought back. */
+  readonly bytesMoved: number;
+}
+
+/** What came of a simulation. */
+export interface Outcome extends Work {
+  /** Names of the plugins whose scores were summed. */
+  readonly policy: string;
+  /** When all was built, in seconds; null where something never was. */
+  readonly makespan: number | null;
+  /** How often machines were scored for a build. */
+  readonly decisions: number;
+  /** And that in a second of real time. */
+  readonly decisionsPerSecond: number;
+  /** What went wrong, and how often. */
+  readonly problems: Readonly<Record<string, number>>;
+  /** By the machine's name. */
+  readonly machines: Readonly<Record<string, Work>>;
+}
+
+function reason(problem: unknown): string {
+  const message = problem instanceof Error ? problem.message : String(problem);
+  return message.replace(/^E[A-Z]+: (.*), \w+ '.*$/, "$1")
+    .replace(/^[A-Z](?=[a-z ])/, (letter) => letter.toLowerCase());
+}
+
+function sum<T>(list: Iterable<T>, value: (element: T) => number): number {
+  let total = 0;
+  for (const element of list) total += value(element);
+  return total;
+}
+
+/** Makes a file name in the store. */
+function storePath(number: number, name: string): string {
+  return `/gnu/store/${String(number).padStart(32, "0")}-${name}`;
+}
+
+/** Adds a plugin's scores up, if all are valid. */
+function addScores(totals: Float64Array, scores: readonly unknown[]): void {
+  for (const score of scores) {
+    if (score === undefined || score === -Infinity) continue;
+    if (Number.isFinite(score)) continue;
+    throw new Error(`expected a number, got ${String(score)}`);
+  }
+  for (let index = 0; index < scores.length; index++) {
+    totals[index]! += scores[index] as number | undefined ?? 0;
+  }
+}
+
+/** The index of one of the highest scores, by chance; -1 where all veto. */
+function chooseBest(scores: Float64Array, random: () => number): number {
+  let best = -1;
+  let [highest, equals] = [-Infinity, 0];
+  for (let index = 0; index < scores.length; index++) {
+    const score = scores[index]!;
+    if (score < highest || score === -Infinity) continue;
+    equals = score > highest ? 1 : equals + 1;
+    highest = score;
+    if (random() * equals < 1) best = index;
+  }
+  return best;
+}
+
+/** Thrown where a plugin takes too long. */
+class Late extends Error {}
+
+/** Waits so many seconds at most. */
+async function within<T>(seconds: number, promise: Promise<T>): Promise<T> {
+  const late = Promise.withResolvers<never>();
+  const timer = setTimeout(
+    () => late.reject(new Late(`no answer within ${seconds} s`)),
+    seconds * 1000,
+  );
+  return await Promise.race([promise, late.promise])
+    .finally(() => clearTimeout(timer));
+}
+
+/** A daemon and its machines, for one simulation. */
+export class Farm {
+  readonly #clock = { now: 0 };
+  readonly #hosts: readonly Host[];
+  readonly #jobs: readonly Job[];
+  readonly #groups = new Map<string, Group>();
+  /** The builds that run; the last ends first. */
+  readonly #running: Job[] = [];
+  /** The builds that are ready, from the index `#first` on. */
+  readonly #ready: Job[] = [];
+  #first = 0;
+  readonly #history = new Map<string, readonly PastBuild[]>();
+  readonly #problems: Record<string, number> = {};
+  /** How long the longest chain of builds takes at best. */
+  #longest = 0;
+  #decisions = 0;
+
+  /**
+   * Checks a workload.
+   *
+   * @throws {OffloadError} that names `file` and the place in it.
+   */
+  constructor(workload: unknown, file: string) {
+    const root = `${file}: $`;
+    const { machines, items, builds } = complete(workload, WORKLOAD, root);
+    this.#hosts = machines.map((told) => new Host(told, this.#clock));
+    const names = machines.map(({ name }) => name);
+    for (const [index, { name, parallelBuilds }] of machines.entries()) {
+      const place = `${root}.machines[${index}]`;
+      if (names.indexOf(name) < index) fail(place, `'${name}' is taken`);
+      if (!Number.isInteger(parallelBuilds)) {
+        fail(`${place}.parallelBuilds`, "expected a whole number");
+      }
+    }
+    const known = new Map<string, InputItem | Job>();
+    for (const [name, size] of Object.entries(items)) {
+      known.set(name, { path: storePath(known.size, name), size });
+    }
+    this.#jobs = builds.map((build, index) => {
+      const place = `${root}.builds[${index}]`;
+      const job = this.#makeJob(build, known, place);
+      const id = build.id === BUILD.id ? build.name : build.id;
+      if (known.has(id)) fail(place, `'${id}' is taken`);
+      known.set(id, job);
+      return job;
+    });
+  }
+
+  #makeJob(
+    build: Required<WorkloadBuild>,
+    known: ReadonlyMap<string, InputItem | Job>,
+    place: string,
+  ): Job {
+    const { name, system, features, inputs } = build;
+    const derivation = storePath(known.size, `${name}.drv`);
+    const request = { wantsLocal: false, system, derivation, features };
+    const key = [system, ...features].join(" ");
+    const group = this.#groups.get(key) ?? new Group(
+      this.#hosts.filter(({ machine }) => machineMatches(machine, request)),
+    );
+    this.#groups.set(key, group);
+    if (group.hosts.size === 0) fail(place, `no machine builds for '${key}'`);
+    const job = new Job(build, request, group);
+    for (const name of new Set(inputs)) {
+      job.addInput(
+        known.get(name) ?? fail(
+          `${place}.inputs[${inputs.indexOf(name)}]`,
+          `no item or build '${name}' before it`,
+        ),
+      );
+    }
+    job.end += build.seconds / group.fastest;
+    group.seconds += build.seconds;
+    this.#longest = Math.max(this.#longest, job.end);
+    return job;
+  }
+
+  /**
+   * The makespan that no policy can fall below, in seconds: that of the longest
+   * chain of builds on the fastest machines, or of all work on all slots.
+   */
+  lowerBound(): number {
+    const groups = [...this.#groups.values()];
+    const speed = (hosts: Iterable<Host>) =>
+      sum(hosts, ({ machine }) => machine.speed * machine.parallelBuilds);
+    return Math.max(
+      ...groups.map(({ seconds, hosts }) => seconds / speed(hosts)),
+      sum(groups, ({ seconds }) => seconds) / speed(this.#hosts),
+      this.#longest,
+    );
+  }
+
+  /**
+   * Simulates, once, how plugins decide whose scores are summed. The seed
+   * decides among equals.
+   */
+  async run(
+    plugins: readonly Plugin[],
+    seed: number,
+    settings: Settings,
+  ): Promise<Outcome> {
+    const start = performance.now();
+    const policy = plugins.map(({ name }) => name).join(" + ");
+    const context = this.#makeContext(settings);
+    const active = new Set(plugins);
+    const random = makeRandom(seed);
+    const judge = async (job: Job, hosts: readonly Host[]) => {
+      const scores = await this.#score(job, hosts, active, context);
+      return hosts[chooseBest(scores, random)];
+    };
+    let ended: Job[] = [];
+    let arrived = this.#jobs.filter(({ pending }) => pending === 0);
+    for (;;) {
+      const changed = new Set(ended.map(({ host }) => host!));
+      await this.#offer(arrived, [...changed], judge);
+      if (this.#running.length === 0) break;
+      ended = this.#finishNext();
+      arrived = ended.flatMap(({ children }) =>
+        children.filter((child) => --child.pending === 0)
+      );
+    }
+    const left = this.#ready.slice(this.#first);
+    if (left.length > 0) {
+      const problem = `all machines are vetoed for '${left[0]!.build.name}'`;
+      this.#report(`plugin '${policy}': ${problem}`, left.length);
+    }
+    return this.#outcome(policy, performance.now() - start);
+  }
+
+  #outcome(policy: string, milliseconds: number): Outcome {
+    const { now } = this.#clock;
+    const work = (hosts: readonly Host[]): Work => ({
+      builds: sum(hosts, ({ builds }) => builds),
+      utilisation: sum(hosts, ({ slotSeconds }) => slotSeconds) /
+        (now * sum(hosts, ({ machine }) => machine.parallelBuilds) || 1),
+      bytesMoved: sum(hosts, ({ bytesMoved }) => bytesMoved),
+    });
+    const all = work(this.#hosts);
+    return {
+      policy,
+      makespan: all.builds === this.#jobs.length ? now : null,
+      ...all,
+      decisions: this.#decisions,
+      decisionsPerSecond: Math.round(this.#decisions / milliseconds * 1000),
+      problems: this.#problems,
+      machines: Object.fromEntries(
+        this.#hosts.map((host) => [host.machine.name, work([host])]),
+      ),
+    };
+  }
+
+  #report(problem: string, times = 1): void {
+    this.#problems[problem] = (this.#problems[problem] ?? 0) + times;
+  }
+
+  #makeContext(settings: Settings): PluginContext {
+    const warn = (problem: unknown) => this.#report(reason(problem));
+    const log = { info() {}, trace() {}, debug() {}, warn, error: warn };
+    const machines = this.#hosts.map(({ machine }) => machine);
+    const file = "/etc/guix/machines.scm";
+    return {
+      log,
+      signal: new AbortController().signal,
+      settings,
+      environment: process.env,
+      configDirectory: "/etc/guix",
+      stateDirectory: "/var/guix",
+      guix: "guix",
+      machineFile: () => ({ file, machines, problems: [], filesRead: [] }),
+      machineFromFields,
+      report: ({ message }) => this.#report(message),
+    };
+  }
+
+  /**
+   * Offers the builds that are ready. Those that were before are vetoed where
+   * no build ended just now.
+   */
+  async #offer(
+    arrived: readonly Job[],
+    changed: readonly Host[],
+    judge: (job: Job, hosts: readonly Host[]) => Promise<Host | undefined>,
+  ): Promise<void> {
+    const ready = this.#ready;
+    let old = ready.length;
+    for (const job of arrived) ready.push(job);
+    for (let index = this.#first; index < ready.length;) {
+      if (index < old && !changed.some((host) => host.freeSlots() > 0)) {
+        index = old;
+        continue;
+      }
+      const job = ready[index]!;
+      const { free } = job.group;
+      const hosts = free.size > 0 && index < old
+        ? changed.filter((host) => free.has(host))
+        : [...free];
+      const host = hosts.length > 0 ? await judge(job, hosts) : undefined;
+      if (host !== undefined) this.#start(job, host);
+      if (host === undefined) index++;
+      else if (index === this.#first) this.#first = ++index;
+      else {
+        ready.splice(index, 1);
+        if (index < old) old--;
+      }
+    }
+  }
+
+  /** The sums of the plugins' scores; a plugin that fails is passed over. */
+  async #score(
+    { build: { name }, request, inputs }: Job,
+    hosts: readonly Host[],
+    plugins: Set<Plugin>,
+    context: PluginContext,
+  ): Promise<Float64Array> {
+    this.#decisions++;
+    const totals = new Float64Array(hosts.length);
+    const past = this.#history.get(name) ?? [];
+    const items = Promise.resolve(inputs);
+    const asked: ScoredRequest = {
+      ...request,
+      ...{ name, history: () => past, inputs: () => items },
+    };
+    for (const plugin of plugins) {
+      try {
+        const answers: unknown[] = hosts.map((host) =>
+          plugin.score!(host, asked, context)
+        );
+        const promised = answers.some((answer) => typeof answer === "object");
+        const scores = promised
+          ? await within(context.settings.hookTimeout, Promise.all(answers))
+          : answers;
+        addScores(totals, scores);
+      } catch (error) {
+        if (error instanceof Late) plugins.delete(plugin);
+        this.#report(`plugin '${plugin.name}': score: ${reason(error)}`);
+      }
+    }
+    return totals;
+  }
+
+  #start(job: Job, host: Host): void {
+    const { now } = this.#clock;
+    const { told: { speed, bandwidth, parallelBuilds }, store } = host;
+    const missing = job.inputs.filter(({ path }) => !(store.get(path)! <= now));
+    const bytes = sum(missing, ({ size }) => size);
+    const sent = now + bytes / bandwidth;
+    for (const { path } of missing) {
+      store.set(path, Math.min(store.get(path) ?? sent, sent));
+    }
+    // Of less, the real one doesn't tell the bandwidth.
+    if (bytes > 2 ** 20) host.measured = Math.min(host.measured, sent);
+    job.host = host;
+    job.end = sent + job.build.seconds / speed + job.output.size / bandwidth;
+    host.bytesMoved += bytes + job.output.size;
+    host.slotSeconds += job.end - now;
+    host.running++;
+    if (host.running === parallelBuilds) {
+      for (const { free } of this.#groups.values()) free.delete(host);
+    }
+    const later = this.#running.findIndex(({ end }) => end <= job.end);
+    this.#running.splice(later < 0 ? this.#running.length : later, 0, job);
+  }
+
+  /** Goes on to when the next builds end; returns these. */
+  #finishNext(): Job[] {
+    const { end } = this.#running.at(-1)!;
+    const first = this.#running.findLastIndex((job) => job.end > end) + 1;
+    this.#clock.now = end;
+    const ended = this.#running.splice(first).reverse();
+    for (const { build: { name, seconds }, inputs, output, host } of ended) {
+      const { id, store, seen, told: { speed } } = host!;
+      host!.running--;
+      host!.builds++;
+      store.set(output.path, end);
+      for (const { path } of [...inputs, output]) seen.add(path);
+      for (const { hosts, free } of this.#groups.values()) {
+        if (hosts.has(host!)) free.add(host!);
+      }
+      const past = this.#history.get(name)?.slice(0, 19) ?? [];
+      const build = { machine: id, seconds: seconds / speed };
+      this.#history.set(name, [build, ...past]);
+    }
+    return ended;
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Command
+// ---------------------------------------------------------------------------
+
+/** The options, as cac parses them. */
+type Options = Readonly<Record<string, unknown>>;
+
+function parseOptions(args: readonly string[]): Options | undefined {
+  const cli = cac("simulate").usage("[options]")
+    .option("--plugin <file>", "add the scores of a site's plugin")
+    .option("--score <name>", "the built-in score; else that of the settings")
+    .option("--workload <file>", "simulate a recorded workload")
+    .option("--machines <number>", "else make up so many machines, or 20")
+    .option("--builds <number>", "and so many builds, or 2000")
+    .option("--record <file>", "and write what was made up")
+    .option("--seed <number>", "decide all chances; 1 unless told")
+    .option("--json", "print one JSON object")
+    .option("-h, --help", "print this help");
+  cli.globalCommand.helpCallback = (sections) => {
+    sections.push({ title: "A workload file", body: EXAMPLE });
+  };
+  const { options } = cli.parse(["", "", ...args], { run: false });
+  cli.globalCommand.checkUnknownOptions();
+  cli.globalCommand.checkOptionValue();
+  cli.globalCommand.checkUnusedArgs();
+  if (options.help) cli.outputHelp();
+  return options.help ? undefined : options;
+}
+
+function readCount(options: Options, name: string, fallback: number): number {
+  const value = options[name] ?? fallback;
+  if (Number.isSafeInteger(value) && Number(value) > 0) return Number(value);
+  fail(`--${name}`, `expected a whole number above 0, got '${value}'`);
+}
+
+/** Reads a workload, or makes one up. */
+function findWorkload(options: Options, seed: number): unknown {
+  const { workload: file, record } = options;
+  if (file !== undefined) {
+    const odd = ["machines", "builds", "record"].find((key) => key in options);
+    if (odd) fail(`--${odd}`, "it does not go with --workload");
+    try {
+      return JSON.parse(readFileSync(String(file), "utf8"));
+    } catch (error) {
+      fail(String(file), reason(error));
+    }
+  }
+  const machines = readCount(options, "machines", 20);
+  const builds = readCount(options, "builds", 2000);
+  const workload = synthesize(machines, builds, seed);
+  if (record !== undefined) {
+    writeFileSync(String(record), `${JSON.stringify(workload, null, 1)}\n`);
+  }
+  return workload;
+}
+
+async function loadPlugin(file: string): Promise<Plugin> {
+  const { default: plugin } = await import(pathToFileURL(resolve(file)).href)
+    .catch((error) => fail(file, reason(error)));
+  if (typeof plugin?.name === "string" && typeof plugin.score === "function") {
+    return plugin;
+  }
+  fail(file, "its default export has no 'name' and 'score'");
+}
+
+function ratio(value: number, other: number): string {
+  return other > 0 ? (value / other).toFixed(2) : "-";
+}
+
+/** Makes a table of the lower bound and the outcomes, the reference's first. */
+function formatTable(bound: number, outcomes: readonly Outcome[]): string {
+  const titles = "makespan (s),/ bound,slots used (%),moved (MiB),/ reference";
+  const rows = outcomes.map(({ policy, makespan, ...outcome }) => [
+    policy,
+    makespan?.toFixed(1) ?? "never",
+    makespan === null ? "-" : ratio(makespan, bound),
+    (outcome.utilisation * 100).toFixed(1),
+    (outcome.bytesMoved / 2 ** 20).toFixed(1),
+    ratio(outcome.bytesMoved, outcomes[0]!.bytesMoved),
+    String(outcome.decisionsPerSecond),
+  ]);
+  rows[0]![0] += " (reference)";
+  const bounds = ["lower bound", bound.toFixed(1), "1.00"];
+  const table = [["", ...titles.split(","), "decisions/s"], bounds, ...rows];
+  const width = Math.max(...table.map(([name]) => name!.length));
+  return table.map(([name, ...cells]) =>
+    name!.padEnd(width) + cells.map((cell) => cell.padStart(16)).join("")
+  ).join("\n");
+}
+
+/** Simulates both policies, and prints what came of them. */
+async function compare(options: Options): Promise<number> {
+  const { OFFLOAD_PLUGINS, GUIX_CONFIGURATION_DIRECTORY = "/etc/guix" } =
+    process.env;
+  const directory = OFFLOAD_PLUGINS ??
+    `${GUIX_CONFIGURATION_DIRECTORY}/offload`;
+  const told = readSettings(directory, process.env);
+  const settings = { ...told, score: String(options.score ?? told.score) };
+  const builtins = await loadPlugins("", settings, console);
+  const builtin = (name: string) =>
+    builtins.find((plugin) => plugin.name === name)!;
+  const plugins = [builtin(settings.score)];
+  if (options.plugin) plugins.unshift(await loadPlugin(String(options.plugin)));
+  const seed = readCount(options, "seed", 1);
+  const workload = findWorkload(options, seed);
+  const file = String(options.workload ?? "synthetic workload");
+  const farm = new Farm(workload, file);
+  const lowerBound = farm.lowerBound();
+  const reference = await farm.run([builtin("guix")], seed, settings);
+  const plugin = await new Farm(workload, file).run(plugins, seed, settings);
+  console.log(
+    options.json
+      ? JSON.stringify({ seed, lowerBound, reference, plugin }, null, 2)
+      : formatTable(lowerBound, [reference, plugin]),
+  );
+  const problems = Object.entries(plugin.problems);
+  for (const [problem, times] of problems) {
+    console.error(`simulate: warning: ${problem} (${times} times)`);
+  }
+  return problems.length > 0 ? 1 : 0;
+}
+
+async function main(args: readonly string[]): Promise<number> {
+  try {
+    const options = parseOptions(args);
+    return options === undefined ? 0 : await compare(options);
+  } catch (error) {
+    console.error(`simulate: error: ${reason(error)}`);
+    const hint = error instanceof OffloadError ? error.hint : undefined;
+    if (hint !== undefined) console.error(`hint: ${hint}`);
+    return 1;
+  }
+}
+
+if (import.meta.main) {
+  main(process.argv.slice(2)).then((code) => process.exit(code));
+}
