@@ -1,0 +1,473 @@
+/**
+ * What the suites of this folder share: they run Offload on real Guix hosts,
+ * those that scripts/lab/lab brings up. The hosts stay up between suites.
+ *
+ * @module
+ */
+
+import { spawn, spawnSync } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
+import { Buffer } from "node:buffer";
+import {
+  existsSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { machine } from "node:os";
+import { basename } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+import { gunzipSync } from "node:zlib";
+import * as assert from "uvu/assert";
+
+/** What can run Offload: values of OFFLOAD_RUNTIME. */
+export const RUNTIMES = ["node", "deno"] as const;
+
+/** A value of OFFLOAD_RUNTIME. */
+export type Runtime = typeof RUNTIMES[number];
+
+/** The system type that the hosts build for. */
+export const SYSTEM: string = `${machine()}-linux`;
+
+/** The checkout. */
+export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
+
+/** The lab's program. */
+export const LAB: string = `${ROOT}scripts/lab/lab`;
+const STORE = "/gnu/store";
+
+/** In milliseconds: what takes longer hangs. The first `up` makes roots. */
+const TIMEOUTS = { command: 120_000, up: 900_000, wait: 60_000 } as const;
+
+// ---------------------------------------------------------------------------
+// Commands
+// ---------------------------------------------------------------------------
+
+/** What a program left. */
+export interface Result {
+  /** Its exit code, `null` where a signal ended it. */
+  readonly status: number | null;
+  /** What it wrote to standard output. */
+  readonly stdout: string;
+  /** What it wrote to standard error: for `guix build`, the log. */
+  readonly stderr: string;
+}
+
+function runLab(args: readonly string[], input = ""): Result {
+  const timeout = args[0] === "up" ? TIMEOUTS.up : TIMEOUTS.command;
+  const result = spawnSync(LAB, args, {
+    input,
+    timeout,
+    encoding: "utf8",
+    maxBuffer: 64 << 20,
+  });
+  if (result.error !== undefined) throw result.error;
+  return result;
+}
+
+/** Runs a lab command that must succeed; returns what it printed. */
+export function lab(...args: readonly string[]): string {
+  const { status, stdout, stderr } = runLab(args);
+  if (status === 0) return stdout;
+  throw new Error(`lab ${args.join(" ")}: exit ${status}\n${stderr}`);
+}
+
+/** Runs a command in a host, whatever comes of it. */
+export function run(host: string, ...command: readonly string[]): Result {
+  return runLab(["in", host, ...command]);
+}
+
+/** Runs a command in a host that must succeed; returns what it printed. */
+export function inHost(host: string, ...command: readonly string[]): string {
+  return lab("in", host, ...command);
+}
+
+/** Starts a command in a host; fd 0 to 2 are pipes. */
+export function start(
+  host: string,
+  ...command: readonly string[]
+): ChildProcess {
+  return spawn(LAB, ["in", host, ...command], { stdio: "pipe" });
+}
+
+/** A command that runs: what it wrote so far, and what comes of it. */
+export interface Running {
+  /** Its process, out here. */
+  readonly child: ChildProcess;
+  /** What it wrote so far to either output. */
+  text(): string;
+  /** Settles when it has ended. */
+  readonly ended: Promise<Result>;
+}
+
+/** Collects what a child process writes until its end. */
+export function watch(child: ChildProcess): Running {
+  const texts = { stdout: "", stderr: "" };
+  let text = "";
+  for (const name of ["stdout", "stderr"] as const) {
+    child[name]!.setEncoding("utf8").on("data", (chunk: string) => {
+      texts[name] += chunk;
+      text += chunk;
+    });
+  }
+  const ended = new Promise<Result>((resolve, reject) => {
+    child.on("error", reject);
+    child.on("close", (status) => resolve({ status, ...texts }));
+  });
+  return { child, text: () => text, ended };
+}
+
+/** Waits until `condition` holds, asking again every few milliseconds. */
+export async function until(
+  what: string,
+  condition: () => boolean,
+): Promise<void> {
+  const end = Date.now() + TIMEOUTS.wait;
+  while (!condition()) {
+    if (Date.now() > end) throw new Error(`waited in vain: ${what}`);
+    await delay(5);
+  }
+}
+
+/** Settles as `promise` does, or fails after `limit` milliseconds. */
+export async function within<T>(
+  what: string,
+  promise: Promise<T>,
+  limit: number = TIMEOUTS.wait,
+): Promise<T> {
+  const controller = new AbortController();
+  const late = delay(limit, undefined, { signal: controller.signal })
+    .then(() => Promise.reject(new Error(`waited in vain: ${what}`)));
+  late.catch(() => {});
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    controller.abort();
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Hosts
+// ---------------------------------------------------------------------------
+
+/**
+ * Brings hosts up, each a NAME or NAME:FLAVOUR…, and makes all masters trust
+ * all build machines, whatever another suite did. Which machines a master
+ * uses is for {@linkcode useMachines} to say.
+ */
+export function up(...hosts: readonly string[]): void {
+  lab("up", ...hosts);
+  roots.clear();
+}
+
+/** Takes hosts down, those of a suite's own. */
+export function down(...hosts: readonly string[]): void {
+  lab("down", ...hosts);
+  roots.clear();
+}
+
+const roots = new Map<string, string>();
+
+/** The root directory of a host, seen from here. */
+export function root(host: string): string {
+  if (!roots.has(host)) {
+    for (const line of lab("list").trim().split("\n")) {
+      const [name, , pid] = line.split(" ");
+      roots.set(name!, `/proc/${pid}/root`);
+    }
+  }
+  const directory = roots.get(host);
+  if (directory === undefined) throw new Error(`host '${host}' is not up`);
+  return directory;
+}
+
+/**
+ * Writes a master's machine file, for these machines, changed by `edit`, and
+ * makes it forget what it saw of machines.
+ */
+export function useMachines(
+  master: string,
+  machines: readonly string[],
+  edit: (text: string) => string = (text) => text,
+): void {
+  const text = edit(lab("machines", master, ...machines));
+  writeFileSync(`${root(master)}/etc/guix/machines.scm`, text);
+  forget(master);
+}
+
+/** Makes a master forget what it saw of machines. */
+export function forget(master: string): void {
+  for (const suffix of ["", "-shm", "-wal"]) {
+    const file = `/var/guix/offload/observations.sqlite${suffix}`;
+    rmSync(root(master) + file, { force: true });
+  }
+}
+
+/** Edits a machine file so that 'w1' has one digit of its key wrong. */
+export function wrongKey(text: string): string {
+  const edited = text.replace(
+    /(name "w1"[^]*?ssh-ed25519 \S+)(\S)"/,
+    (_, before, last) => `${before}${last === "A" ? "Q" : "A"}"`,
+  );
+  assert.is.not(edited, text);
+  return edited;
+}
+
+/** Restarts a master's daemon so that it offloads with this checkout. */
+export function useOffload(master: string, runtime: Runtime): void {
+  const guix = "GUIX=/offload/scripts/guix";
+  lab("daemon", master, guix, `OFFLOAD_RUNTIME=${runtime}`);
+}
+
+/** Restarts a master's daemon so that it offloads with `guix offload`. */
+export function useReference(master: string): void {
+  lab("daemon", master);
+}
+
+/** The names in a host's store, sorted. */
+export function storeNames(host: string): string[] {
+  return readdirSync(root(host) + STORE)
+    .filter((name) => !name.startsWith(".")) // .links
+    .sort();
+}
+
+/** The log of a derivation that was built on a host itself. */
+export function buildLog(host: string, derivation: string): string | undefined {
+  const name = basename(derivation);
+  const stem = `${root(host)}/var/log/guix/drvs/${name.slice(0, 2)}/` +
+    name.slice(2);
+  if (existsSync(`${stem}.gz`)) {
+    return gunzipSync(readFileSync(`${stem}.gz`)).toString();
+  }
+  if (!existsSync(`${stem}.bz2`)) return undefined; // Guix 1.2
+  const path = `${stem}.bz2`.slice(root(host).length);
+  return inHost(host, "busybox", "bzcat", path);
+}
+
+// ---------------------------------------------------------------------------
+// Work
+// ---------------------------------------------------------------------------
+
+/** Makes new derivations on a master: the options are work.scm's. */
+export function makeWork(
+  master: string,
+  ...options: readonly string[]
+): string[] {
+  const script = "/offload/scripts/lab/work.scm";
+  return inHost(master, "guix", "repl", "--", script, ...options)
+    .trim().split("\n");
+}
+
+/** The outputs of a derivation, names and paths. */
+export function outputsOf(
+  master: string,
+  derivation: string,
+): Record<string, string> {
+  const text = readFileSync(root(master) + derivation, "utf8");
+  const output = /\("([^"]+)","(\/[^"]+)","[^"]*","[^"]*"\)/g;
+  return Object.fromEntries(
+    [...text.matchAll(output)].map(([, name, path]) => [name!, path!]),
+  );
+}
+
+/** The command that builds on a master without a local slot. */
+export function buildCommand(derivations: readonly string[]): string[] {
+  return ["guix", "build", "--max-jobs=0", ...derivations];
+}
+
+/** Builds on a master that has no local slot, whatever comes of it. */
+export function build(
+  master: string,
+  ...derivations: readonly string[]
+): Result {
+  return run(master, ...buildCommand(derivations));
+}
+
+/** Builds on a master itself. */
+export function buildLocally(master: string, derivation: string): void {
+  inHost(master, "guix", "build", "--no-offload", "--max-jobs=1", derivation);
+}
+
+/** What a store says of a valid item. */
+export interface PathInfo {
+  /** Hash of its nar. */
+  readonly hash: string;
+  /** The derivation that made it. */
+  readonly deriver: string;
+  /** Size of its nar. */
+  readonly narSize: string;
+  /** The items that it refers to, sorted. */
+  readonly references: readonly string[];
+}
+
+const PATH_INFO_SCRIPT = `
+(use-modules (guix store) (guix base16))
+(with-store store
+  (for-each
+   (lambda (path)
+     (when (valid-path? store path)
+       (let ((info (query-path-info store path)))
+         (format #t "~a\\t~a\\t~a\\t~a\\t~a~%" path
+                 (bytevector->base16-string (path-info-hash info))
+                 (path-info-deriver info)
+                 (path-info-nar-size info)
+                 (string-join (sort (path-info-references info) string<?))))))
+   (cdr (command-line))))
+`;
+
+/** What a host's store says of those of `paths` that are valid there. */
+export function pathInfo(
+  host: string,
+  paths: readonly string[],
+): Record<string, PathInfo> {
+  writeFileSync(`${root(host)}/tmp/path-info.scm`, PATH_INFO_SCRIPT);
+  const text = inHost(
+    host,
+    ...["guix", "repl", "--", "/tmp/path-info.scm", ...paths],
+  );
+  const lines = text.split("\n").filter((line) => line !== "");
+  return Object.fromEntries(lines.map((line) => {
+    const [path, hash, deriver, narSize, references] = line.split("\t");
+    return [path!, {
+      hash: hash!,
+      deriver: deriver!,
+      narSize: narSize!,
+      references: references!.split(" ").filter((name) => name !== ""),
+    }];
+  }));
+}
+
+/** Demands that the daemon finds its store as its database says. */
+export function assertStoreIsSound(host: string): void {
+  const result = run(host, "guix", "gc", "--verify=contents");
+  const text = result.stdout + result.stderr;
+  assert.is(result.status, 0, text);
+  assert.match(text, "checking hashes");
+  assert.not.match(text, /modified|missing|disappeared/);
+}
+
+/** Demands that `derivation` was built through one of `machines`, by name. */
+export function assertOffloaded(
+  derivation: string,
+  { status, stderr }: Result,
+  machines: readonly string[],
+): string {
+  assert.is(status, 0, stderr);
+  const trace = new RegExp(`offloading build of ${derivation} to '(.*)'`);
+  const machine = trace.exec(stderr)?.[1] ?? "none";
+  assert.ok(machines.includes(machine), `built on ${machine}: ${stderr}`);
+  assert.match(buildLog(machine, derivation) ?? "no log", "built ");
+  return machine;
+}
+
+/**
+ * Demands that the outputs of `derivation`, which `machine` has built, are on
+ * `master` what they are there, and what a local build makes: bytes,
+ * references and deriver.
+ */
+export function assertLikeLocal(
+  master: string,
+  derivation: string,
+  machine: string,
+): void {
+  const outputs = Object.values(outputsOf(master, derivation));
+  const offloaded = pathInfo(master, outputs);
+  assert.equal(Object.keys(offloaded).sort(), outputs.toSorted());
+  assert.equal(offloaded, pathInfo(machine, outputs));
+  inHost(master, "guix", "gc", "--delete", ...outputs);
+  assert.equal(pathInfo(master, outputs), {});
+  buildLocally(master, derivation);
+  assert.equal(offloaded, pathInfo(master, outputs));
+}
+
+// ---------------------------------------------------------------------------
+// The hook, by hand
+// ---------------------------------------------------------------------------
+
+/** The build hook, started as the daemon starts it. */
+export interface Hook extends Running {
+  /** Sends a line. */
+  say(line: string): void;
+  /** Sends a request for a derivation; returns the answer. */
+  ask(
+    derivation: string,
+    system?: string,
+    features?: string,
+  ): Promise<string>;
+  /** Sends what follows an accept: inputs and outputs. */
+  work(inputs: readonly string[], outputs: readonly string[]): void;
+  /** Closes its standard input. */
+  close(): void;
+  /** What it wrote to the build log, its file descriptor 4. */
+  log(): string;
+}
+
+/** How to start a hook. */
+export interface HookOptions {
+  /** What runs it; the hook is `guix offload` without. */
+  readonly runtime?: Runtime;
+  /** For how many seconds a build may be silent: 3600 unless told. */
+  readonly maxSilentTime?: number;
+  /** For how many seconds a build may last: 86400 unless told. */
+  readonly buildTimeout?: number;
+  /** Whether the daemon has a free slot of its own. */
+  readonly wantsLocal?: boolean;
+  /** Further variables of its environment: `NAME=VALUE`. */
+  readonly variables?: readonly string[];
+}
+
+let hooks = 0;
+
+/** Starts a hook on a master; its build log is a file there. */
+export function startHook(
+  master: string,
+  options: HookOptions = {},
+): Hook {
+  const { runtime, maxSilentTime = 3600, buildTimeout = 86400 } = options;
+  const { wantsLocal = false, variables = [] } = options;
+  const file = `/tmp/build-log-${++hooks}`;
+  const guix = runtime === undefined ? "guix" : "/offload/scripts/guix";
+  const environment = [`OFFLOAD_RUNTIME=${runtime ?? ""}`, ...variables];
+  const command = `${environment.join(" ")} exec ${guix} offload ` +
+    `${SYSTEM} ${maxSilentTime} true ${buildTimeout} 4>${file}`;
+  const running = watch(start(master, "sh", "-c", command));
+  const { stdin } = running.child;
+  stdin!.on("error", () => {}); // its end is told by `ended`
+  const say = (line: string) => void stdin!.write(`${line}\n`);
+  const answers = () => [...running.text().matchAll(/^# (\S+)$/gm)];
+  let asked = 0;
+  return {
+    ...running,
+    say,
+    async ask(derivation, system = SYSTEM, features = "") {
+      say(`${wantsLocal ? 1 : 0} ${system} ${derivation} ${features}`);
+      asked++;
+      let over = false;
+      running.ended.then(() => over = true);
+      await until("an answer", () => over || answers().length >= asked);
+      return answers()[asked - 1]?.[1] ?? `none: ${running.text()}`;
+    },
+    work(inputs, outputs) {
+      say(inputs.join(" "));
+      say(outputs.join(" "));
+    },
+    close: () => void stdin!.end(),
+    log: () => readFileSync(root(master) + file, "utf8"),
+  };
+}
+
+/** What the daemon would name as inputs: the closure of a derivation. */
+export function closure(master: string, derivation: string): string[] {
+  return inHost(master, "guix", "gc", "--requisites", derivation)
+    .trim().split("\n");
+}
+
+/** A file name that is no UTF-8. */
+export function bytesPath(directory: string, latin1: string): Buffer {
+  return Buffer.concat([
+    Buffer.from(`${directory}/`),
+    Buffer.from(latin1, "latin1"),
+  ]);
+}

@@ -1,0 +1,322 @@
+/** Which machine takes a build, and what happens where one fails. */
+
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { setTimeout as delay } from "node:timers/promises";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  assertOffloaded,
+  build,
+  buildCommand,
+  down,
+  forget,
+  inHost,
+  lab,
+  makeWork,
+  root,
+  run,
+  RUNTIMES,
+  start,
+  startHook,
+  up,
+  useMachines,
+  useOffload,
+  watch,
+  within,
+} from "./lab.ts";
+import type { HookOptions, Result, Running, Runtime } from "./lab.ts";
+
+const PLUGINS = "/etc/guix/offload";
+
+for (const runtime of RUNTIMES) suiteUnder(runtime);
+
+/** Asks a new hook once; returns its answer and the milliseconds it took. */
+async function ask(derivation: string, options: HookOptions) {
+  const hook = startHook("head", options);
+  const before = performance.now();
+  const answer = await hook.ask(derivation);
+  const took = performance.now() - before;
+  hook.close();
+  const { stderr } = await within("the end of the hook", hook.ended);
+  return { answer, took, stderr };
+}
+
+/** The process of a host's sshd that listens. */
+function sshd(host: string): number {
+  return Number(readFileSync(`${root(host)}/run/sshd.pid`, "utf8"));
+}
+
+/** Runs `work` while a host's sshd takes connections and says nothing. */
+async function whileSilent(host: string, work: () => Promise<void>) {
+  const signal = (name: string) =>
+    inHost(host, "kill", `-${name}`, String(sshd(host)));
+  signal("STOP");
+  try {
+    await work();
+  } finally {
+    signal("CONT");
+  }
+}
+
+/** How many builds a machine runs now: each has a user of its own. */
+function builds(machine: string): number {
+  const { stdout } = run(machine, "ps", "-e", "-o", "user:32=");
+  return new Set(stdout.match(/^guixbuilder\d+/gm)).size;
+}
+
+/** Watches, until `ended`, how many builds machines run at most. */
+async function mostBuilds(
+  machines: readonly string[],
+  ended: Promise<unknown>,
+): Promise<number> {
+  let most = 0;
+  let over = false;
+  ended.finally(() => over = true);
+  while (!over) {
+    for (const machine of machines) most = Math.max(most, builds(machine));
+    await delay(50);
+  }
+  return most;
+}
+
+function startBuild(...derivations: string[]): Running {
+  return watch(start("head", ...buildCommand(derivations)));
+}
+
+function writePlugin(name: string, text: string): void {
+  mkdirSync(root("head") + PLUGINS, { recursive: true });
+  writeFileSync(`${root("head")}${PLUGINS}/${name}`, text);
+}
+
+/** Demands that all went well. */
+function assertBuilt({ status, stderr }: Result): void {
+  assert.is(status, 0, stderr);
+}
+
+function suiteUnder(runtime: Runtime): void {
+  const test = suite(`scheduling under ${runtime}`);
+
+  test.before(() => {
+    up("head", "w1", "w2");
+    useOffload("head", runtime);
+  });
+  test.before.each(() => {
+    rmSync(root("head") + PLUGINS, { recursive: true, force: true });
+    useMachines("head", ["w1", "w2"]);
+  });
+  test.after(() => {
+    rmSync(root("head") + PLUGINS, { recursive: true, force: true });
+  });
+
+  test("no machine runs more builds than it has slots", async () => {
+    const work = makeWork("head", "--count=12", "--seconds=1");
+    const running = startBuild(...work);
+    const most = await mostBuilds(["w1", "w2"], running.ended);
+    assertBuilt(await running.ended);
+    assert.is(most, 2);
+  });
+
+  test("nor together with guix offload on the same master", async () => {
+    const shim = "/offload/scripts/guix";
+    // Every other hook is the reference.
+    writeFileSync(
+      `${root("head")}/tmp/mixed`,
+      '#!/bin/sh\n[ "$1" = offload ] && [ $(($$ % 2)) = 0 ] && exec ' +
+        `/usr/bin/guix "$@"\nexec ${shim} "$@"\n`,
+      { mode: 0o755 },
+    );
+    lab("daemon", "head", "GUIX=/tmp/mixed", `OFFLOAD_RUNTIME=${runtime}`);
+    const work = makeWork("head", "--count=8", "--seconds=2");
+    const clients = work.map((derivation) => startBuild(derivation));
+    const ended = Promise.all(clients.map(({ ended }) => ended));
+    const most = await mostBuilds(["w1", "w2"], ended);
+    const texts = (await ended).map((result) => {
+      assertBuilt(result);
+      return result.stderr;
+    });
+    assert.ok(most <= 2, `${most} builds on a machine`);
+    const byReference = texts.filter((text) =>
+      /acquired build slot/.test(text)
+    );
+    assert.ok(byReference.length > 0, "the reference took part");
+    assert.ok(byReference.length < texts.length, "and so did Offload");
+    useOffload("head", runtime);
+  });
+
+  test("dead and silent machines delay no second answer", async () => {
+    up("dead", "silent");
+    useMachines("head", ["w1", "dead", "silent"]);
+    down("dead");
+    const [derivation] = makeWork("head");
+    try {
+      await whileSilent("silent", async () => {
+        const first = await ask(derivation!, { runtime });
+        assert.is(first.answer, "accept");
+        assert.match(first.stderr, "failed to connect to 'dead': connection");
+        assert.ok(first.took < 3000, `the first took ${first.took} ms`);
+        const second = await ask(derivation!, { runtime });
+        assert.is(second.answer, "accept");
+        assert.not.match(second.stderr, "failed to connect");
+        // Most of it is the start of the hook.
+        assert.ok(second.took < 1500, `the second took ${second.took} ms`);
+      });
+    } finally {
+      down("silent");
+    }
+  });
+
+  test("a silent machine alone is given up within the bound", async () => {
+    useMachines("head", ["w1"]);
+    const [derivation] = makeWork("head");
+    await whileSilent("w1", async () => {
+      const variables = ["OFFLOAD_DECISION_TIMEOUT=1"];
+      const { answer, took } = await ask(derivation!, { runtime, variables });
+      assert.is(answer, "postpone");
+      assert.ok(took < 3000, `${took} ms`);
+    });
+  });
+
+  test("what no machine can be reached for is built here", async () => {
+    up("dead");
+    useMachines("head", ["dead"]);
+    down("dead");
+    const [derivation] = makeWork("head");
+    const local = { runtime, wantsLocal: true };
+    assert.is((await ask(derivation!, local)).answer, "decline");
+    assert.is((await ask(derivation!, { runtime })).answer, "postpone");
+    const variables = ["OFFLOAD_BUILD_LOCALLY=false"];
+    assert.is(
+      (await ask(derivation!, { ...local, variables })).answer,
+      "postpone",
+    );
+  });
+
+  test("busy machines mean postpone, also where head could build", async () => {
+    useMachines(
+      "head",
+      ["w1"],
+      (text) => text.replace("(parallel-builds 2)", "(parallel-builds 1)"),
+    );
+    const [long, other] = makeWork("head", "--count=2", "--seconds=6");
+    const running = startBuild(long!);
+    while (builds("w1") === 0) await delay(50);
+    const options = { runtime, wantsLocal: true };
+    assert.is((await ask(other!, options)).answer, "postpone");
+    assertBuilt(await running.ended);
+  });
+
+  test("a build whose machine dies goes on elsewhere", async () => {
+    up("mortal");
+    useMachines(
+      "head",
+      ["mortal", "w1"],
+      (text) => text.replace('(name "mortal")', '(name "mortal") (speed 9.)'),
+    );
+    const [derivation] = makeWork("head", "--seconds=4");
+    const running = startBuild(derivation!);
+    while (builds("mortal") === 0) await delay(50);
+    down("mortal");
+    const result = await within("the end", running.ended);
+    assertBuilt(result);
+    assert.match(result.stderr, "lost connection to 'mortal'");
+    assert.match(result.stderr, "'mortal' failed: trying another machine");
+    assert.match(result.stderr, `offloading '${derivation}' to 'w1'`);
+  });
+
+  test("a failed build is not tried elsewhere", () => {
+    const [derivation] = makeWork("head", "--fail");
+    const { status, stderr } = build("head", derivation!);
+    assert.is(status, 1);
+    assert.not.match(stderr, "trying another machine");
+    assert.is(stderr.match(/^offloading '/gm)?.length, 1);
+  });
+
+  test("a site's plugin changes the choice", () => {
+    writePlugin(
+      "prefer.ts",
+      `import type { Plugin } from "/offload/mod.ts";
+const plugin = {
+  name: "prefer-w2",
+  score: ({ machine }) => machine.name === "w2" ? 100 : undefined,
+} satisfies Plugin;
+export default plugin as Plugin;
+`,
+    );
+    for (let i = 0; i < 4; i++) {
+      const [derivation] = makeWork("head");
+      assertOffloaded(derivation!, build("head", derivation!), ["w2"]);
+    }
+  });
+
+  test("a site's plugin that fails stops no build, and is named", () => {
+    writePlugin("1.ts", 'export default { name: "typo", scor: () => 1 };');
+    writePlugin(
+      "2.ts",
+      'export default { name: "thrower", score() { throw Error("boom"); } };',
+    );
+    writePlugin("3.ts", 'export default { name: "nan", score: () => NaN };');
+    writePlugin(
+      "4.ts",
+      'export default { name: "sleeper", score: () => new Promise(() => {}) };',
+    );
+    const [derivation] = makeWork("head");
+    const result = build("head", derivation!);
+    assertOffloaded(derivation!, result, ["w1", "w2"]);
+    assert.match(result.stderr, "1.ts: unknown key 'scor'");
+    assert.match(result.stderr, "plugin 'thrower': score: boom");
+    assert.match(
+      result.stderr,
+      "plugin 'nan': score: expected a number, got NaN",
+    );
+    assert.match(
+      result.stderr,
+      "plugin 'sleeper': score: no answer within 1 s",
+    );
+  });
+
+  test("offload explain says who would build, and builds nothing", () => {
+    up("dead");
+    useMachines(
+      "head",
+      ["w1", "w2", "dead"],
+      (text) =>
+        text.replace('(name "w2")', '(name "w2") (features (list "kvm"))'),
+    );
+    down("dead");
+    const [derivation] = makeWork("head", "--features=kvm");
+    const explain = (...options: string[]) =>
+      run(
+        "head",
+        ...["env", `OFFLOAD_RUNTIME=${runtime}`, "/offload/scripts/guix"],
+        ...["offload", "explain", derivation!, ...options],
+      );
+    const { status, stdout } = explain();
+    assert.is(status, 0, stdout);
+    assert.match(stdout, /^w1:22 .* lacks the features kvm$/m);
+    assert.match(stdout, /^w2:22 .* takes it$/m);
+    const json = JSON.parse(explain("--json").stdout);
+    assert.equal(
+      json.map((
+        each: { machine: string; chosen: boolean },
+      ) => [each.machine, each.chosen]),
+      [["w1:22", false], ["w2:22", true], ["dead:22", false]],
+    );
+    assert.is(builds("w2"), 0);
+  });
+
+  test("50 hooks at once on 3 machines finish without a failure", async () => {
+    up("w3");
+    useMachines("head", ["w1", "w2", "w3"]);
+    const work = makeWork("head", "--count=50");
+    const clients = work.map((derivation) => startBuild(derivation));
+    const results = await Promise.all(clients.map(({ ended }) => ended));
+    for (const result of results) {
+      assertBuilt(result);
+      assert.not.match(result.stderr, "warning");
+    }
+    down("w3");
+  });
+
+  test.after(() => forget("head"));
+  test.run();
+}
