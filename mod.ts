@@ -20,6 +20,7 @@ import type { Hash } from "node:crypto";
 import {
   closeSync,
   existsSync,
+  lstatSync,
   mkdirSync,
   openSync,
   readFileSync,
@@ -1385,12 +1386,26 @@ export interface PluginContext {
 
 /** A build's connections, for a transport. */
 export interface TransportContext extends PluginContext {
+  /** The build machine. */
+  readonly machine: Machine;
   /** The daemon of the build machine. */
   readonly remote: StoreConnection;
   /** The daemon here. */
   readonly local: StoreConnection;
-  /** Runs a shell command on the machine: its input and output. */
-  exec(command: string): Promise<Duplex>;
+  /** How long a message there and back takes, in milliseconds. */
+  readonly roundTrip: number;
+  /** Opens another connection to the daemon of the build machine. */
+  openDaemon(): Promise<StoreConnection>;
+  /** Runs a shell command on the machine. */
+  exec(command: string): Promise<RemoteProcess>;
+}
+
+/** A command that runs on a build machine. */
+export interface RemoteProcess {
+  /** Its standard input and output. */
+  readonly channel: Duplex;
+  /** Settles at its end: its exit code, and what it wrote to standard error. */
+  readonly ended: Promise<{ readonly code: number; readonly errors: string }>;
 }
 
 /**
@@ -1402,6 +1417,8 @@ export interface Transport {
   missing(paths: readonly string[]): Awaitable<readonly string[]>;
   /** Sends items; what they refer to is there or among them. */
   send(items: ReadonlyMap<string, PathInfo>): Awaitable<void>;
+  /** Told when the build of a derivation starts: `retrieve` comes next. */
+  prepare?(derivation: string): void;
   /** The bundle that `guix archive --export` makes of `paths` there. */
   retrieve(paths: readonly string[]): AsyncIterable<Uint8Array>;
 }
@@ -1894,6 +1911,7 @@ const PROTOCOL_VERSION = 0x164;
 const OLDEST_MINOR = 0x61;
 
 const OPERATION = {
+  addToStore: 7,
   addTextToStore: 8,
   buildThings: 9,
   addTempRoot: 11,
@@ -2030,6 +2048,8 @@ export interface PathInfo {
   readonly references: readonly string[];
   /** Size of its nar, in bytes. */
   readonly narSize: number;
+  /** SHA-256 of its nar, in hexadecimal. */
+  readonly narHash: string;
 }
 
 /** Length of the hash with which the name of a store item begins. */
@@ -2053,10 +2073,10 @@ export async function queryPathInfo(
   const { reader } = store;
   await operate(store, [OPERATION.queryPathInfo, path]);
   await reader.string(LIMITS.storePath); // deriver
-  await reader.string(LIMITS.storePath); // hash
+  const narHash = await reader.string(LIMITS.storePath);
   const references = await reader.strings();
   await reader.number(); // registration time
-  return { references, narSize: await reader.number() };
+  return { references, narHash, narSize: await reader.number() };
 }
 
 /** Returns the outputs of a derivation. */
@@ -2104,12 +2124,25 @@ export async function buildThings(
   await store.reader.number();
 }
 
-/** Exports an item as a daemon signs it: nar, metadata, signature. */
+/** Adds a nar, or the file that it is, to the store and returns its path. */
+async function addToStore(
+  store: StoreConnection,
+  name: string,
+  recursive: boolean,
+  nar: Uint8Array,
+): Promise<string> {
+  const request = [OPERATION.addToStore, name, true, recursive, "sha256"];
+  await write(store.stream, Buffer.concat([encode(...request), nar]));
+  await operate(store, []);
+  return store.reader.string(LIMITS.storePath);
+}
+
+/** Exports an item: nar, metadata and, where a daemon is to sign, signature. */
 export async function* exportPath(
   store: StoreConnection,
   path: string,
+  sign = true,
 ): AsyncGenerator<Buffer, void> {
-  const sign = true;
   await write(store.stream, encode(OPERATION.exportPath, path, sign));
   let data;
   while ((data = await nextData(store)) !== undefined) yield data;
@@ -2950,8 +2983,8 @@ export interface Session {
   failure(): Error | undefined;
   /** Connects to the guix-daemon there. */
   openDaemon(): Promise<StoreConnection>;
-  /** Runs a shell command there: its input and output. */
-  exec(command: string): Promise<Duplex>;
+  /** Runs a shell command there. */
+  exec(command: string): Promise<RemoteProcess>;
   /** Ends the connection and all that runs over it. */
   close(): void;
 }
@@ -3207,37 +3240,89 @@ async function connect(
   };
 }
 
-function execute(client: Client, command: string): Promise<Duplex> {
+/** Where programs are that a shell which is no login shell does not find. */
+const REMOTE_PATH = "PATH=$PATH:/run/current-system/profile/bin" +
+  ":/var/guix/profiles/per-user/root/current-guix/bin" +
+  ":$HOME/.config/guix/current/bin:/usr/local/bin:/usr/bin:/bin";
+
+/** How much of a command's complaints is kept, in bytes. */
+const LONGEST_COMPLAINT = 4096;
+
+function execute(client: Client, command: string): Promise<RemoteProcess> {
   return new Promise((resolve, reject) => {
     client.exec(command, (cause, channel) => {
       if (cause !== undefined) return reject(cause);
-      channel.stderr.resume(); // unread, it would block the rest
-      resolve(channel);
+      let errors = "";
+      // Unread, it would block the rest.
+      channel.stderr.on("data", (chunk) => {
+        if (errors.length < LONGEST_COMPLAINT) errors += chunk;
+      });
+      const ended = new Promise<{ code: number; errors: string }>((resolve) => {
+        let code = -1;
+        channel.on("exit", (status) => code = status ?? -1);
+        channel.on("close", () => resolve({ code, errors }));
+      });
+      resolve({ channel, ended });
     });
   });
 }
 
-/** Connects to the socket of the daemon there, without a program's help. */
+/** Connects standard input and output to the socket of a daemon. */
+function relayCommand(socket: string): string {
+  const quoted = `'${socket.replaceAll("'", "'\\''")}'`;
+  return `${REMOTE_PATH}
+if command -v socat >/dev/null; then exec socat - UNIX-CONNECT:${quoted}; fi
+exec guix repl -- /dev/fd/3 ${quoted} 3<<'END'
+(use-modules (rnrs io ports))
+(define daemon (socket PF_UNIX SOCK_STREAM 0))
+(define input (current-input-port))
+(define output (current-output-port))
+(connect daemon AF_UNIX (cadr (command-line)))
+(setvbuf input 'block 65536)
+(setvbuf daemon 'block 65536)
+(define (copy from to)
+  (let ((bytes (get-bytevector-some from)))
+    (when (eof-object? bytes) (primitive-exit 0))
+    (put-bytevector to bytes)
+    (force-output to)))
+(let loop ()
+  (let ((ready (car (select (list input daemon) '() '()))))
+    (when (memq input ready) (copy input daemon))
+    (when (memq daemon ready) (copy daemon output))
+    (loop)))
+END`;
+}
+
+/**
+ * Connects to the socket of the daemon there: without a program's help, or by
+ * a relay where the SSH server does not forward to such sockets.
+ */
 async function openRemoteDaemon(
   client: Client,
   { name, user, daemonSocket }: Machine,
 ): Promise<StoreConnection> {
-  const stream = await new Promise<Duplex>((resolve, reject) => {
-    client.openssh_forwardOutStreamLocal(daemonSocket, (cause, stream) => {
-      if (cause === undefined) return resolve(stream);
-      reject(
-        new OffloadError(
-          `failed to connect to guix-daemon on '${name}': ${reason(cause)}`,
-          {
-            cause,
-            hint: `check that guix-daemon runs there, that '${user}' may use ` +
-              `'${daemonSocket}', and that sshd allows stream-local forwarding`,
-          },
-        ),
-      );
-    });
+  const called = `guix-daemon on '${name}'`;
+  const forward = new Promise<Duplex>((resolve, reject) => {
+    client.openssh_forwardOutStreamLocal(
+      daemonSocket,
+      (cause, stream) => cause === undefined ? resolve(stream) : reject(cause),
+    );
   });
-  return openStore(stream, `guix-daemon on '${name}'`);
+  try {
+    return await openStore(await forward, called);
+  } catch (cause) {
+    // A server that forwards to no such socket gives the same answer as one
+    // on which nobody listens there.
+    const { channel } = await execute(client, relayCommand(daemonSocket));
+    return await openStore(channel, called).catch(() => {
+      const message = `failed to connect to ${called}: ${reason(cause)}`;
+      throw new OffloadError(message, {
+        cause,
+        hint: `check that guix-daemon runs there and that '${user}' may use ` +
+          `'${daemonSocket}'`,
+      });
+    });
+  }
 }
 
 /** Connects to this machine's daemon, at the Unix-domain socket `path`. */
@@ -3289,7 +3374,7 @@ export function machineMatches(machine: Machine, request: Request): boolean {
 /** The questions, for any POSIX shell: a line `NAME ANSWER…` for each. */
 function probeCommand(storeDirectory: string): string {
   return `
-PATH=$PATH:/run/current-system/profile/bin:/usr/bin:/bin
+${REMOTE_PATH}
 exec 2>/dev/null
 space() {
   echo "$1-bytes $(df -Pk "$2" | tail -n 1)"
@@ -3359,7 +3444,7 @@ export function normalizedLoad({ load, cores }: Facts): number | undefined {
 /** Asks a machine for its facts, all by one command. */
 async function probe(session: Session, context: Context): Promise<Facts> {
   const start = performance.now();
-  const channel = await session.exec(probeCommand(context.storeDirectory));
+  const { channel } = await session.exec(probeCommand(context.storeDirectory));
   const roundTrip = performance.now() - start;
   let text = "";
   for await (const chunk of channel) text += chunk;
@@ -3673,23 +3758,75 @@ function scoredRequest(request: Request, context: Context): ScoredRequest {
 // Offloading
 // ---------------------------------------------------------------------------
 
-/** Items to send by one means: as texts, or as signed archives. */
+const NIX_BASE32 = "0123456789abcdfghijklmnpqrsvwxyz";
+
+/** Folds a hash to 160 bits and writes it as the names in the store do. */
+function storeHash(fingerprint: string): string {
+  const folded = new Uint8Array(20);
+  createHash("sha256").update(fingerprint).digest()
+    .forEach((byte, i) => folded[i % 20]! ^= byte);
+  let rest = littleEndian(folded);
+  let text = "";
+  for (let i = 0; i < HASH_PART_LENGTH; i++, rest >>= 5n) {
+    text = NIX_BASE32[Number(rest & 31n)] + text;
+  }
+  return text;
+}
+
+/** What an item's name follows from: no signature is needed to believe it. */
+export type ContentAddress = "text" | "flat" | "recursive";
+
+/** A larger item is not read just to see what its name follows from. */
+const LARGEST_ADDRESSED = 2 ** 20;
+
+/** Reads a file; what is no file, or executable, is none of the plain kind. */
+function readPlainFile(path: string): Buffer | undefined {
+  const stat = lstatSync(path);
+  const plain = stat.isFile() && (stat.mode & 0o111) === 0;
+  return plain ? readFileSync(path) : undefined;
+}
+
+/** Finds out what the name of an item follows from (guix/store.scm). */
+export function contentAddress(
+  path: string,
+  { references, narHash, narSize }: PathInfo,
+  read: (path: string) => Buffer | undefined = readPlainFile,
+): ContentAddress | undefined {
+  const store = dirname(path);
+  const is = (type: string, hash: string) =>
+    path === `${store}/` +
+        storeHash(`${type}:sha256:${hash}:${store}:${itemName(path)}`) +
+        `-${itemName(path)}`;
+  const alone = references.length === 0;
+  if (narSize > LARGEST_ADDRESSED) return undefined;
+  if (alone && is("source", narHash)) return "recursive";
+  const contents = read(path);
+  if (contents === undefined) return undefined;
+  const hash = sha256(contents);
+  if (is(["text", ...references.toSorted()].join(":"), hash)) return "text";
+  const fixed = sha256(`fixed:out:sha256:${hash}:`);
+  return alone && is("output:out", fixed) ? "flat" : undefined;
+}
+
+function sha256(data: string | Uint8Array): string {
+  return createHash("sha256").update(data).digest("hex");
+}
+
+/** Items to send by one means: by their contents, or as signed archives. */
 export interface Batch {
-  /** Whether the items' names follow from their text. */
-  readonly asText: boolean;
+  /** Whether the items' names follow from their contents. */
+  readonly addressed: boolean;
   /** The store items, references first. */
   readonly paths: readonly string[];
 }
 
 /**
- * Orders items so that each comes after those it refers to, in as few batches
- * as that allows.
- *
- * The name of a derivation follows from its text, so it needs no signature:
- * that saves the start of `guix authenticate` on both sides.
+ * Orders items so that each comes after those it refers to, in few batches:
+ * each costs a round trip or more.
  */
 export function makeBatches(
   references: ReadonlyMap<string, readonly string[]>,
+  isAddressed: (path: string) => boolean,
 ): Batch[] {
   const waiting = new Map<string, number>();
   const referrers = new Map<string, string[]>();
@@ -3701,22 +3838,23 @@ export function makeBatches(
     waiting.set(path, targets.length);
     for (const target of targets) referrers.get(target)!.push(path);
   }
-  return drain(waiting, referrers);
+  return drain(waiting, referrers, isAddressed);
 }
 
 /** Takes what waits for nothing, means by means, until all is taken. */
 function drain(
   waiting: Map<string, number>,
   referrers: ReadonlyMap<string, readonly string[]>,
+  isAddressed: (path: string) => boolean,
 ): Batch[] {
   const batches: Batch[] = [];
   let ready = [...waiting.keys()].filter((path) => waiting.get(path) === 0);
-  for (let asText = false; ready.length > 0; asText = !asText) {
+  for (let addressed = true; ready.length > 0; addressed = !addressed) {
     const paths: string[] = [];
     const later: string[] = [];
     // `ready` grows while it is walked.
     for (const path of ready) {
-      if (path.endsWith(".drv") !== asText) {
+      if (isAddressed(path) !== addressed) {
         later.push(path);
         continue;
       }
@@ -3727,46 +3865,216 @@ function drain(
         if (left === 0) ready.push(referrer);
       }
     }
-    if (paths.length > 0) batches.push({ asText, paths });
+    if (paths.length > 0) batches.push({ addressed, paths });
     ready = later;
   }
   return batches;
 }
 
-/** Adds a derivation to the remote store as the text that it is. */
-async function sendText(
+/**
+ * What means of sending cost, in milliseconds, as measured: connections that
+ * share the work, an item by its contents and as a signed archive, starting
+ * `guix authenticate` on both sides, a message of an archive, its size, and
+ * starting `guix archive` there, which needs no round trip for each message.
+ */
+const COST = {
+  lanes: 4,
+  addressed: 0.8,
+  signed: 2.5,
+  authenticate: 250,
+  message: 0.5,
+  messageSize: 32768,
+  archive: 350,
+} as const;
+
+/** Whether to send items by their contents rather than signed, one at a time. */
+function worthAddressing(
+  addressed: readonly PathInfo[],
+  others: number,
+  roundTrip: number,
+): boolean {
+  const size = addressed.reduce((sum, { narSize }) => sum + narSize, 0);
+  const each = (roundTrip + COST.addressed) / COST.lanes;
+  const signed = COST.signed * addressed.length +
+    size / COST.messageSize * (roundTrip + COST.message) +
+    (others === 0 ? COST.authenticate : 0);
+  return addressed.length * each < signed;
+}
+
+/** The nar of a file that is not executable. */
+function fileNar(contents: Uint8Array): Buffer {
+  const head = ["nix-archive-1", "(", "type", "regular", "contents"];
+  return Buffer.concat([encode(...head), encode(contents, ")")]);
+}
+
+/** Adds an item to the remote store by what its name follows from. */
+async function sendAddressed(
   path: string,
-  references: readonly string[],
+  address: ContentAddress,
+  { references, narSize }: PathInfo,
   remote: StoreConnection,
+  readNar: (path: string, size: number) => Promise<Buffer>,
 ): Promise<void> {
-  const text = readFileSync(path);
-  const added = await addTextToStore(remote, itemName(path), text, references);
+  const name = itemName(path);
+  const recursive = address === "recursive";
+  const added = address === "text"
+    ? await addTextToStore(remote, name, readFileSync(path), references)
+    : await addToStore(
+      ...[remote, name, recursive] as const,
+      recursive ? await readNar(path, narSize) : fileNar(readFileSync(path)),
+    );
   if (added !== path) {
     throw new OffloadError(`${remote.name} made '${added}' of '${path}'`);
   }
 }
 
-/** The default transport: all goes over the connection to the daemon. */
-function daemonTransport({ local, remote }: TransportContext): Transport {
+/** Reads the nar of an item, with which its export begins. */
+async function readNar(
+  store: StoreConnection,
+  path: string,
+  size: number,
+): Promise<Buffer> {
+  const chunks = [];
+  for await (const chunk of exportPath(store, path, false)) chunks.push(chunk);
+  return Buffer.concat(chunks).subarray(0, size);
+}
+
+/** Lets one piece of work at a time run, in the order in which they come. */
+function makeTurns(): <T>(work: () => Promise<T>) => Promise<T> {
+  let last: Promise<unknown> = Promise.resolve();
+  return (work) => {
+    const turn = last.then(work);
+    last = turn.catch(() => {});
+    return turn;
+  };
+}
+
+/**
+ * Sends items by their contents over some connections at once, each item after
+ * those it refers to.
+ */
+async function sendAllAddressed(
+  paths: readonly string[],
+  items: ReadonlyMap<string, PathInfo>,
+  addresses: ReadonlyMap<string, ContentAddress>,
+  { local, remote, openDaemon }: TransportContext,
+): Promise<void> {
+  const turns = makeTurns();
+  const narOf = (path: string, size: number) =>
+    turns(() => readNar(local, path, size));
+  const more = Math.min(COST.lanes, Math.ceil(paths.length / 8)) - 1;
+  const opened = await Promise.all(
+    Array.from({ length: more }, () => openDaemon()),
+  );
+  const lanes = [remote, ...opened]
+    .map((store) => ({ store, turns: makeTurns() }));
+  const sent = new Map<string, Promise<void>>();
+  paths.forEach((path, index) => {
+    const item = items.get(path)!;
+    const lane = lanes[index % lanes.length]!;
+    const after = item.references.map((reference) => sent.get(reference));
+    const send = async () => {
+      await Promise.all(after);
+      await sendAddressed(path, addresses.get(path)!, item, lane.store, narOf);
+    };
+    sent.set(path, lane.turns(send));
+  });
+  await Promise.all(sent.values());
+  // Not to be closed before the build: they protect what came over them.
+}
+
+/** Tells of a transfer, once a second, where it takes more than one. */
+async function* withProgress(
+  chunks: AsyncIterable<Uint8Array>,
+  what: string,
+  log: Log,
+): AsyncGenerator<Uint8Array, void> {
+  const start = performance.now();
+  let told = start;
+  let size = 0;
+  for await (const chunk of chunks) {
+    yield chunk;
+    size += chunk.length;
+    const now = performance.now();
+    if (now - told < 1000) continue;
+    told = now;
+    const rate = mebibytes(size / (now - start) * 1000);
+    log.info(`${what}: ${mebibytes(size)} MiB, ${rate} MiB/s`);
+  }
+}
+
+/** Sends signed archives: small ones over the connection to the daemon. */
+async function sendSigned(
+  paths: readonly string[],
+  size: number,
+  context: TransportContext,
+): Promise<void> {
+  const { local, remote, roundTrip, exec } = context;
+  const messages = size / COST.messageSize;
+  const what = `sending ${count(paths.length)} to '${context.machine.name}'`;
+  const bundle = withProgress(exportBundle(local, paths), what, context.log);
+  if (messages * (roundTrip + COST.message) < COST.archive) {
+    await importPaths(remote, bundle);
+    return;
+  }
+  const { channel, ended } = await exec(
+    `${REMOTE_PATH}; exec guix archive --import`,
+  );
+  channel.resume(); // the names of what it imported
+  try {
+    for await (const chunk of bundle) await write(channel, chunk);
+    channel.end();
+  } catch (cause) {
+    channel.destroy();
+    throw cause;
+  }
+  const { code, errors } = await ended;
+  if (code !== 0) {
+    throw new OffloadError(
+      `'guix archive --import' failed on ${remote.name}: ${errors.trim()}`,
+    );
+  }
+}
+
+/** The default transport: over connections to the daemon, but for bulk. */
+function daemonTransport(context: TransportContext): Transport {
+  const { remote, roundTrip, openDaemon } = context;
+  let exporter: Promise<StoreConnection> | undefined;
   return {
     missing: async (paths) => {
       const valid = new Set(await queryValidPaths(remote, paths));
       return paths.filter((path) => !valid.has(path));
     },
     send: async (items) => {
+      const addresses = new Map<string, ContentAddress>();
+      for (const [path, item] of items) {
+        const address = contentAddress(path, item);
+        if (address !== undefined) addresses.set(path, address);
+      }
+      const addressed = [...addresses.keys()].map((path) => items.get(path)!);
+      const others = items.size - addressed.length;
+      if (!worthAddressing(addressed, others, roundTrip)) addresses.clear();
       const references = new Map(
         [...items].map(([path, item]) => [path, item.references]),
       );
-      for (const { asText, paths } of makeBatches(references)) {
-        if (!asText) await importPaths(remote, exportBundle(local, paths));
-        else {
-          for (const path of paths) {
-            await sendText(path, references.get(path)!, remote);
-          }
-        }
+      const batches = makeBatches(references, (path) => addresses.has(path));
+      for (const { addressed, paths } of batches) {
+        const size = paths.reduce((n, path) => n + items.get(path)!.narSize, 0);
+        if (!addressed) await sendSigned(paths, size, context);
+        else await sendAllAddressed(paths, items, addresses, context);
       }
     },
-    retrieve: (paths) => exportBundle(remote, paths),
+    prepare: (derivation) => {
+      // Signing takes a while to start, and the build takes a while anyway.
+      exporter = openDaemon().then(async (store) => {
+        for await (const _ of exportPath(store, derivation));
+        return store;
+      });
+      exporter.catch(() => {});
+    },
+    retrieve: async function* (paths) {
+      yield* exportBundle(await exporter?.catch(() => remote) ?? remote, paths);
+    },
   };
 }
 
@@ -3887,7 +4195,9 @@ async function retrieveOutputs(
     `retrieving ${count(outputs.length)} from '${machine.name}'...`,
   );
   const name = `archive from '${machine.name}'`;
-  const reader = new ByteReader(transport.retrieve(outputs), name);
+  const what = `retrieving from '${machine.name}'`;
+  const bundle = withProgress(transport.retrieve(outputs), what, context.log);
+  const reader = new ByteReader(bundle, name);
   try {
     for (const [output, file] of await restoreOutputs(reader, outputs, acl)) {
       removeFile(output);
@@ -3952,8 +4262,14 @@ async function transferAndOffload(
   try {
     const remote = await session.openDaemon();
     await setBuildOptions(remote, context.buildOptions);
+    const before = performance.now();
     await addTempRoot(remote, derivation);
-    const connections = { ...context, ...session, remote, local: await local };
+    const roundTrip = performance.now() - before;
+    const { openDaemon, exec } = session;
+    const connections = {
+      ...context,
+      ...{ machine, openDaemon, exec, remote, roundTrip, local: await local },
+    };
     const transport = await chooseTransport(
       machine,
       connections,
@@ -3967,6 +4283,7 @@ async function transferAndOffload(
       const bandwidth = size / (sent - start) * 1000;
       context.observations.saveBandwidth(machineId(machine), bandwidth);
     }
+    transport.prepare?.(derivation);
     await buildRemotely(derivation, remote, machine, context);
     const seconds = (performance.now() - sent) / 1000;
     await retrieveOutputs(outputs, transport, machine, context);

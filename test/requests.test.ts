@@ -5,6 +5,7 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   acquireBuildSlot,
+  contentAddress,
   machineMatches,
   makeBatches,
   parseRequest,
@@ -104,10 +105,10 @@ function checkBatches(
   references: ReadonlyMap<string, readonly string[]>,
 ): void {
   const done = new Set<string>();
-  for (const { asText, paths } of batches) {
+  for (const { addressed, paths } of batches) {
     assert.ok(paths.length > 0);
     for (const path of paths) {
-      assert.is(path.endsWith(".drv"), asText, path);
+      assert.is(isDerivation(path), addressed, path);
       assert.not.ok(done.has(path), path);
       for (const target of references.get(path)!) {
         const fine = target === path || !references.has(target) ||
@@ -119,6 +120,8 @@ function checkBatches(
   }
   assert.is(done.size, references.size);
 }
+
+const isDerivation = (path: string) => path.endsWith(".drv");
 
 test("makeBatches() puts references first", () => {
   const random = makeRandom(4);
@@ -134,13 +137,13 @@ test("makeBatches() puts references first", () => {
     });
     entries.sort(() => random() - 0.5);
     const references = new Map(entries);
-    checkBatches(makeBatches(references), references);
+    checkBatches(makeBatches(references, isDerivation), references);
   }
 });
 
 test("makeBatches() makes few batches", () => {
   const batches = (entries: Record<string, string[]>) =>
-    makeBatches(new Map(Object.entries(entries)))
+    makeBatches(new Map(Object.entries(entries)), isDerivation)
       .map(({ paths }) => paths.toSorted().join(" "));
   assert.equal(batches({}), []);
   assert.equal(batches({ "a.drv": ["b.drv"], "b.drv": [] }), ["a.drv b.drv"]);
@@ -165,9 +168,35 @@ test("makeBatches() copes with long chains", () => {
   for (let index = 0; index < 20_000; index++) {
     references.set(`${index}.drv`, index > 0 ? [`${index - 1}.drv`] : []);
   }
-  const batches = makeBatches(references);
+  const batches = makeBatches(references, isDerivation);
   assert.is(batches.length, 1);
   checkBatches(batches, references);
+});
+
+/** A store item, and what its name follows from. */
+interface AddressedItem {
+  readonly kind: string;
+  readonly path: string;
+  readonly references: readonly string[];
+  readonly narHash: string;
+  readonly narSize: number;
+  readonly contents: string;
+}
+
+test("contentAddress() knows what real names follow from", () => {
+  for (const item of golden<AddressedItem[]>("addresses.json")) {
+    const { kind, path, contents } = item;
+    const read = () => Buffer.from(contents, "base64");
+    assert.is(contentAddress(path, item, read) ?? "none", kind, path);
+    const other = `${path}x`;
+    assert.is(contentAddress(other, item, read), undefined, other);
+    const referring = { ...item, references: ["/gnu/store/other"] };
+    assert.is(contentAddress(path, referring, read), undefined, path);
+    if (kind === "recursive") continue;
+    const changed = () => Buffer.from("something else");
+    assert.is(contentAddress(path, item, changed), undefined, path);
+    assert.is(contentAddress(path, item, () => undefined), undefined, path);
+  }
 });
 
 const HOST_KEY = Buffer.concat([

@@ -1,0 +1,26 @@
+;; Makes the items of addresses.json and prints what the daemon says of them.
+(use-modules (guix base16)
+             (guix base64)
+             (guix derivations)
+             (guix store)
+             (ice-9 binary-ports))
+
+(define (show store kind path)
+  (let* ((info (query-path-info store path))
+         (content (if (eq? 'regular (stat:type (lstat path))) (base64-encode (let ((b (call-with-input-file path get-bytevector-all #:binary #t))) (if (eof-object? b) #vu8() b))) "")))
+    (format #t "{\"kind\":~s,\"path\":~s,\"references\":[~a],\"narHash\":~s,\"narSize\":~a,\"contents\":~s}~%" kind path
+      (string-join (map (lambda (r) (format #f "~s" r)) (path-info-references info)) ",")
+      (bytevector->base16-string (path-info-hash info)) (path-info-nar-size info) content)))
+(with-store store
+  (call-with-output-file "/tmp/flat" (lambda (p) (display "flat contents\n" p)))
+  (mkdir "/tmp/dir-x") (call-with-output-file "/tmp/dir-x/a" (lambda (p) (display "a" p)))
+  (let* ((text (add-text-to-store store "text-item" "hello\n"))
+         (text2 (add-text-to-store store "text-with-references" (string-append text " it is\n") (list text)))
+         (empty (add-text-to-store store "empty" ""))
+         (flat (add-to-store store "flat-item" #f "sha256" "/tmp/flat"))
+         (rec (add-to-store store "recursive-file" #t "sha256" "/tmp/flat"))
+         (dir (add-to-store store "recursive-directory" #t "sha256" "/tmp/dir-x"))
+         (sha1 (add-to-store store "flat-sha1" #f "sha1" "/tmp/flat"))
+         (drv (derivation store "made" "/bin/sh" '() #:inputs '() #:sources (list text text2))))
+    (show store "text" text) (show store "text" text2) (show store "text" empty) (show store "flat" flat) (show store "recursive" rec) (show store "recursive" dir) (show store "none" sha1)
+    (show store "text" (derivation-file-name drv))))
