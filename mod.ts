@@ -1131,8 +1131,10 @@ export type Settings = Readonly<{
   decisionTimeout: number;
   factsLifetime: number;
   hookTimeout: number;
+  maximumArchiveSize: number;
   minimumFreeSpace: number;
   score: string;
+  transport: string;
 }>;
 
 /** A setting, in the words of JSON Schema. */
@@ -1180,6 +1182,10 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
     ...{ default: 1, minimum: 0.01, maximum: 60 },
     description: "seconds that a plugin's machines and scores may take",
   },
+  maximumArchiveSize: {
+    ...{ default: 2 ** 36, minimum: 2 ** 20, maximum: 2 ** 50 },
+    description: "bytes that a machine may send for the outputs of a build",
+  },
   minimumFreeSpace: {
     ...{ default: 100 * 2 ** 20, minimum: 0, maximum: 2 ** 50 },
     description: "bytes that must be free in a machine's store",
@@ -1187,6 +1193,10 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
   score: {
     default: "guix",
     description: "the built-in plugin that scores machines",
+  },
+  transport: {
+    default: "guix",
+    description: "the built-in plugin that moves archives",
   },
 };
 
@@ -1398,6 +1408,8 @@ export interface TransportContext extends PluginContext {
   openDaemon(): Promise<StoreConnection>;
   /** Runs a shell command on the machine. */
   exec(command: string): Promise<RemoteProcess>;
+  /** Makes a bundle of items, which the daemon here signs. */
+  exportBundle(paths: readonly string[]): AsyncIterable<Uint8Array>;
 }
 
 /** A command that runs on a build machine. */
@@ -1415,7 +1427,7 @@ export interface RemoteProcess {
 export interface Transport {
   /** Returns those of `paths` that the machine lacks. */
   missing(paths: readonly string[]): Awaitable<readonly string[]>;
-  /** Sends items; what they refer to is there or among them. */
+  /** Sends items, each after those that it refers to. */
   send(items: ReadonlyMap<string, PathInfo>): Awaitable<void>;
   /** Told when the build of a derivation starts: `retrieve` comes next. */
   prepare?(derivation: string): void;
@@ -1522,11 +1534,13 @@ export async function loadPlugins(
   log: Log,
 ): Promise<readonly Plugin[]> {
   const builtins = [guixPlugin, ...builtinPlugins];
-  const scorers = builtins.filter(({ score }) => score !== undefined);
-  if (!scorers.some(({ name }) => name === settings.score)) {
-    const names = scorers.map(({ name }) => name).join("', '");
+  for (const hook of ["score", "transport"] as const) {
+    const names = builtins.filter((plugin) => plugin[hook] !== undefined)
+      .map(({ name }) => name);
+    if (names.includes(settings[hook])) continue;
     throw new OffloadError(
-      `there is no built-in score '${settings.score}', only '${names}'`,
+      `there is no built-in ${hook} '${settings[hook]}', only '` +
+        `${names.join("', '")}'`,
     );
   }
   const plugins: Plugin[] = [];
@@ -1593,6 +1607,11 @@ function isBuiltin(plugin: Plugin): boolean {
   return plugin === guixPlugin || builtinPlugins.includes(plugin);
 }
 
+/** Whether a plugin's score or transport counts: of the built-in ones, one. */
+function isChosen(plugin: Plugin, builtin: string): boolean {
+  return !isBuiltin(plugin) || plugin.name === builtin;
+}
+
 /** Asks all plugins for machines; of each NAME:PORT, the first plugin's. */
 export async function listMachines(context: Context): Promise<Machine[]> {
   const machines: Machine[] = [];
@@ -1643,7 +1662,7 @@ export async function scoreCandidates(
   for (const plugin of context.plugins) {
     const { name } = plugin;
     if (plugin.score === undefined) continue;
-    if (isBuiltin(plugin) && name !== context.settings.score) continue;
+    if (!isChosen(plugin, context.settings.score)) continue;
     try {
       const { hookTimeout } = context.settings;
       const answers = await callHook(plugin, "score", hookTimeout, async () => {
@@ -3250,7 +3269,7 @@ const LONGEST_COMPLAINT = 4096;
 
 function execute(client: Client, command: string): Promise<RemoteProcess> {
   return new Promise((resolve, reject) => {
-    client.exec(command, (cause, channel) => {
+    client.exec(`${REMOTE_PATH}\n${command}`, (cause, channel) => {
       if (cause !== undefined) return reject(cause);
       let errors = "";
       // Unread, it would block the rest.
@@ -3270,8 +3289,7 @@ function execute(client: Client, command: string): Promise<RemoteProcess> {
 /** Connects standard input and output to the socket of a daemon. */
 function relayCommand(socket: string): string {
   const quoted = `'${socket.replaceAll("'", "'\\''")}'`;
-  return `${REMOTE_PATH}
-if command -v socat >/dev/null; then exec socat - UNIX-CONNECT:${quoted}; fi
+  return `if command -v socat >/dev/null; then exec socat - UNIX-CONNECT:${quoted}; fi
 exec guix repl -- /dev/fd/3 ${quoted} 3<<'END'
 (use-modules (rnrs io ports))
 (define daemon (socket PF_UNIX SOCK_STREAM 0))
@@ -3374,7 +3392,6 @@ export function machineMatches(machine: Machine, request: Request): boolean {
 /** The questions, for any POSIX shell: a line `NAME ANSWER…` for each. */
 function probeCommand(storeDirectory: string): string {
   return `
-${REMOTE_PATH}
 exec 2>/dev/null
 space() {
   echo "$1-bytes $(df -Pk "$2" | tail -n 1)"
@@ -3983,6 +4000,23 @@ async function sendAllAddressed(
   // Not to be closed before the build: they protect what came over them.
 }
 
+/** Passes on so many bytes at the most. */
+async function* bounded(
+  chunks: AsyncIterable<Uint8Array>,
+  limit: number,
+): AsyncGenerator<Uint8Array, void> {
+  let size = 0;
+  for await (const chunk of chunks) {
+    size += chunk.length;
+    if (size > limit) {
+      throw new OffloadError(`more than ${mebibytes(limit)} MiB came back`, {
+        hint: "the setting 'maximumArchiveSize' is the limit",
+      });
+    }
+    yield chunk;
+  }
+}
+
 /** Tells of a transfer, once a second, where it takes more than one. */
 async function* withProgress(
   chunks: AsyncIterable<Uint8Array>,
@@ -4017,9 +4051,7 @@ async function sendSigned(
     await importPaths(remote, bundle);
     return;
   }
-  const { channel, ended } = await exec(
-    `${REMOTE_PATH}; exec guix archive --import`,
-  );
+  const { channel, ended } = await exec("exec guix archive --import");
   channel.resume(); // the names of what it imported
   try {
     for await (const chunk of bundle) await write(channel, chunk);
@@ -4084,12 +4116,11 @@ async function chooseTransport(
   context: TransportContext,
   plugins: readonly Plugin[],
 ): Promise<Transport> {
-  const seconds = context.settings.hookTimeout;
+  const { hookTimeout, transport: builtin } = context.settings;
   for (const plugin of plugins) {
+    if (!isChosen(plugin, builtin)) continue;
     const transport = await callHook(
-      plugin,
-      "transport",
-      seconds,
+      ...[plugin, "transport", hookTimeout] as const,
       () => plugin.transport?.(machine, context),
     );
     if (transport !== undefined) return transport;
@@ -4097,28 +4128,69 @@ async function chooseTransport(
   throw new OffloadError(`no transport to '${machine.name}'`);
 }
 
+/** What the store here knows of items, each after those it refers to. */
+async function queryItems(
+  paths: readonly string[],
+  store: StoreConnection,
+): Promise<Map<string, PathInfo>> {
+  const items = new Map<string, PathInfo>();
+  const references = new Map<string, readonly string[]>();
+  for (const path of paths) {
+    const item = await queryPathInfo(store, path);
+    items.set(path, item);
+    references.set(path, item.references);
+  }
+  const [all] = makeBatches(references, () => true);
+  return new Map(all?.paths.map((path) => [path, items.get(path)!]));
+}
+
+/** From this many bytes on, one process at a time sends to a machine. */
+const BULK = 2 ** 22;
+
+/** Waits for the right to send a lot, so that nothing is sent twice. */
+async function lockUploads(
+  machine: Machine,
+  { stateDirectory, log, signal }: PluginContext,
+): Promise<Slot> {
+  const file = `${slotDirectory(machine, stateDirectory)}/upload`;
+  for (let told = false;; told = true) {
+    const lock = lockFile(file);
+    if (lock !== undefined) return lock;
+    if (!told) log.info(`waiting for another upload to '${machine.name}'...`);
+    await delay(100);
+    signal.throwIfAborted();
+  }
+}
+
 /** Sends what the machine lacks of `paths`; returns how much that was. */
 async function sendItems(
   paths: readonly string[],
   transport: Transport,
-  machine: Machine,
-  { local, log }: TransportContext,
+  context: TransportContext,
 ): Promise<number> {
-  const missing = await transport.missing(paths);
-  if (missing.length === 0) return 0;
-  const items = new Map<string, PathInfo>();
-  let size = 0;
-  for (const path of missing) {
-    const info = await queryPathInfo(local, path);
-    items.set(path, info);
-    size += info.narSize;
+  const { machine, local, log } = context;
+  const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
+    [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
+  const findMissing = async (paths: readonly string[]) =>
+    await queryItems(await transport.missing(paths), local);
+  let items = await findMissing(paths);
+  if (items.size === 0) return 0;
+  const lock = sizeOf(items) < BULK
+    ? undefined
+    : await lockUploads(machine, context);
+  try {
+    // Another process may just have sent some of it.
+    if (lock !== undefined) items = await findMissing([...items.keys()]);
+    const size = sizeOf(items);
+    log.info(
+      `sending ${count(items.size)} (${mebibytes(size)} MiB) to ` +
+        `'${machine.name}'...`,
+    );
+    await transport.send(items);
+    return size;
+  } finally {
+    lock?.release();
   }
-  log.info(
-    `sending ${count(missing.length)} (${mebibytes(size)} MiB) to ` +
-      `'${machine.name}'...`,
-  );
-  await transport.send(items);
-  return size;
 }
 
 /** Where an output waits until all of them are verified. */
@@ -4196,7 +4268,9 @@ async function retrieveOutputs(
   );
   const name = `archive from '${machine.name}'`;
   const what = `retrieving from '${machine.name}'`;
-  const bundle = withProgress(transport.retrieve(outputs), what, context.log);
+  const { maximumArchiveSize } = context.settings;
+  const chunks = bounded(transport.retrieve(outputs), maximumArchiveSize);
+  const bundle = withProgress(chunks, what, context.log);
   const reader = new ByteReader(bundle, name);
   try {
     for (const [output, file] of await restoreOutputs(reader, outputs, acl)) {
@@ -4265,19 +4339,19 @@ async function transferAndOffload(
     const before = performance.now();
     await addTempRoot(remote, derivation);
     const roundTrip = performance.now() - before;
-    const { openDaemon, exec } = session;
-    const connections = {
+    const store = await local;
+    const connections: TransportContext = {
       ...context,
-      ...{ machine, openDaemon, exec, remote, roundTrip, local: await local },
+      ...{ machine, remote, roundTrip, local: store },
+      openDaemon: session.openDaemon,
+      exec: session.exec,
+      exportBundle: (paths) => exportBundle(store, paths),
     };
-    const transport = await chooseTransport(
-      machine,
-      connections,
-      context.plugins,
-    );
+    const { plugins } = context;
+    const transport = await chooseTransport(machine, connections, plugins);
     const needed = [...new Set([derivation, ...inputs])];
     const start = performance.now();
-    const size = await sendItems(needed, transport, machine, connections);
+    const size = await sendItems(needed, transport, connections);
     const sent = performance.now();
     if (size > 2 ** 20) {
       const bandwidth = size / (sent - start) * 1000;

@@ -5,8 +5,13 @@
  */
 
 import type { Plugin } from "../mod.ts";
+import archiveCommand from "./archive_command.ts";
 import guileMachines from "./guile_machines.ts";
 import locality from "./locality.ts";
 
-const plugins: readonly Plugin[] = [guileMachines, locality];
+const plugins: readonly Plugin[] = [
+  guileMachines,
+  locality,
+  archiveCommand,
+];
 export default plugins;

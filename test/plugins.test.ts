@@ -39,7 +39,7 @@ async function load() {
   const { context, warnings } = makeContext();
   const settings = readSettings(directory, {});
   const plugins = await loadPlugins(directory, settings, context.log);
-  const builtin = ["guix", "locality", "guile-machines"];
+  const builtin = ["guix", "locality", "guile-machines", "archive-command"];
   const names = plugins.map(({ name }) => name);
   return {
     plugins,

@@ -216,9 +216,13 @@ export function wrongKey(text: string): string {
 }
 
 /** Restarts a master's daemon so that it offloads with this checkout. */
-export function useOffload(master: string, runtime: Runtime): void {
+export function useOffload(
+  master: string,
+  runtime: Runtime,
+  ...variables: readonly string[]
+): void {
   const guix = "GUIX=/offload/scripts/guix";
-  lab("daemon", master, guix, `OFFLOAD_RUNTIME=${runtime}`);
+  lab("daemon", master, guix, `OFFLOAD_RUNTIME=${runtime}`, ...variables);
 }
 
 /** Restarts a master's daemon so that it offloads with `guix offload`. */

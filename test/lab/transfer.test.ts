@@ -1,6 +1,7 @@
 /** How archives get to the machines and back. */
 
 import { writeFileSync } from "node:fs";
+import { basename } from "node:path";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
@@ -8,23 +9,145 @@ import {
   assertOffloaded,
   assertStoreIsSound,
   build,
+  buildCommand,
   inHost,
   lab,
   makeWork,
+  outputsOf,
   root,
   RUNTIMES,
+  start,
+  storeNames,
   up,
   useMachines,
   useOffload,
+  watch,
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
 
-for (const runtime of RUNTIMES) suiteUnder(runtime);
+for (const runtime of RUNTIMES) {
+  suiteUnder(runtime);
+  for (const transport of ["guix", "archive-command"]) {
+    contract(runtime, transport);
+  }
+}
 
 /** Makes work, builds it through one of the machines, and gives the log. */
 function buildWork(...options: string[]): [derivation: string, Result] {
   const [derivation] = makeWork("head", ...options);
   return [derivation!, build("head", derivation!)];
+}
+
+/** What every transport must do. */
+function contract(runtime: Runtime, transport: string): void {
+  const test = suite(`transport '${transport}' under ${runtime}`);
+
+  test.before(() => {
+    up("head", "w1", "w2");
+    useOffload("head", runtime, `OFFLOAD_TRANSPORT=${transport}`);
+  });
+  test.before.each(() => useMachines("head", ["w1"]));
+
+  test("inputs of all kinds arrive, and outputs come back", () => {
+    const [derivation, result] = buildWork(
+      ...["--inputs=20", "--text-inputs=5", "--input-files=20"],
+      ...["--tree", "--bytes", "--outputs=out,lib,doc", "--references=5"],
+    );
+    assertOffloaded(derivation, result, ["w1"]);
+    assertLikeLocal("head", derivation, "w1");
+  });
+
+  test("inputs that were built elsewhere are signed, and arrive", () => {
+    const [first, second] = makeWork("head", "--count=2", "--chain", "--tree");
+    assertOffloaded(first!, build("head", first!), ["w1"]);
+    useMachines("head", ["w2"]);
+    assertOffloaded(second!, build("head", second!), ["w2"]);
+  });
+
+  test("what is there is not sent again", () => {
+    const [derivation, result] = buildWork("--inputs=10");
+    assertOffloaded(derivation, result, ["w1"]);
+    const again = makeWork("head")[0]!;
+    const second = build("head", again);
+    assertOffloaded(again, second, ["w1"]);
+    assert.match(second.stderr, "sending 1 store item (0.0 MiB) to 'w1'");
+  });
+
+  test("bulk goes both ways", () => {
+    const size = 40 * 2 ** 20;
+    const [derivation, result] = buildWork(
+      ...[`--inputs=1`, `--input-size=${size}`, `--output-size=${size}`],
+    );
+    assertOffloaded(derivation, result, ["w1"]);
+    assert.match(
+      result.stderr,
+      /^sending \d+ store items \(40\.\d MiB\) to 'w1'/m,
+    );
+  });
+
+  test("what the machine refuses is told, and goes elsewhere", () => {
+    const acl = `${root("w1")}/etc/guix/acl`;
+    const before = inHost("w1", "cat", "/etc/guix/acl");
+    writeFileSync(acl, "(acl)");
+    useMachines("head", ["w1", "w2"], preferred);
+    try {
+      const [derivation, result] = buildWork(
+        ...["--inputs=1", `--input-size=${40 * 2 ** 20}`],
+      );
+      assertOffloaded(derivation, result, ["w2"]);
+      assert.match(result.stderr, /'guix archive.*' failed on .*'w1'/);
+      assert.match(result.stderr, "unauthorized");
+    } finally {
+      writeFileSync(acl, before);
+    }
+  });
+
+  test("more than the limit is refused", () => {
+    useMachines("head", ["w1"]);
+    const variables = [`OFFLOAD_MAXIMUM_ARCHIVE_SIZE=${2 ** 20}`];
+    useOffload(
+      ...["head", runtime, `OFFLOAD_TRANSPORT=${transport}`] as const,
+      ...variables,
+    );
+    try {
+      const [derivation, result] = buildWork(`--output-size=${2 ** 21}`);
+      assert.is(result.status, 1);
+      assert.match(result.stderr, "more than 1.0 MiB came back");
+      const names = storeNames("head").filter((name) =>
+        Object.values(outputsOf("head", derivation))
+          .some((output) => name.startsWith(basename(output)))
+      );
+      assert.equal(names.filter((name) => !name.endsWith(".lock")), []);
+    } finally {
+      useOffload("head", runtime, `OFFLOAD_TRANSPORT=${transport}`);
+    }
+  });
+
+  test.after(() => assertStoreIsSound("w1"));
+  test.run();
+}
+
+/** Makes two derivations that share a new input of 60 MiB. */
+const SHARING = `
+(use-modules (guix store) (guix derivations))
+(system* "dd" "if=/dev/urandom" "of=/tmp/shared" "bs=1M" "count=60"
+         "status=none")
+(with-store store
+  (let ((busybox (add-to-store store "busybox" #t "sha256" "/opt/work/busybox"))
+        (shared (add-to-store store "shared" #t "sha256" "/tmp/shared")))
+    (for-each
+     (lambda (name)
+       (format #t "~a~%"
+               (derivation-file-name
+                (derivation store name (string-append busybox "/bin/sh")
+                            (list "-c" "echo built > $out")
+                            #:sources (list busybox shared)))))
+     '("one" "other"))))
+`;
+
+/** Makes w1 the fastest. */
+function preferred(text: string): string {
+  return text.replace('(name "w1")', '(name "w1") (speed 9.)');
 }
 
 function suiteUnder(runtime: Runtime): void {
@@ -44,47 +167,18 @@ function suiteUnder(runtime: Runtime): void {
     assertLikeLocal("head", derivation, "w1");
   });
 
-  test("inputs that were built elsewhere are signed, and arrive", () => {
-    useMachines("head", ["w1"]);
-    const [first, second] = makeWork("head", "--count=2", "--chain", "--tree");
-    assertOffloaded(first!, build("head", first!), ["w1"]);
-    useMachines("head", ["w2"]);
-    assertOffloaded(second!, build("head", second!), ["w2"]);
-  });
-
-  test("bulk goes through guix archive, both ways", () => {
-    const size = 80 * 2 ** 20;
-    const [derivation, result] = buildWork(
-      ...[`--inputs=1`, `--input-size=${size}`, `--output-size=${size}`],
+  test("two builds that need the same bulk at once send it once", async () => {
+    writeFileSync(`${root("head")}/tmp/sharing.scm`, SHARING);
+    const work = inHost("head", "guix", "repl", "--", "/tmp/sharing.scm")
+      .trim().split("\n");
+    const builds = work.map((derivation) =>
+      watch(start("head", ...buildCommand([derivation])))
     );
-    assertOffloaded(derivation, result, ["w1"]);
-    assert.match(
-      result.stderr,
-      /^sending \d+ store items \(80\.\d MiB\) to 'w1'/m,
-    );
-    assertStoreIsSound("head");
-    assertStoreIsSound("w1");
-  });
-
-  test("bulk that the machine refuses is told, and goes elsewhere", () => {
-    const acl = `${root("w1")}/etc/guix/acl`;
-    const before = inHost("w1", "cat", "/etc/guix/acl");
-    writeFileSync(acl, "(acl)");
-    useMachines(
-      "head",
-      ["w1", "w2"],
-      (text) => text.replace('(name "w1")', '(name "w1") (speed 9.)'),
-    );
-    try {
-      const [derivation, result] = buildWork(
-        ...["--inputs=1", `--input-size=${40 * 2 ** 20}`],
-      );
-      assertOffloaded(derivation, result, ["w2"]);
-      assert.match(result.stderr, /'guix archive --import' failed on .*'w1'/);
-      assert.match(result.stderr, "unauthorized");
-    } finally {
-      writeFileSync(acl, before);
-    }
+    const results = await Promise.all(builds.map(({ ended }) => ended));
+    for (const { status, stderr } of results) assert.is(status, 0, stderr);
+    const text = results.map(({ stderr }) => stderr).join("");
+    assert.match(text, "waiting for another upload to 'w1'");
+    assert.is(text.match(/^sending .*\(60\.\d MiB\)/gm)?.length, 1, text);
   });
 
   test("a server that forwards to no socket is reached by a relay", () => {

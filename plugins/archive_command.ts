@@ -1,0 +1,68 @@
+/**
+ * Moves archives by the command `guix archive` on the build machine alone, for
+ * accounts that may run it but not talk to the daemon at length.
+ *
+ * @module
+ */
+
+import type { Plugin, TransportContext } from "../mod.ts";
+
+/** Quotes a word for the shell. */
+function quote(word: string): string {
+  return `'${word.replaceAll("'", "'\\''")}'`;
+}
+
+/** Runs `guix archive` there on `input`; returns what it prints. */
+async function* runArchive(
+  { exec, machine }: TransportContext,
+  options: readonly string[],
+  input: Iterable<string> | AsyncIterable<Uint8Array> = [],
+): AsyncGenerator<Uint8Array, void> {
+  const command = `exec guix archive ${options.map(quote).join(" ")}`;
+  const { channel, ended } = await exec(command);
+  const sent = feed(channel, input);
+  sent.catch(() => channel.destroy()); // else it would wait for more
+  yield* channel;
+  const { code, errors } = await ended;
+  if (code !== 0) {
+    throw new Error(
+      `'guix archive' failed on '${machine.name}': ${errors.trim()}`,
+    );
+  }
+  await sent;
+}
+
+/** Writes all of `input` at the pace at which it is taken. */
+async function feed(
+  channel: NodeJS.WritableStream,
+  input: Iterable<string> | AsyncIterable<Uint8Array>,
+): Promise<void> {
+  for await (const chunk of input) {
+    if (channel.write(chunk)) continue;
+    await new Promise((resolve) => {
+      channel.once("drain", resolve).once("close", resolve);
+    });
+  }
+  channel.end();
+}
+
+const plugin = {
+  name: "archive-command",
+  transport: (_machine, context) => ({
+    async missing(paths) {
+      let text = "";
+      const lines = paths.map((path) => `${path}\n`);
+      for await (const chunk of runArchive(context, ["--missing"], lines)) {
+        text += chunk;
+      }
+      return text.split("\n").filter((path) => path !== "");
+    },
+    async send(items) {
+      const bundle = context.exportBundle([...items.keys()]);
+      for await (const _ of runArchive(context, ["--import"], bundle));
+    },
+    retrieve: (paths) => runArchive(context, ["--export", ...paths]),
+  }),
+} satisfies Plugin;
+
+export default plugin as Plugin;
