@@ -2873,11 +2873,11 @@ export class Observations {
     ).length > 0;
   }
 
-  /** Notes what a machine said of itself. */
+  /** Notes what a machine said of itself: it can be reached again. */
   saveFacts(id: string, facts: Facts): void {
     this.#query(
       `INSERT INTO machine (id, facts) VALUES (?, ?) ON CONFLICT DO UPDATE
-       SET facts = excluded.facts, asked = 0`,
+       SET facts = excluded.facts, asked = 0, until = 0`,
       ...[id, JSON.stringify(facts)],
     );
   }
@@ -3585,6 +3585,8 @@ async function consultAll(
   for (const prospect of prospects) {
     if (prospect.facts !== undefined || prospect.problem) continue;
     prospect.problem = "no answer yet";
+    // Nobody waited for what failed before: it may well be about to answer.
+    if (another && prospect.failures > 0) continue;
     observations.saveFailure(prospect.machine, prospect.problem, settings);
   }
 }

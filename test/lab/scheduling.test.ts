@@ -165,6 +165,25 @@ function suiteUnder(runtime: Runtime): void {
     }
   });
 
+  test("a machine that is back is used again while others are there", () => {
+    up("back");
+    useMachines(
+      "head",
+      ["w1", "back"],
+      (text) => text.replace('(name "back")', '(name "back") (speed 9.)'),
+    );
+    useOffload("head", runtime, "OFFLOAD_BACKOFF=1");
+    const [first, second, third] = makeWork("head", "--count=3", "--seconds=1");
+    inHost("back", "kill", String(sshd("back")));
+    assertOffloaded(first!, build("head", first!), ["w1"]);
+    lab("sshd", "back");
+    // Nobody waits for it, but it is asked.
+    assertOffloaded(second!, build("head", second!), ["w1"]);
+    assertOffloaded(third!, build("head", third!), ["back"]);
+    useOffload("head", runtime);
+    down("back");
+  });
+
   test("a silent machine alone is given up within the bound", async () => {
     useMachines("head", ["w1"]);
     const [derivation] = makeWork("head");
