@@ -18,6 +18,7 @@ import {
 } from "node:crypto";
 import type { Hash } from "node:crypto";
 import {
+  chownSync,
   closeSync,
   existsSync,
   lstatSync,
@@ -40,6 +41,7 @@ import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
 import type { Duplex } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
+import { format } from "node:util";
 import { cac, glob, nacl, ssh2 } from "./deps.ts";
 import builtinPlugins from "./plugins/mod.ts";
 import type {
@@ -145,6 +147,9 @@ export class OffloadError extends Error {
     this.exitCode = options.exitCode ?? 1;
   }
 }
+
+/** A failure of this machine: no other build machine would help. */
+class LocalError extends OffloadError {}
 
 /** Where a request or a command writes its messages, a line each. */
 export interface Log {
@@ -1513,9 +1518,17 @@ function checkOwner(file: string): void {
 async function loadPlugin(
   file: string,
   others: readonly Plugin[],
+  seconds: number,
 ): Promise<Plugin> {
+  checkOwner(dirname(file));
   checkOwner(file);
-  const { default: plugin } = await import(pathToFileURL(file).href);
+  const late = delay(seconds * 1000).then(() => {
+    throw new OffloadError(`${file}: not loaded within ${seconds} s`);
+  });
+  const { default: plugin } = await Promise.race([
+    import(pathToFileURL(file).href),
+    late,
+  ]);
   const problem = pluginProblem(plugin) ??
     (others.some(({ name }) => name === plugin.name)
       ? `the name '${plugin.name}' is taken`
@@ -1546,7 +1559,9 @@ export async function loadPlugins(
   const plugins: Plugin[] = [];
   for (const file of await findPlugins(directory)) {
     try {
-      plugins.push(await loadPlugin(file, [...plugins, ...builtins]));
+      plugins.push(
+        await loadPlugin(file, [...plugins, ...builtins], settings.hookTimeout),
+      );
     } catch (error) {
       const known = error instanceof OffloadError;
       log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
@@ -1557,7 +1572,6 @@ export async function loadPlugins(
 
 async function findPlugins(directory: string): Promise<string[]> {
   if (!existsSync(directory)) return [];
-  checkOwner(directory);
   const options = { cwd: directory, absolute: true, flush: true };
   const files = await glob("*.{ts,js,mjs}", options);
   return files.filter((file) => !/^[._]/.test(basename(file))).sort();
@@ -1578,7 +1592,7 @@ async function callHook<T>(
   try {
     return await Promise.race([(async () => await call())(), timeout.promise]);
   } catch (cause) {
-    if (isBuiltin(plugin)) throw cause;
+    if (isBuiltin(plugin) && hook === "machines") throw cause;
     const message = `plugin '${plugin.name}': ${hook}: ${reason(cause)}`;
     throw new OffloadError(message, {
       cause,
@@ -1612,28 +1626,37 @@ function isChosen(plugin: Plugin, builtin: string): boolean {
   return !isBuiltin(plugin) || plugin.name === builtin;
 }
 
+/** Asks a plugin for machines; one that fails is told, and lists none. */
+async function askForMachines(
+  plugin: Plugin,
+  context: Context,
+): Promise<readonly Machine[]> {
+  // Guile alone takes a while to start, and has a bound of its own.
+  const seconds = isBuiltin(plugin) ? 60 : context.settings.hookTimeout;
+  try {
+    return await callHook(plugin, "machines", seconds, async () => {
+      const list = await plugin.machines?.(context) ?? [];
+      return isBuiltin(plugin) ? list : checkMachines(list, context);
+    });
+  } catch (error) {
+    context.signal.throwIfAborted();
+    if (isBuiltin(plugin)) {
+      const { message, hint } = error as OffloadError;
+      context.report({ severity: "error", message, hint });
+    } else context.log.warn(error);
+    return [];
+  }
+}
+
 /** Asks all plugins for machines; of each NAME:PORT, the first plugin's. */
 export async function listMachines(context: Context): Promise<Machine[]> {
+  const lists = await Promise.all(
+    context.plugins.map((plugin) => askForMachines(plugin, context)),
+  );
   const machines: Machine[] = [];
-  for (const plugin of context.plugins) {
+  for (const list of lists) {
     const known = new Set(machines.map(machineId));
-    // Guile alone takes a while to start, and has a bound of its own.
-    const seconds = isBuiltin(plugin) ? 60 : context.settings.hookTimeout;
-    try {
-      const list = await callHook(plugin, "machines", seconds, async () => {
-        const list = await plugin.machines?.(context) ?? [];
-        return isBuiltin(plugin) ? list : checkMachines(list, context);
-      });
-      machines.push(
-        ...list.filter((machine) => !known.has(machineId(machine))),
-      );
-    } catch (error) {
-      context.signal.throwIfAborted();
-      if (isBuiltin(plugin)) {
-        const { message, hint } = error as OffloadError;
-        context.report({ severity: "error", message, hint });
-      } else context.log.warn(error);
-    }
+    machines.push(...list.filter((each) => !known.has(machineId(each))));
   }
   return machines;
 }
@@ -1652,37 +1675,49 @@ function checkScore(score: unknown): number | undefined {
   throw new Error(`expected a number, got ${String(score)}`);
 }
 
-/** Asks all plugins for scores. One that fails is passed over. */
+/** Asks a plugin for scores; one that fails is told, and abstains. */
+async function askForScores(
+  plugin: Plugin,
+  candidates: readonly Candidate[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<readonly (number | undefined)[]> {
+  const { hookTimeout } = context.settings;
+  try {
+    return await callHook(plugin, "score", hookTimeout, async () => {
+      const answers = candidates.map(async (candidate) =>
+        await plugin.score!(candidate, request, context)
+      );
+      return (await Promise.all(answers)).map(checkScore);
+    });
+  } catch (error) {
+    context.signal.throwIfAborted();
+    context.log.warn(error);
+    return [];
+  }
+}
+
+/** Asks all plugins for scores. */
 export async function scoreCandidates(
   candidates: readonly Candidate[],
   request: ScoredRequest,
   context: Context,
 ): Promise<Scores[]> {
-  const scores = candidates.map((): Record<string, number> => ({}));
-  for (const plugin of context.plugins) {
-    const { name } = plugin;
-    if (plugin.score === undefined) continue;
-    if (!isChosen(plugin, context.settings.score)) continue;
-    try {
-      const { hookTimeout } = context.settings;
-      const answers = await callHook(plugin, "score", hookTimeout, async () => {
-        const answers = candidates.map(async (candidate) =>
-          await plugin.score!(candidate, request, context)
-        );
-        return (await Promise.all(answers)).map(checkScore);
-      });
-      answers.forEach((answer, index) => {
-        if (answer !== undefined) scores[index]![name] = answer;
-      });
-    } catch (error) {
-      context.signal.throwIfAborted();
-      context.log.warn(error);
-    }
-  }
-  return scores.map((byPlugin) => ({
-    byPlugin,
-    total: Object.values(byPlugin).reduce((sum, score) => sum + score, 0),
-  }));
+  const plugins = context.plugins.filter((plugin) =>
+    plugin.score !== undefined && isChosen(plugin, context.settings.score)
+  );
+  const answers = await Promise.all(
+    plugins.map((plugin) => askForScores(plugin, candidates, request, context)),
+  );
+  return candidates.map((_, index) => {
+    const byPlugin: Record<string, number> = {};
+    plugins.forEach(({ name }, i) => {
+      const answer = answers[i]![index];
+      if (answer !== undefined) byPlugin[name] = answer;
+    });
+    const total = Object.values(byPlugin).reduce((sum, it) => sum + it, 0);
+    return { byPlugin, total };
+  });
 }
 
 /** The defaults: machine file, order and transport of the reference. */
@@ -2484,10 +2519,21 @@ export function parseAcl(text: string, file: string): Acl {
   return keys;
 }
 
+/** Reads the access-control list; without one, nothing may come back. */
 function readAcl(configDirectory: string): Acl {
   const file = `${configDirectory}/acl`;
-  if (!existsSync(file)) return new Set();
-  return parseAcl(readFileSync(file, "latin1"), file);
+  try {
+    const acl = parseAcl(readFileSync(file, "latin1"), file);
+    if (acl.size > 0) return acl;
+  } catch (cause) {
+    throw new LocalError(`failed to read '${file}': ${reason(cause)}`, {
+      cause,
+    });
+  }
+  throw new LocalError(`'${file}' authorizes no key`, {
+    hint: "run 'guix archive --authorize' with the build machines' " +
+      "/etc/guix/signing-key.pub",
+  });
 }
 
 const UNAUTHORIZED = "unauthorized public key";
@@ -2687,6 +2733,27 @@ export interface Slot {
   release(): void;
 }
 
+/** Makes a directory of the state: its owner's, also where root does it. */
+function makeStateDirectory(directory: string): void {
+  const first = mkdirSync(directory, { recursive: true });
+  if (first === undefined || process.getuid?.() !== 0) return;
+  const { uid, gid } = statSync(dirname(first));
+  for (let made = directory; made.length >= first.length;) {
+    chownSync(made, uid, gid);
+    made = dirname(made);
+  }
+}
+
+/** Makes a file of the state, likewise. */
+function makeStateFile(file: string): void {
+  makeStateDirectory(dirname(file));
+  if (existsSync(file)) return;
+  closeSync(openSync(file, "a"));
+  if (process.getuid?.() !== 0) return;
+  const { uid, gid } = statSync(dirname(file));
+  chownSync(file, uid, gid);
+}
+
 /** Names a machine as the slot directories do. */
 function machineId(machine: Machine): string {
   return `${machine.name}:${machine.port}`;
@@ -2727,7 +2794,7 @@ export function acquireBuildSlot(
 ): Slot | undefined {
   const directory = slotDirectory(machine, stateDirectory);
   try {
-    mkdirSync(directory, { recursive: true });
+    makeStateDirectory(directory);
     for (let slot = 0; slot < machine.parallelBuilds; slot++) {
       const locked = lockFile(`${directory}/${slot}`);
       if (locked !== undefined) return locked;
@@ -2786,6 +2853,9 @@ export interface MachineRecord {
   readonly bandwidth: number | undefined;
 }
 
+/** The problem of a machine that took too long; a late answer clears it. */
+const UNANSWERED = "no answer yet";
+
 /** For how long an item is believed to be on a machine, in seconds. */
 const HELD_LIFETIME = 30 * 86400;
 
@@ -2827,7 +2897,7 @@ export class Observations {
   #open(file: string): DatabaseSync {
     for (const name of [file, file, ":memory:"]) {
       try {
-        if (name === file) mkdirSync(dirname(file), { recursive: true });
+        if (name === file) makeStateFile(file);
         const database = new DatabaseSync(name, { timeout: 250 });
         database.exec(OBSERVATIONS_SCHEMA);
         return database;
@@ -2876,9 +2946,11 @@ export class Observations {
   /** Notes what a machine said of itself: it can be reached again. */
   saveFacts(id: string, facts: Facts): void {
     this.#query(
-      `INSERT INTO machine (id, facts) VALUES (?, ?) ON CONFLICT DO UPDATE
-       SET facts = excluded.facts, asked = 0, until = 0`,
-      ...[id, JSON.stringify(facts)],
+      `INSERT INTO machine (id, facts) VALUES (?1, ?2) ON CONFLICT DO UPDATE
+       SET facts = excluded.facts, asked = 0,
+       until = iif(problem = ?3, 0, until),
+       failures = iif(problem = ?3, 0, failures)`,
+      ...[id, JSON.stringify(facts), UNANSWERED],
     );
   }
 
@@ -3253,7 +3325,8 @@ async function connect(
   return {
     machine,
     failure: () => failure,
-    openDaemon: () => openRemoteDaemon(client, machine),
+    openDaemon: () =>
+      openRemoteDaemon(client, machine, settings.connectTimeout),
     exec: (command) => execute(client, command),
     close: () => client.end(),
   };
@@ -3318,8 +3391,15 @@ END`;
 async function openRemoteDaemon(
   client: Client,
   { name, user, daemonSocket }: Machine,
+  connectTimeout: number,
 ): Promise<StoreConnection> {
   const called = `guix-daemon on '${name}'`;
+  // sshd may answer while the daemon behind it does not.
+  const open = async (stream: Duplex) => {
+    const late = () => stream.destroy(new Error("no answer"));
+    const timer = setTimeout(late, connectTimeout * 1000);
+    return await openStore(stream, called).finally(() => clearTimeout(timer));
+  };
   const forward = new Promise<Duplex>((resolve, reject) => {
     client.openssh_forwardOutStreamLocal(
       daemonSocket,
@@ -3327,12 +3407,12 @@ async function openRemoteDaemon(
     );
   });
   try {
-    return await openStore(await forward, called);
+    return await open(await forward);
   } catch (cause) {
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
     const { channel } = await execute(client, relayCommand(daemonSocket));
-    return await openStore(channel, called).catch(() => {
+    return await open(channel).catch(() => {
       const message = `failed to connect to ${called}: ${reason(cause)}`;
       throw new OffloadError(message, {
         cause,
@@ -3349,7 +3429,7 @@ async function openLocalDaemon(path: string): Promise<StoreConnection> {
   await new Promise<void>((resolve, reject) => {
     stream.once("connect", resolve).once("error", (cause) => {
       const message = `failed to connect to '${path}': ${reason(cause)}`;
-      reject(new OffloadError(message, { cause }));
+      reject(new LocalError(message, { cause }));
     });
   });
   return openStore(stream, "guix-daemon");
@@ -3485,6 +3565,9 @@ export interface Prospect extends Candidate {
   dismissed: boolean;
 }
 
+/** For how many seconds others leave it to a process to ask a machine. */
+const CLAIM = 1;
+
 /** How many machines are asked at the same time. */
 const PROBES_AT_ONCE = 32;
 
@@ -3543,6 +3626,9 @@ async function awaitOther(prospect: Prospect, context: Context): Promise<void> {
   const seconds = context.settings.decisionTimeout;
   for (let waited = 0; waited < seconds * 1000; waited += 20) {
     await delay(20);
+    if (context.observations.claim(prospect.id, CLAIM)) {
+      return ask(prospect, context); // the other one is gone, or slow
+    }
     const record = context.observations.machines().get(prospect.id);
     const { facts, problem } = makeProspect(prospect.machine, record, context);
     Object.assign(prospect, { facts, problem });
@@ -3552,15 +3638,14 @@ async function awaitOther(prospect: Prospect, context: Context): Promise<void> {
 
 /** Finds out about a machine, or leaves that to another of our processes. */
 async function consult(prospect: Prospect, context: Context): Promise<void> {
-  const { observations, settings } = context;
-  const mine = observations.claim(prospect.id, settings.decisionTimeout);
+  const mine = context.observations.claim(prospect.id, CLAIM);
   await (mine ? ask : awaitOther)(prospect, context);
   if (prospect.facts === undefined) throw new Error(prospect.problem);
 }
 
 /**
  * Consults machines side by side. Once one has answered, the rest has little
- * time left; where there is `another` choice, what failed before has none.
+ * time left, as all have where there is `another` choice.
  */
 async function consultAll(
   prospects: readonly Prospect[],
@@ -3570,24 +3655,19 @@ async function consultAll(
   const { observations, settings } = context;
   const start = performance.now();
   const answers = prospects.map((prospect) => consult(prospect, context));
-  const awaited = answers.filter((_, i) => prospects[i]!.failures === 0);
   const bound = delay(settings.decisionTimeout * 1000);
   const firstAndGrace = Promise.any(answers).then(() => {
     const grace = GRACE.factor * (performance.now() - start);
     return delay(Math.min(Math.max(grace, GRACE.least), GRACE.most));
   }).catch(() => bound);
-  const enough = Promise.allSettled(awaited).then((results) =>
-    another || results.some(({ status }) => status === "fulfilled")
-      ? undefined
-      : Promise.allSettled(answers)
-  );
-  await Promise.race([enough, firstAndGrace, bound]);
+  const grace = another ? delay(GRACE.most) : firstAndGrace;
+  await Promise.race([Promise.allSettled(answers), grace, bound]);
   for (const prospect of prospects) {
     if (prospect.facts !== undefined || prospect.problem) continue;
-    prospect.problem = "no answer yet";
-    // Nobody waited for what failed before: it may well be about to answer.
-    if (another && prospect.failures > 0) continue;
-    observations.saveFailure(prospect.machine, prospect.problem, settings);
+    prospect.problem = UNANSWERED;
+    // Slow is not broken: this doesn't grow.
+    const fixed = { ...settings, backoffLimit: settings.backoff };
+    observations.saveFailure(prospect.machine, UNANSWERED, fixed);
   }
 }
 
@@ -3636,6 +3716,13 @@ function exclusion(
   return undefined;
 }
 
+/** Whether a machine may take a build soon. */
+function isBusy(prospect: Prospect, context: Context): boolean {
+  const why = exclusion(prospect, context);
+  return prospect.problem === undefined && why !== undefined &&
+    !why.startsWith("low on disk space");
+}
+
 /** What speaks for a machine. */
 interface Appraisal {
   readonly prospect: Prospect;
@@ -3659,9 +3746,13 @@ async function rank(
       prospect,
       scores: scores[index]!,
       chance: Math.random(), // among equals, as the reference does
+      speed: prospect.machine.speed,
     }))
     .filter(({ scores }) => scores.total !== -Infinity)
-    .sort((a, b) => b.scores.total - a.scores.total || a.chance - b.chance);
+    .sort((a, b) =>
+      b.scores.total - a.scores.total || b.speed - a.speed ||
+      a.chance - b.chance
+    );
 }
 
 /** A machine that takes a build, and the slot that is held for it. */
@@ -3729,9 +3820,12 @@ export async function chooseBuildMachine(
     const assignment = takeSlot(ranking, context);
     dismiss(prospects, assignment?.prospect);
     if (assignment !== undefined) return assignment;
-    const reachable = prospects.filter(({ problem }) => problem === undefined);
-    if (reachable.length === 0) return "unreachable";
-    const busy = reachable.filter((prospect) => prospect.freeSlots() === 0);
+    const able = prospects.filter((prospect) =>
+      ranking.some((it) => it.prospect === prospect) ||
+      isBusy(prospect, context)
+    );
+    if (able.length === 0) return "unreachable";
+    const busy = able.filter((prospect) => prospect.freeSlots() === 0);
     if (!await waitForSlot(busy, context, end)) return "busy";
   }
 }
@@ -4125,7 +4219,13 @@ async function chooseTransport(
       ...[plugin, "transport", hookTimeout] as const,
       () => plugin.transport?.(machine, context),
     );
-    if (transport !== undefined) return transport;
+    if (transport === undefined) continue;
+    const methods = ["missing", "send", "retrieve"] as const;
+    const odd = methods.find((it) => typeof transport[it] !== "function");
+    if (odd === undefined) return transport;
+    throw new OffloadError(
+      `plugin '${plugin.name}': transport: '${odd}' is no function`,
+    );
   }
   throw new OffloadError(`no transport to '${machine.name}'`);
 }
@@ -4262,9 +4362,9 @@ async function retrieveOutputs(
   outputs: readonly string[],
   transport: Transport,
   machine: Machine,
+  acl: Acl,
   context: Context,
 ): Promise<void> {
-  const acl = readAcl(context.configDirectory);
   context.log.info(
     `retrieving ${count(outputs.length)} from '${machine.name}'...`,
   );
@@ -4279,6 +4379,11 @@ async function retrieveOutputs(
       removeFile(output);
       renameSync(file, output);
     }
+  } catch (cause) {
+    const { code } = cause as NodeJS.ErrnoException;
+    if (cause instanceof OffloadError || code === undefined) throw cause;
+    const message = `failed to write to the store: ${reason(cause)}`;
+    throw new LocalError(message, { cause });
   } finally {
     outputs.map(temporaryName).forEach(removeFile);
   }
@@ -4293,9 +4398,6 @@ interface Work {
   readonly outputs: readonly string[];
 }
 
-/** What a daemon logs of a build beyond its limits; its status says nothing. */
-const TIMED_OUT = /^building of `.*' timed out after/m;
-
 /** Builds on the other side; what fails there is told in its exit code. */
 async function buildRemotely(
   derivation: string,
@@ -4307,7 +4409,8 @@ async function buildRemotely(
   context.log.trace(`@ build-remote ${derivation} ${machine.name}`);
   let timedOut = false;
   const log = (text: Buffer) => {
-    timedOut ||= TIMED_OUT.test(text.toString("latin1"));
+    // The daemon's status says nothing of that.
+    timedOut ||= text.includes(`building of \`${derivation}' timed out after`);
     context.buildLog(text);
   };
   try {
@@ -4333,6 +4436,7 @@ async function transferAndOffload(
   context: Context,
 ): Promise<void> {
   const { machine } = session;
+  const acl = readAcl(context.configDirectory);
   const local = openLocalDaemon(context.daemonSocket);
   local.catch(() => {}); // it is told below
   try {
@@ -4362,7 +4466,7 @@ async function transferAndOffload(
     transport.prepare?.(derivation);
     await buildRemotely(derivation, remote, machine, context);
     const seconds = (performance.now() - sent) / 1000;
-    await retrieveOutputs(outputs, transport, machine, context);
+    await retrieveOutputs(outputs, transport, machine, acl, context);
     context.observations.saveBuild(
       machineId(machine),
       derivationName(derivation),
@@ -4425,7 +4529,7 @@ async function offload(
     } catch (error) {
       context.signal.throwIfAborted();
       const final = error instanceof OffloadError && error.exitCode !== 1;
-      if (final) throw error;
+      if (final || error instanceof LocalError) throw error;
       observations.saveFailure(machine, reason(error), settings);
       causes.push(reason(error));
       if (causes.length >= settings.attempts) {
@@ -4433,7 +4537,12 @@ async function offload(
       }
       log.warn(error);
       log.info(`'${machine.name}' failed: trying another machine...`);
-      assignment = await chooseBuildMachine(machines, request, context);
+      do {
+        assignment = await chooseBuildMachine(machines, request, context);
+        // The daemon would not try again.
+        if (assignment === "busy") await delay(1000);
+        context.signal.throwIfAborted();
+      } while (assignment === "busy");
     }
   }
 }
@@ -4534,7 +4643,13 @@ export function readDerivation(
 ): Pick<Request, "system" | "features"> {
   const json = text.replace(/^Derive/, "").replace(
     /"(?:[^"\\]|\\[^])*"|[()]/g,
-    (token) => ({ "(": "[", ")": "]" })[token] ?? token,
+    (token) =>
+      ({ "(": "[", ")": "]" })[token] ??
+        // JSON has no such characters as they are.
+        token.replace(
+          /\p{Cc}/gu,
+          (it) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`,
+        ),
   );
   const [, , , system, , , variables] = JSON.parse(json);
   const features = new Map<string, string>(variables)
@@ -4641,7 +4756,7 @@ function formatExplanation(explanations: readonly Explanation[]): string {
       load === undefined ? "-" : load.toFixed(2),
       free === undefined ? "-" : `${mebibytes(free)} MiB`,
       scores === undefined ? "-" : String(scores.total),
-      chosen ? "takes it" : excluded ?? "another one scores better",
+      chosen ? "takes it" : excluded ?? "another one is as good or better",
       byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
     ];
   });
@@ -4878,16 +4993,34 @@ function checkRuntime(): void {
 }
 
 /** Serves the daemon's requests until one is accepted and built. */
-async function runHook(context: Context): Promise<void> {
-  const input = createInterface({ input: process.stdin });
+async function runHook(
+  start: () => Promise<Context>,
+  log: Log,
+  signal: AbortSignal,
+): Promise<void> {
+  const input = createInterface({ input: process.stdin, signal });
   const lines = input[Symbol.asyncIterator]();
+  let answered = false;
   const conversation: Conversation = {
     readLine: async () => (await lines.next()).value,
-    answer: (word) => writeLine(STANDARD_OUTPUT, `# ${word}`),
+    answer: (word) => {
+      answered = true;
+      writeLine(STANDARD_OUTPUT, `# ${word}`);
+    },
   };
+  let context: Context | undefined;
   for (let line; (line = await conversation.readLine()) !== undefined;) {
     const request = parseRequest(line);
-    if (await processRequest(request, conversation, context)) return;
+    answered = false;
+    try {
+      context ??= await start();
+      if (await processRequest(request, conversation, context)) return;
+    } catch (error) {
+      if (answered || signal.aborted) throw error;
+      // What is wrong here must not fail the builds.
+      log.error(error);
+      conversation.answer("decline");
+    }
   }
 }
 
@@ -4911,7 +5044,14 @@ async function main(args: readonly string[]): Promise<number> {
     const signal = abortOnSignals();
     const hook = parseHookArguments(args);
     if (hook !== undefined) {
-      await runHook(await makeContext(hook, environment, log, signal));
+      // What a plugin prints, or throws out of turn, must not answer the
+      // daemon, which listens to both outputs, or end the build.
+      const print = (...values: unknown[]) =>
+        log.info(`plugin: ${format(...values)}`.replaceAll("\n", "\n  "));
+      Object.assign(console, { log: print, info: print, error: print });
+      process.on("unhandledRejection", (error) => log.warn(error));
+      const start = () => makeContext(hook, environment, log, signal);
+      await runHook(start, log, signal);
       return 0;
     }
     const { output, exitCode } = await runCommand(
@@ -4922,7 +5062,9 @@ async function main(args: readonly string[]): Promise<number> {
     return exitCode;
   } catch (error) {
     log.error(error);
-    return error instanceof OffloadError ? error.exitCode : EXIT.transient;
+    if (error instanceof OffloadError) return error.exitCode;
+    const isUsage = error instanceof Error && error.name === "CACError";
+    return isUsage ? EXIT.usage : EXIT.transient;
   }
 }
 

@@ -17,7 +17,7 @@ import type {
 } from "../mod.ts";
 
 /** How long Guile may take; the file may contain an endless loop. */
-const timeout = 30_000;
+const timeout = 10_000;
 
 /** How long it is left at that when Guile took too long. */
 const patience = 600_000;
@@ -512,7 +512,12 @@ function machineFrom(
 const plugin = {
   name: "guile-machines",
   async machines(ctx: PluginContext) {
-    const machineFile = await ctx.machineFile();
+    let machineFile;
+    try {
+      machineFile = await ctx.machineFile();
+    } catch {
+      return []; // the plugin "guix" tells what is wrong
+    }
     const { file, needsGuile } = machineFile;
     if (needsGuile === undefined) return [];
     ctx.log.debug(`${needsGuile}: evaluated by Guile`);

@@ -1,6 +1,6 @@
 /** Masters and build machines of other kinds: unprivileged, and Guix 1.2. */
 
-import { lstatSync } from "node:fs";
+import { lstatSync, rmSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
@@ -79,6 +79,16 @@ test("an unprivileged master's daemon owns what comes back", () => {
   for (const name of [".", "bin/hello", "dangling"]) {
     assert.is(lstatSync(`${output}/${name}`).uid, owner, name);
   }
+});
+
+test("what root looks at stays the daemon's to write", () => {
+  useOffload("uhead", "node");
+  useMachines("uhead", ["w1"]);
+  rmSync(`${root("uhead")}/var/guix/offload`, { recursive: true });
+  const [derivation] = makeWork("uhead");
+  const shim = "/offload/scripts/guix";
+  inHost("uhead", shim, "offload", "explain", derivation!);
+  assertOffloaded(derivation!, build("uhead", derivation!), ["w1"]);
 });
 
 test("the build machine with Guix 1.2 has Guix 1.2", () => {

@@ -177,8 +177,8 @@ function suiteUnder(runtime: Runtime): void {
     inHost("back", "kill", String(sshd("back")));
     assertOffloaded(first!, build("head", first!), ["w1"]);
     lab("sshd", "back");
-    // Nobody waits for it, but it is asked.
-    assertOffloaded(second!, build("head", second!), ["w1"]);
+    // It has little time to answer, but it is asked.
+    assertOffloaded(second!, build("head", second!), ["w1", "back"]);
     assertOffloaded(third!, build("head", third!), ["back"]);
     useOffload("head", runtime);
     down("back");
@@ -291,6 +291,101 @@ export default plugin as Plugin;
       result.stderr,
       "plugin 'sleeper': score: no answer within 1 s",
     );
+  });
+
+  test("mistakes in the settings and plugins make the hook decline", async () => {
+    const [derivation] = makeWork("head");
+    const local = { runtime, wantsLocal: true };
+    for (const text of ['{"atempts": 3}', "{", '{"score": "localty"}']) {
+      writePlugin("settings.json", text);
+      const { answer, stderr } = await ask(derivation!, local);
+      assert.is(answer, "decline");
+      assert.match(stderr, /^offload: error: .*(atempts|JSON|localty)/m);
+    }
+    writePlugin("settings.json", "{}");
+    writePlugin("stuck.mjs", "await new Promise(() => {});");
+    const { answer, stderr } = await ask(derivation!, local);
+    assert.is(answer, "accept");
+    assert.match(stderr, "stuck.mjs: not loaded within 1 s");
+    rmSync(`${root("head")}${PLUGINS}/stuck.mjs`);
+    writePlugin("loose.mjs", "export default {};");
+    inHost("head", "chmod", "775", PLUGINS);
+    const loose = await ask(derivation!, local);
+    assert.is(loose.answer, "accept");
+    assert.match(loose.stderr, `${PLUGINS}: others than root`);
+  });
+
+  test("what plugins veto everywhere is built here", async () => {
+    writePlugin(
+      "veto.mjs",
+      'export default { name: "veto", score: () => -Infinity };',
+    );
+    const [derivation] = makeWork("head");
+    const local = { runtime, wantsLocal: true };
+    assert.is((await ask(derivation!, local)).answer, "decline");
+    assert.is((await ask(derivation!, { runtime })).answer, "postpone");
+  });
+
+  test("what a plugin throws out of turn ends no build", () => {
+    writePlugin(
+      "rude.mjs",
+      'export default { name: "rude", score() { Promise.reject(Error("late"));' +
+        ' console.log("# decline"); return 1; } };',
+    );
+    const [derivation] = makeWork("head");
+    const result = build("head", derivation!);
+    assertOffloaded(derivation!, result, ["w1", "w2"]);
+    assert.match(result.stderr, "offload: warning: late");
+    assert.match(result.stderr, "plugin: # decline");
+  });
+
+  test("a build waits for a busy machine when its own dies", async () => {
+    up("mortal");
+    useMachines(
+      "head",
+      ["mortal", "w1"],
+      (text) =>
+        text.replace('(name "mortal")', '(name "mortal") (speed 9.)')
+          .replaceAll("(parallel-builds 2)", "(parallel-builds 1)"),
+    );
+    const [first, second] = makeWork("head", "--count=2", "--seconds=5");
+    const dying = startBuild(first!);
+    while (builds("mortal") === 0) await delay(50);
+    const other = startBuild(second!);
+    while (builds("w1") === 0) await delay(50);
+    down("mortal");
+    assertBuilt(await within("the end", other.ended));
+    assertBuilt(await within("the end", dying.ended));
+  });
+
+  test("a machine whose daemon is frozen is left for another", async () => {
+    useOffload("head", runtime, "OFFLOAD_CONNECT_TIMEOUT=2");
+    useMachines(
+      "head",
+      ["w1", "w2"],
+      (text) => text.replace('(name "w1")', '(name "w1") (speed 9.)'),
+    );
+    const pid = readFileSync(`${root("w1")}/run/guix-daemon.pid`, "utf8")
+      .trim();
+    inHost("w1", "kill", "-STOP", pid);
+    try {
+      const [derivation] = makeWork("head");
+      const { ended } = startBuild(derivation!);
+      const result = await within("the end", ended);
+      assertOffloaded(derivation!, result, ["w2"]);
+      assert.match(result.stderr, "failed to connect to guix-daemon on 'w1'");
+    } finally {
+      inHost("w1", "kill", "-CONT", pid);
+      useOffload("head", runtime);
+    }
+  });
+
+  test("an idle hook ends at a signal", async () => {
+    const hook = startHook("head", { runtime });
+    await delay(1000);
+    hook.child.kill("SIGTERM");
+    const { status } = await within("the end of the hook", hook.ended, 5000);
+    assert.is.not(status, 0);
   });
 
   test("offload explain says who would build, and builds nothing", () => {

@@ -37,9 +37,21 @@ function suiteUnder(runtime: Runtime): void {
   test.before.each(() => up("head", "w1", "w2"));
   test.after(() => up("head", "w1", "w2"));
 
-  test("an output that nobody trusted has signed is refused", () => {
+  test("nothing is built where no key is trusted at all", () => {
     useMachines("head", ["w1"]);
     trustOnly([]);
+    const [derivation] = makeWork("head");
+    const { status, stderr } = build("head", derivation!);
+    assert.is(status, 1);
+    assert.match(stderr, "error: '/etc/guix/acl' authorizes no key");
+    assert.match(stderr, "guix archive --authorize");
+    assert.is(buildLog("w1", derivation!), undefined);
+    assertNothing(derivation!);
+  });
+
+  test("outputs that nobody trusted has signed are refused", () => {
+    useMachines("head", ["w1"]);
+    trustOnly(["w2"]);
     const [derivation] = makeWork("head", "--outputs=out,lib");
     const { status, stderr } = build("head", derivation!);
     assert.is(status, 1);
