@@ -212,11 +212,14 @@ const deno = (globalThis as { Deno?: unknown }).Deno as
   | DenoNamespace
   | undefined;
 
+let libc: ReturnType<DenoNamespace["dlopen"]> | undefined;
+
 function callWithBytes(name: "rename" | "symlink", paths: Buffer[]): void {
   const signature = { parameters: ["buffer", "buffer"], result: "i32" };
-  const library = deno!.dlopen("libc.so.6", { [name]: signature });
+  const symbols = { rename: signature, symlink: signature };
+  libc ??= deno!.dlopen("libc.so.6", symbols);
   const strings = paths.map((path) => Buffer.concat([path, Buffer.alloc(1)]));
-  if (library.symbols[name](...strings) !== 0) {
+  if (libc.symbols[name](...strings) !== 0) {
     throw new OffloadError(`failed to ${name} '${paths.join("' to '")}'`);
   }
 }
@@ -2919,17 +2922,18 @@ export class Observations {
     }
   }
 
-  /** All that is known of machines, by NAME:PORT. */
-  machines(): Map<string, MachineRecord> {
-    return new Map(
-      this.#query("SELECT * FROM machine").map(({ id, facts, ...record }) => [
-        id as string,
-        {
-          ...record as unknown as MachineRecord,
-          facts: facts === null ? undefined : JSON.parse(facts as string),
-        },
-      ]),
-    );
+  /** All that is known of machines, or of one, by NAME:PORT. */
+  machines(id?: string): Map<string, MachineRecord> {
+    const rows = id === undefined
+      ? this.#query("SELECT * FROM machine")
+      : this.#query("SELECT * FROM machine WHERE id = ?", id);
+    return new Map(rows.map(({ id, facts, ...record }) => [
+      id as string,
+      {
+        ...record as unknown as MachineRecord,
+        facts: facts === null ? undefined : JSON.parse(facts as string),
+      },
+    ]));
   }
 
   /** Claims the right to ask a machine; false where another process does. */
@@ -3629,7 +3633,8 @@ async function awaitOther(prospect: Prospect, context: Context): Promise<void> {
     if (context.observations.claim(prospect.id, CLAIM)) {
       return ask(prospect, context); // the other one is gone, or slow
     }
-    const record = context.observations.machines().get(prospect.id);
+    const { id } = prospect;
+    const record = context.observations.machines(id).get(id);
     const { facts, problem } = makeProspect(prospect.machine, record, context);
     Object.assign(prospect, { facts, problem });
     if (facts !== undefined || problem !== undefined) return;
@@ -3694,33 +3699,38 @@ async function survey(
   return prospects;
 }
 
-/** Why a machine gets no build now, if it gets none. */
+/** Why a machine gets no build now. */
+interface Exclusion {
+  readonly why: string;
+  /** Whether builds that end there are likely to change that. */
+  readonly isBusy: boolean;
+}
+
+/** Says why a machine gets no build now, if it gets none. */
 function exclusion(
   { machine, facts, problem, until }: Prospect,
   { settings }: Context,
-): string | undefined {
+): Exclusion | undefined {
   if (problem !== undefined) {
     const seconds = Math.ceil((until - Date.now()) / 1000);
-    return seconds > 0 ? `left alone for ${seconds} s: ${problem}` : problem;
+    const left = seconds > 0 ? `left alone for ${seconds} s: ` : "";
+    return { why: left + problem, isBusy: false };
   }
-  if (facts === undefined) return "all its slots are taken";
+  if (facts === undefined) {
+    return { why: "all its slots are taken", isBusy: true };
+  }
   const load = normalizedLoad(facts);
   const threshold = machine.overloadThreshold;
   if (load !== undefined && threshold !== false && load >= threshold) {
-    return `overloaded: its normalized load is ${load.toFixed(2)}`;
+    const why = `overloaded: its normalized load is ${load.toFixed(2)}`;
+    return { why, isBusy: true };
   }
   const free = facts.store?.bytes;
   if (free !== undefined && free < settings.minimumFreeSpace) {
-    return `low on disk space: ${mebibytes(free)} MiB free`;
+    const why = `low on disk space: ${mebibytes(free)} MiB free`;
+    return { why, isBusy: false };
   }
   return undefined;
-}
-
-/** Whether a machine may take a build soon. */
-function isBusy(prospect: Prospect, context: Context): boolean {
-  const why = exclusion(prospect, context);
-  return prospect.problem === undefined && why !== undefined &&
-    !why.startsWith("low on disk space");
 }
 
 /** What speaks for a machine. */
@@ -3736,7 +3746,7 @@ async function rank(
   context: Context,
 ): Promise<Appraisal[]> {
   const eligible = prospects.filter((prospect) => {
-    const why = exclusion(prospect, context);
+    const { why } = exclusion(prospect, context) ?? {};
     if (why) context.log.debug(`skipping '${prospect.machine.name}': ${why}`);
     return why === undefined;
   });
@@ -3822,7 +3832,7 @@ export async function chooseBuildMachine(
     if (assignment !== undefined) return assignment;
     const able = prospects.filter((prospect) =>
       ranking.some((it) => it.prospect === prospect) ||
-      isBusy(prospect, context)
+      exclusion(prospect, context)?.isBusy
     );
     if (able.length === 0) return "unreachable";
     const busy = able.filter((prospect) => prospect.freeSlots() === 0);
@@ -4273,16 +4283,17 @@ async function sendItems(
   const { machine, local, log } = context;
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
-  const findMissing = async (paths: readonly string[]) =>
-    await queryItems(await transport.missing(paths), local);
-  let items = await findMissing(paths);
+  let items = await queryItems(await transport.missing(paths), local);
   if (items.size === 0) return 0;
   const lock = sizeOf(items) < BULK
     ? undefined
     : await lockUploads(machine, context);
   try {
-    // Another process may just have sent some of it.
-    if (lock !== undefined) items = await findMissing([...items.keys()]);
+    if (lock !== undefined) {
+      // Another process may just have sent some of it.
+      const missing = new Set(await transport.missing([...items.keys()]));
+      items = new Map([...items].filter(([path]) => missing.has(path)));
+    }
     const size = sizeOf(items);
     log.info(
       `sending ${count(items.size)} (${mebibytes(size)} MiB) to ` +
@@ -4732,7 +4743,8 @@ async function explain(
     return {
       machine: machineId(machine),
       chosen: prospect !== undefined && prospect === chosen?.prospect,
-      excluded: mismatch(machine, request) ?? exclusion(prospect!, context) ??
+      excluded: mismatch(machine, request) ??
+        exclusion(prospect!, context)?.why ??
         (scores === undefined ? "vetoed by a plugin" : undefined) ??
         (freeSlots === 0 ? "all its slots are taken" : undefined),
       scores,

@@ -17,6 +17,7 @@ import { fileURLToPath } from "node:url";
 import * as assert from "uvu/assert";
 import { encode, exportPath, OffloadError, openStore } from "../mod.ts";
 import type { Machine } from "../mod.ts";
+import { machine } from "./context.ts";
 
 /** The checkout. */
 export const ROOT = fileURLToPath(new URL("..", import.meta.url));
@@ -240,24 +241,16 @@ export const ownRuntime: Runtime = [
   ...runtimes["Deno" in globalThis ? "deno" : "node"].slice(1),
 ];
 
-/** A build machine. */
+/** A build machine as the reference would have it by default. */
 export function makeMachine(fields: Partial<Machine> = {}): Machine {
-  return {
+  return machine({
     name: "w1",
-    port: 22,
-    systems: ["x86_64-linux"],
     user: "root",
     privateKey: "/root/.ssh/id_ed25519",
     hostKey: "ssh-ed25519 AAAA",
     compression: "zlib@openssh.com,zlib",
-    compressionLevel: 3,
-    daemonSocket: "/var/guix/daemon-socket/socket",
-    overloadThreshold: 0.8,
-    parallelBuilds: 1,
-    speed: 1,
-    features: [],
     ...fields,
-  };
+  });
 }
 
 /** A request of a conversation, and the answer to it. */
