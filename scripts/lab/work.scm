@@ -29,9 +29,11 @@ usage: guix repl -- work.scm [OPTION…]
   --chain           let each depend on the one before
 inputs, new ones for each derivation:
   --inputs=N        N source files
-  --input-size=N    of N incompressible bytes each (default: 64)
+  --input-size=N    of N bytes each (default: 64)
   --input-files=N   a source directory of N small files
   --text-inputs=N   N text items
+inputs and outputs:
+  --compressible    two thirds of their bytes are zeros, else none
 builds:
   --seconds=S       take S seconds, may be a fraction
   --log-lines=N     print N lines, spread over these seconds
@@ -39,7 +41,7 @@ builds:
   --fail            print the lines, take the time, then fail
 outputs:
   --outputs=A,B     have these outputs, each referring to the next (default: out)
-  --output-size=N   N incompressible bytes in each
+  --output-size=N   N bytes in each
   --references=N    let the first refer to the first N inputs
   --tree            all a nar can hold: directories, executables, links…
   --bytes           file names and link targets that are not UTF-8
@@ -47,7 +49,8 @@ outputs:
 ")
 
 (define option-spec
-  '((help) (chain) (silent) (fail) (tree) (bytes) (flat)
+  '((help) (chain) (silent) (fail) (tree) (compressible)
+    (bytes) (flat)
     (count (value #t)) (name (value #t)) (seed (value #t)) (system (value #t))
     (features (value #t)) (inputs (value #t)) (input-size (value #t))
     (input-files (value #t)) (text-inputs (value #t)) (seconds (value #t))
@@ -87,7 +90,14 @@ refer() {
     done
 }
 
-data() { [ \"$size\" = 0 ] || head -c \"$size\" /dev/urandom; }
+data() {
+    noise=$size
+    if [ -n \"$compressible\" ]; then
+        noise=$((size / 3))
+        head -c $((size - noise)) /dev/zero
+    fi
+    [ \"$noise\" = 0 ] || head -c \"$noise\" /dev/urandom
+}
 
 grow_tree() {
     mkdir -p bin empty-directory deep/er/still 'name with spaces'
@@ -152,17 +162,18 @@ say \"built $name\"
         (put-bytevector port bytes))
       (write-random (- size chunk) state port))))
 
-(define (write-random-file file size state)
+(define* (write-random-file file size state #:optional (zeros 0))
   (call-with-output-file file
     (lambda (port)
+      (put-bytevector port (make-bytevector zeros 0))
       (write-random size state port))
     #:binary #t))
 
-(define (make-file-input store name size state)
+(define (make-file-input store name size zeros state)
   (call-with-temporary-directory
    (lambda (directory)
      (let ((file (string-append directory "/" name)))
-       (write-random-file file size state)
+       (write-random-file file (- size zeros) state zeros)
        (add-to-store store name #f "sha256" file)))))
 
 (define (make-directory-input store name count state)
@@ -180,10 +191,14 @@ say \"built $name\"
   (define state (seed->random-state id))
   (define (name n)
     (format #f "~a-input-~a" (string-option options 'name "work") n))
+  (define size (number-option options 'input-size 64))
+  (define zeros
+    (if (option-ref options 'compressible #f)
+        (- size (quotient size 3))
+        0))
   (append
    (map (lambda (n)
-          (make-file-input store (name n)
-                           (number-option options 'input-size 64) state))
+          (make-file-input store (name n) size zeros state))
         (iota (number-option options 'inputs 0)))
    (map (lambda (n)
           (add-text-to-store store (string-append (name n) ".txt")
@@ -237,7 +252,7 @@ say \"built $name\"
     ("outputs" . ,(string-join (list-option options 'outputs "out")))
     ,@(map (lambda (name)
              (cons (symbol->string name) (flag name)))
-           '(silent fail tree bytes flat))
+           '(silent fail tree bytes flat compressible))
     ,@(match (list-option options 'features "")
         (() '())
         (features

@@ -17,6 +17,8 @@ import {
 } from "node:fs";
 import { machine } from "node:os";
 import { basename } from "node:path";
+import process from "node:process";
+import { createInterface } from "node:readline";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { gunzipSync } from "node:zlib";
@@ -384,6 +386,51 @@ export function assertLikeLocal(
   assert.equal(pathInfo(master, outputs), {});
   buildLocally(master, derivation);
   assert.equal(offloaded, pathInfo(master, outputs));
+}
+
+// ---------------------------------------------------------------------------
+// The way to a machine
+// ---------------------------------------------------------------------------
+
+/** The port on which a relay to a host's sshd listens, at its address. */
+export const RELAY_PORT = 2222;
+
+/** A relay to a host's sshd. */
+export interface Relay {
+  /** Connections and bytes to the host (up) and from it since last asked. */
+  count(): Promise<{ connections: number; up: number; down: number }>;
+  /** Ends it, and what runs over it. */
+  stop(): void;
+}
+
+/** Starts a relay to a host's sshd; the options are relay.ts's. */
+export async function startRelay(
+  host: string,
+  ...options: readonly string[]
+): Promise<Relay> {
+  const line = lab("list").split("\n").find((it) => it.startsWith(`${host} `));
+  const address = line!.split(" ")[1]!;
+  const child = spawn(process.execPath, [
+    "--disable-warning=ExperimentalWarning",
+    `${ROOT}scripts/lab/relay.ts`,
+    ...[`${address}:${RELAY_PORT}`, `${address}:22`, ...options],
+  ], { stdio: ["pipe", "pipe", "inherit"] });
+  const lines = createInterface(child.stdout)[Symbol.asyncIterator]();
+  const next = async (): Promise<string> =>
+    (await within("the relay", lines.next())).value ?? "";
+  assert.is(await next(), "ready");
+  return {
+    async count() {
+      child.stdin.write("\n");
+      return JSON.parse(await next());
+    },
+    stop: () => void child.kill("SIGKILL"),
+  };
+}
+
+/** Edits a machine file so that all machines are behind relays. */
+export function relayed(text: string): string {
+  return text.replaceAll(/\(name "\w+"\)/g, `$& (port ${RELAY_PORT})`);
 }
 
 // ---------------------------------------------------------------------------
