@@ -14,6 +14,7 @@ import {
   createPrivateKey,
   createPublicKey,
   publicDecrypt,
+  randomBytes,
   randomUUID,
 } from "node:crypto";
 import type { Hash } from "node:crypto";
@@ -38,10 +39,18 @@ import process from "node:process";
 import { createInterface } from "node:readline";
 import { DatabaseSync } from "node:sqlite";
 import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
-import type { Duplex } from "node:stream";
+import type { Duplex, Transform } from "node:stream";
+import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { format } from "node:util";
+import {
+  constants as zlibConstants,
+  createGunzip,
+  createGzip,
+  createZstdCompress,
+  createZstdDecompress,
+} from "node:zlib";
 import { cac, glob, nacl, ssh2 } from "./deps.ts";
 import builtinPlugins from "./plugins/mod.ts";
 import type {
@@ -1142,6 +1151,7 @@ export type Settings = Readonly<{
   maximumArchiveSize: number;
   minimumFreeSpace: number;
   score: string;
+  substitutes: boolean;
   transport: string;
 }>;
 
@@ -1201,6 +1211,11 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
   score: {
     default: "guix",
     description: "the built-in plugin that scores machines",
+  },
+  substitutes: {
+    default: false,
+    description: "whether a machine may fetch inputs from its substitute " +
+      "servers rather than from here",
   },
   transport: {
     default: "guix",
@@ -1857,6 +1872,11 @@ export class ByteReader {
     return this.read(Math.min(limit, this.#size));
   }
 
+  /** What is left, as it comes. */
+  async *rest(): AsyncGenerator<Buffer, void> {
+    while (await this.more()) yield await this.readSome(LIMITS.chunk);
+  }
+
   /** Reads a number, at most `limit`. */
   async number(limit: number = Number.MAX_SAFE_INTEGER): Promise<number> {
     const value = (await this.read(8)).readBigUInt64LE();
@@ -1978,6 +1998,7 @@ const OPERATION = {
   queryPathInfo: 26,
   importPaths: 27,
   queryValidPaths: 31,
+  querySubstitutablePaths: 32,
 } as const;
 
 const STDERR = {
@@ -2099,6 +2120,15 @@ export async function queryValidPaths(
   return store.reader.strings();
 }
 
+/** Returns those of `paths` that the substitute servers of the store have. */
+async function querySubstitutablePaths(
+  store: StoreConnection,
+  paths: readonly string[],
+): Promise<string[]> {
+  await operate(store, [OPERATION.querySubstitutablePaths, paths]);
+  return store.reader.strings();
+}
+
 /** What a store knows of an item. */
 export interface PathInfo {
   /** Store items that it refers to. */
@@ -2166,17 +2196,18 @@ export async function addTextToStore(
 }
 
 /**
- * Builds a derivation, handing each piece of its log to `log` as it comes.
+ * Builds derivations and substitutes other items, handing each piece of the
+ * log to `log` as it comes.
  *
- * @throws {DaemonError} with status 100 where the build failed.
+ * @throws {DaemonError} with status 100 where a build failed.
  */
 export async function buildThings(
   store: StoreConnection,
-  derivations: readonly string[],
+  things: readonly string[],
   log: (text: Buffer) => void,
 ): Promise<void> {
   const normalMode = 0;
-  const request = [OPERATION.buildThings, derivations, normalMode];
+  const request = [OPERATION.buildThings, things, normalMode];
   await operate(store, request, { log });
   await store.reader.number();
 }
@@ -3363,9 +3394,14 @@ function execute(client: Client, command: string): Promise<RemoteProcess> {
   });
 }
 
+/** Quotes a word for the shell. */
+function quoteWord(word: string): string {
+  return `'${word.replaceAll("'", "'\\''")}'`;
+}
+
 /** Connects standard input and output to the socket of a daemon. */
 function relayCommand(socket: string): string {
-  const quoted = `'${socket.replaceAll("'", "'\\''")}'`;
+  const quoted = quoteWord(socket);
   return `if command -v socat >/dev/null; then exec socat - UNIX-CONNECT:${quoted}; fi
 exec guix repl -- /dev/fd/3 ${quoted} 3<<'END'
 (use-modules (rnrs io ports))
@@ -4143,35 +4179,224 @@ async function* withProgress(
   }
 }
 
+/** What packs a stream there and unpacks it here, or the other way round. */
+interface Compressor {
+  compress(level: number): Transform;
+  decompress(): Transform;
+}
+
+/** The programs to look for on a machine, the best first: four letters each. */
+const COMPRESSORS: Readonly<Record<string, Compressor>> = {
+  zstd: {
+    compress: (level) =>
+      createZstdCompress({
+        params: { [zlibConstants.ZSTD_c_compressionLevel]: level },
+      }),
+    // No level in use needs more than 8 MiB of memory.
+    decompress: () =>
+      createZstdDecompress({
+        params: { [zlibConstants.ZSTD_d_windowLogMax]: 23 },
+      }),
+  },
+  gzip: {
+    compress: (level) => createGzip({ level }),
+    decompress: () => createGunzip(),
+  },
+};
+
+/**
+ * When compressing pays: a round trip, in milliseconds, from which on the way
+ * is taken for slow, and else the size of an archive from which on it is
+ * measured, the size of what is sent for that, both in bytes, and the bytes a
+ * second below which the stores, rather than the way, would be waited for.
+ */
+const SLOW_WAY = {
+  roundTrip: 10,
+  measured: 2 ** 25,
+  sample: 2 ** 19,
+  rate: 2 ** 25,
+} as const;
+
+/** How fast the way to a machine is, in bytes a second. */
+async function measureWay({ exec }: TransportContext): Promise<number> {
+  const { channel } = await exec("echo; cat >/dev/null; echo");
+  const reader = new ByteReader(channel, "sample");
+  await reader.read(1);
+  const start = performance.now();
+  channel.end(randomBytes(SLOW_WAY.sample));
+  await reader.read(1);
+  return SLOW_WAY.sample / (performance.now() - start) * 1000;
+}
+
+/** The level with which an archive of so many bytes gets there the soonest. */
+async function compressionLevel(
+  size: number,
+  context: TransportContext,
+): Promise<number | undefined> {
+  const { machine, roundTrip } = context;
+  if (machine.compression === "none" || size < BULK) return undefined;
+  if (roundTrip > SLOW_WAY.roundTrip) return machine.compressionLevel;
+  if (size < SLOW_WAY.measured) return undefined;
+  const rate = await measureWay(context).catch(() => Infinity);
+  return rate < SLOW_WAY.rate ? machine.compressionLevel : undefined;
+}
+
+/** `guix archive` at work on a build machine. */
+interface RemoteArchive {
+  readonly channel: Duplex;
+  /** What it prints, still compressed. */
+  readonly output: AsyncIterable<Uint8Array>;
+  readonly compressor: Compressor | undefined;
+  /**
+   * Waits for its end.
+   *
+   * @throws {OffloadError} that says what went wrong there.
+   */
+  finish(): Promise<void>;
+}
+
+/** The command: it prints the compressor's name, the rest is compressed. */
+function archiveCommand(
+  way: "in" | "out",
+  options: readonly string[],
+  level: number | undefined,
+): string {
+  const archive = `guix archive ${options.map(quoteWord).join(" ")}`;
+  const compressors = level === undefined ? [] : Object.keys(COMPRESSORS);
+  return `
+command -v guix >/dev/null || exit 127
+for zip in ${compressors.join(" ")} none; do
+  ! command -v $zip >/dev/null || break
+done
+echo $zip
+[ $zip != none ] || exec ${archive}
+` + (way === "in"
+    ? `$zip -dc | ${archive}`
+    // A pipe's status is its last command's.
+    : `exec 4>&1
+exit $({ { ${archive} 3>&-; echo $? >&3; } | $zip -${level}c 3>&- >&4; } 3>&1)`);
+}
+
+/** Starts `guix archive` there, or returns `undefined` where that can't be. */
+async function startArchive(
+  way: "in" | "out",
+  options: readonly string[],
+  level: number | undefined,
+  context: TransportContext,
+): Promise<RemoteArchive | undefined> {
+  try {
+    const command = archiveCommand(way, options, level);
+    const { channel, ended } = await context.exec(command);
+    const { name } = context.machine;
+    const reader = new ByteReader(channel, `'guix archive' on '${name}'`);
+    const compressor = (await reader.read(5)).toString().trimEnd();
+    if (compressor !== "none" && !Object.hasOwn(COMPRESSORS, compressor)) {
+      return undefined; // it is not our command that runs
+    }
+    return {
+      channel,
+      output: reader.rest(),
+      compressor: COMPRESSORS[compressor],
+      finish: async () => {
+        const { code, errors } = await ended;
+        if (code === 0) return;
+        const why = errors.trim() || `exit ${code}`;
+        throw new OffloadError(`'guix archive' failed on '${name}': ${why}`);
+      },
+    };
+  } catch {
+    return undefined;
+  }
+}
+
+async function discard(chunks: AsyncIterable<unknown>): Promise<void> {
+  for await (const _ of chunks);
+}
+
+/** Protects items from the collector there, as many as it can until stopped. */
+function addTempRoots(
+  remote: StoreConnection,
+  paths: readonly string[],
+): { stop(): Promise<void> } {
+  let stopped = false;
+  const add = async () => {
+    for (const path of paths) {
+      if (stopped) return;
+      await addTempRoot(remote, path);
+    }
+  };
+  const added = add();
+  added.catch(() => {}); // it is told by whoever uses the connection next
+  return {
+    stop: () => {
+      stopped = true;
+      return added.catch(() => {});
+    },
+  };
+}
+
 /** Sends signed archives: small ones over the connection to the daemon. */
 async function sendSigned(
   paths: readonly string[],
   size: number,
   context: TransportContext,
 ): Promise<void> {
-  const { local, remote, roundTrip, exec } = context;
+  const { local, machine, remote, roundTrip } = context;
   const messages = size / COST.messageSize;
-  const what = `sending ${count(paths.length)} to '${context.machine.name}'`;
-  const bundle = withProgress(exportBundle(local, paths), what, context.log);
-  if (messages * (roundTrip + COST.message) < COST.archive) {
-    await importPaths(remote, bundle);
+  const what = `sending ${count(paths.length)} to '${machine.name}'`;
+  const makeBundle = () =>
+    withProgress(exportBundle(local, paths), what, context.log);
+  const level = await compressionLevel(size, context);
+  const archive = messages * (roundTrip + COST.message) < COST.archive
+    ? undefined
+    : await startArchive("in", ["--import"], level, context);
+  if (archive === undefined) {
+    await importPaths(remote, makeBundle());
     return;
   }
-  const { channel, ended } = await exec("exec guix archive --import");
-  channel.resume(); // the names of what it imported
+  const { channel, compressor, output } = archive;
+  discard(output).catch(() => {}); // the names of what it imported
+  const rooting = addTempRoots(remote, paths);
   try {
-    for await (const chunk of bundle) await write(channel, chunk);
-    channel.end();
+    const bundle = makeBundle();
+    await (compressor === undefined || level === undefined
+      ? pipeline(bundle, channel)
+      : pipeline(bundle, compressor.compress(level), channel));
   } catch (cause) {
-    channel.destroy();
+    // What it says is the cause, where its end is what broke the stream.
+    if (cause instanceof OffloadError) throw cause;
+    await archive.finish();
     throw cause;
+  } finally {
+    await rooting.stop();
   }
-  const { code, errors } = await ended;
-  if (code !== 0) {
-    throw new OffloadError(
-      `'guix archive --import' failed on ${remote.name}: ${errors.trim()}`,
-    );
+  await archive.finish();
+}
+
+/** The bundle that `guix archive` makes there. */
+async function* readArchive(
+  { compressor, output, finish }: RemoteArchive,
+): AsyncGenerator<Uint8Array, void> {
+  if (compressor === undefined) yield* output;
+  else {
+    const bundle = compressor.decompress();
+    // What fails there, fails the reading as well.
+    pipeline(output, bundle).catch(() => {});
+    yield* bundle;
   }
+  await finish();
+}
+
+/** The level with which outputs come back the soonest. */
+async function outputLevel(
+  paths: readonly string[],
+  remote: StoreConnection,
+  context: TransportContext,
+): Promise<number | undefined> {
+  if (context.machine.compression === "none") return undefined;
+  let size = 0;
+  for (const path of paths) size += (await queryPathInfo(remote, path)).narSize;
+  return compressionLevel(size, context);
 }
 
 /** The default transport: over connections to the daemon, but for bulk. */
@@ -4205,13 +4430,20 @@ function daemonTransport(context: TransportContext): Transport {
     prepare: (derivation) => {
       // Signing takes a while to start, and the build takes a while anyway.
       exporter = openDaemon().then(async (store) => {
-        for await (const _ of exportPath(store, derivation));
+        await discard(exportPath(store, derivation));
         return store;
       });
       exporter.catch(() => {});
     },
     retrieve: async function* (paths) {
-      yield* exportBundle(await exporter?.catch(() => remote) ?? remote, paths);
+      const store = await exporter?.catch(() => remote) ?? remote;
+      const level = await outputLevel(paths, store, context);
+      const archive = level === undefined
+        ? undefined
+        : await startArchive("out", ["--export", ...paths], level, context);
+      yield* archive === undefined
+        ? exportBundle(store, paths)
+        : readArchive(archive);
     },
   };
 }
@@ -4274,7 +4506,38 @@ async function lockUploads(
   }
 }
 
-/** Sends what the machine lacks of `paths`; returns how much that was. */
+/** Has the machine fetch what its own substitute servers have of `paths`. */
+async function substitute(
+  paths: readonly string[],
+  { machine, remote, log }: TransportContext,
+): Promise<void> {
+  // It would build a derivation.
+  const items = paths.filter((path) => !path.endsWith(".drv"));
+  const found = new Set(await querySubstitutablePaths(remote, items));
+  const available = items.filter((path) => found.has(path));
+  if (available.length === 0) return;
+  log.info(`'${machine.name}' fetches ${count(available.length)} itself...`);
+  try {
+    await buildThings(remote, available, () => {});
+  } catch (error) {
+    if (!(error instanceof DaemonError)) throw error;
+    log.info(`'${machine.name}' could not: ${reason(error)}`);
+  }
+}
+
+/** Those of `paths` that are to be sent. */
+async function missingItems(
+  paths: readonly string[],
+  transport: Transport,
+  context: TransportContext,
+): Promise<readonly string[]> {
+  const missing = await transport.missing(paths);
+  if (missing.length === 0 || !context.settings.substitutes) return missing;
+  await substitute(missing, context);
+  return transport.missing(missing);
+}
+
+/** Sends items that the machine lacks; returns how many bytes that was. */
 async function sendItems(
   paths: readonly string[],
   transport: Transport,
@@ -4283,7 +4546,7 @@ async function sendItems(
   const { machine, local, log } = context;
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
-  let items = await queryItems(await transport.missing(paths), local);
+  let items = await queryItems(paths, local);
   if (items.size === 0) return 0;
   const lock = sizeOf(items) < BULK
     ? undefined
@@ -4409,6 +4672,11 @@ interface Work {
   readonly outputs: readonly string[];
 }
 
+/** Whether an error is the build's own, which no other machine would help. */
+function isFinal(error: unknown): boolean {
+  return error instanceof OffloadError && error.exitCode !== EXIT.transient;
+}
+
 /** Builds on the other side; what fails there is told in its exit code. */
 async function buildRemotely(
   derivation: string,
@@ -4440,6 +4708,53 @@ async function buildRemotely(
   }
 }
 
+/** Sends items that the machine lacks, and notes how fast that went. */
+async function sendMeasured(
+  paths: readonly string[],
+  transport: Transport,
+  connections: TransportContext,
+  { observations }: Context,
+): Promise<void> {
+  const start = performance.now();
+  const size = await sendItems(paths, transport, connections);
+  if (size <= 2 ** 20) return;
+  const bandwidth = size / (performance.now() - start) * 1000;
+  observations.saveBandwidth(machineId(connections.machine), bandwidth);
+}
+
+/**
+ * Sends what the machine lacks, and builds; what is collected there before the
+ * build has begun is sent once more. Returns how many seconds the build took.
+ */
+async function sendAndBuild(
+  needed: readonly string[],
+  derivation: string,
+  transport: Transport,
+  connections: TransportContext,
+  context: Context,
+): Promise<number> {
+  const { machine, remote } = connections;
+  let missing = await missingItems(needed, transport, connections);
+  for (let isAgain = false;; isAgain = true) {
+    try {
+      await sendMeasured(missing, transport, connections, context);
+      missing = [];
+      transport.prepare?.(derivation);
+      const start = performance.now();
+      await buildRemotely(derivation, remote, machine, context);
+      return (performance.now() - start) / 1000;
+    } catch (error) {
+      if (isAgain || isFinal(error)) throw error;
+      const lacking = await Promise.resolve(transport.missing(needed))
+        .catch((): string[] => []);
+      const lost = lacking.filter((path) => !missing.includes(path));
+      if (lost.length === 0) throw error;
+      context.log.info(`'${machine.name}' has lost ${count(lost.length)}...`);
+      missing = lacking;
+    }
+  }
+}
+
 /** Sends the inputs, builds, and retrieves the outputs. */
 async function transferAndOffload(
   { derivation, inputs, outputs }: Work,
@@ -4467,16 +4782,9 @@ async function transferAndOffload(
     const { plugins } = context;
     const transport = await chooseTransport(machine, connections, plugins);
     const needed = [...new Set([derivation, ...inputs])];
-    const start = performance.now();
-    const size = await sendItems(needed, transport, connections);
-    const sent = performance.now();
-    if (size > 2 ** 20) {
-      const bandwidth = size / (sent - start) * 1000;
-      context.observations.saveBandwidth(machineId(machine), bandwidth);
-    }
-    transport.prepare?.(derivation);
-    await buildRemotely(derivation, remote, machine, context);
-    const seconds = (performance.now() - sent) / 1000;
+    const seconds = await sendAndBuild(
+      ...[needed, derivation, transport, connections, context] as const,
+    );
     await retrieveOutputs(outputs, transport, machine, acl, context);
     context.observations.saveBuild(
       machineId(machine),
@@ -4539,8 +4847,7 @@ async function offload(
       return await attempt(work, assignment, context);
     } catch (error) {
       context.signal.throwIfAborted();
-      const final = error instanceof OffloadError && error.exitCode !== 1;
-      if (final || error instanceof LocalError) throw error;
+      if (isFinal(error) || error instanceof LocalError) throw error;
       observations.saveFailure(machine, reason(error), settings);
       causes.push(reason(error));
       if (causes.length >= settings.attempts) {
