@@ -6,8 +6,11 @@
  * @module
  */
 
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
+import { once } from "node:events";
+import { writeFileSync } from "node:fs";
 import process from "node:process";
+import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { cac } from "../deps.ts";
 
@@ -20,9 +23,13 @@ interface Case {
   readonly runs: number;
   /** Whether `--quick` leaves it out. */
   readonly slow?: boolean;
+  /** Milliseconds there and back, by a relay to the one machine that is used. */
+  readonly roundTrip?: number;
   /** Seconds that it would take if builds alone took time. */
   readonly ideal?: number;
 }
+
+const MEBIBYTE = 2 ** 20;
 
 const CASES: readonly Case[] = [
   { name: "one trivial build", work: [], runs: 5 },
@@ -32,19 +39,44 @@ const CASES: readonly Case[] = [
     runs: 1,
     ideal: 10,
   },
-  { name: "100 small inputs", work: ["--inputs=100"], runs: 2, slow: true },
-  { name: "1,000 small inputs", work: ["--inputs=1000"], runs: 2, slow: true },
+  ...[1, 100, 1000, 5000].map((inputs) => ({
+    name: `${inputs.toLocaleString("en")} small input${inputs > 1 ? "s" : ""}`,
+    work: [`--inputs=${inputs}`],
+    runs: inputs > 1000 ? 1 : 3,
+    slow: inputs > 100,
+  })),
   {
-    name: "one input of 400 MiB",
-    work: ["--inputs=1", `--input-size=${400 * 2 ** 20}`],
+    name: "a directory of 2,000 files",
+    work: ["--input-files=2000"],
     runs: 2,
     slow: true,
   },
   {
-    name: "an output of 300 MiB",
-    work: [`--output-size=${300 * 2 ** 20}`],
-    runs: 2,
+    name: "one input of 400 MiB",
+    work: ["--inputs=1", `--input-size=${400 * MEBIBYTE}`],
+    runs: 3,
     slow: true,
+  },
+  {
+    name: "an output of 300 MiB",
+    work: [`--output-size=${300 * MEBIBYTE}`],
+    runs: 3,
+    slow: true,
+  },
+  ...[10, 50, 150].map((roundTrip) => ({
+    name: `one trivial build, ${roundTrip} ms away`,
+    work: [],
+    runs: 3,
+    slow: roundTrip !== 50,
+    roundTrip,
+  })),
+  {
+    name: "40 MiB in and out, 50 ms away",
+    work: [
+      ...["--inputs=1", "--compressible"],
+      ...[`--input-size=${40 * MEBIBYTE}`, `--output-size=${40 * MEBIBYTE}`],
+    ],
+    ...{ runs: 1, slow: true, roundTrip: 50 },
   },
 ];
 
@@ -54,8 +86,14 @@ const HOOKS: Readonly<Record<string, readonly string[]>> = {
   "offload, Node": ["GUIX=/offload/scripts/guix", "OFFLOAD_RUNTIME=node"],
   "offload, Deno": ["GUIX=/offload/scripts/guix", "OFFLOAD_RUNTIME=deno"],
 };
+const REFERENCE = "guix offload";
+
+/** Values by hook. */
+type ByHook<T> = Record<string, T>;
 
 const LAB = fileURLToPath(new URL("lab/lab", import.meta.url));
+const RELAY = fileURLToPath(new URL("lab/relay", import.meta.url));
+const RELAY_PORT = 2222;
 
 function lab(...args: readonly string[]): string {
   return execFileSync(LAB, args, {
@@ -79,6 +117,57 @@ function build(derivations: readonly string[]): number {
   return (performance.now() - start) / 1000;
 }
 
+/** Address and pid of a host, from the lab's list. */
+function hostOf(name: string): { address: string; pid: string } {
+  const line = lab("list").split("\n").find((it) => it.startsWith(`${name} `));
+  const [, address, pid] = line!.split(" ");
+  return { address: address!, pid: pid! };
+}
+
+/** Has head use w1 and w2, or w1 alone, through a relay. */
+function useMachines(isRelayed: boolean): void {
+  const text = isRelayed
+    ? lab("machines", "head", "w1")
+      .replace(/\(name "w1"\)/, `$& (port ${RELAY_PORT})`)
+    : lab("machines", "head", "w1", "w2");
+  const { pid } = hostOf("head");
+  writeFileSync(`/proc/${pid}/root/etc/guix/machines.scm`, text);
+}
+
+/** What went through a relay. */
+interface Traffic {
+  readonly connections: number;
+  readonly up: number;
+  readonly down: number;
+}
+
+/** Does some work with a relay to w1, of so many milliseconds there and back. */
+async function withRelay<T>(
+  roundTrip: number,
+  work: (count: () => Promise<Traffic>) => T | Promise<T>,
+): Promise<T> {
+  const { address } = hostOf("w1");
+  const relay = spawn(RELAY, [
+    ...[`${address}:${RELAY_PORT}`, `${address}:22`],
+    ...["--delay", String(roundTrip / 2)],
+  ], { stdio: ["pipe", "pipe", "inherit"] });
+  const lines = createInterface(relay.stdout);
+  const [ready] = await once(lines, "line");
+  if (ready !== "ready") throw new Error(`the relay says '${ready}'`);
+  useMachines(true);
+  try {
+    return await work(async () => {
+      relay.stdin.write("\n");
+      const [line] = await once(lines, "line");
+      return JSON.parse(line);
+    });
+  } finally {
+    useMachines(false);
+    relay.kill();
+    await once(relay, "close");
+  }
+}
+
 function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b);
   const middle = sorted.length >> 1;
@@ -88,8 +177,8 @@ function median(values: readonly number[]): number {
 }
 
 /** Measures a case with each hook in turns; medians in seconds, by hook. */
-function measure({ work, runs }: Case): Record<string, number> {
-  const times: Record<string, number[]> = {};
+function measure({ work, runs }: Case): ByHook<number> {
+  const times: ByHook<number[]> = {};
   for (let run = 0; run < runs; run++) {
     for (const [hook, variables] of Object.entries(HOOKS)) {
       lab("daemon", "head", ...variables);
@@ -103,27 +192,116 @@ function measure({ work, runs }: Case): Record<string, number> {
   );
 }
 
-function formatRow(name: string, medians: Record<string, number>, ideal = NaN) {
-  const reference = medians["guix offload"]!;
+/** What a trivial build costs beside time, a row each, by hook. */
+async function measureTraffic(): Promise<ByHook<ByHook<string>>> {
+  const rows: ByHook<ByHook<string>> = {};
+  // The last process that was started in w1: they are numbered from 1.
+  const processes = () => {
+    const { pid } = hostOf("w1");
+    const file = "/proc/sys/kernel/ns_last_pid";
+    return Number(
+      execFileSync("nsenter", ["--target", pid, "--pid", "cat", file]),
+    );
+  };
+  for (const [hook, variables] of Object.entries(HOOKS)) {
+    lab("daemon", "head", ...variables);
+    await withRelay(0, async (count) => {
+      build(makeWork([]));
+      const work = makeWork([]);
+      const before = processes();
+      await count();
+      build(work);
+      const { connections, up, down } = await count();
+      const started = processes() - before - 1; // the one that asks
+      const add = (what: string, value: string) =>
+        (rows[what] ??= {})[hook] = value;
+      const kibibytes = (size: number) => `${Math.round(size / 1024)} KiB`;
+      add("bytes to the machine", kibibytes(up));
+      add("bytes from the machine", kibibytes(down));
+      add("SSH connections", String(connections));
+      add("processes and threads started there", String(started));
+    });
+  }
+  return rows;
+}
+
+function speedup(medians: ByHook<number>, hook: string): number {
+  return medians[REFERENCE]! / medians[hook]!;
+}
+
+/** A line of a table in Markdown. */
+function tableLine(...cells: readonly string[]): string {
+  return `| ${cells.join(" | ")} |`;
+}
+
+function formatRow({ name, ideal }: Case, medians: ByHook<number>): string {
   const cells = Object.entries(medians).map(([hook, seconds]) =>
-    hook === "guix offload"
-      ? `${seconds.toFixed(2)} s`
-      : `${seconds.toFixed(2)} s (${(reference / seconds).toFixed(1)}x)`
+    `${seconds.toFixed(2)} s` +
+    (hook === REFERENCE ? "" : ` (${speedup(medians, hook).toFixed(1)}x)`)
   );
-  const bound = Number.isNaN(ideal) ? "" : `${ideal} s`;
-  return `| ${[name, ...cells, bound].join(" | ")} |`;
+  return tableLine(name, ...cells, ideal === undefined ? "" : `${ideal} s`);
+}
+
+/** A bar chart, in SVG, of how many times as fast as the reference each is. */
+function drawChart(rows: readonly [name: string, ByHook<number>][]): string {
+  const hooks = Object.keys(HOOKS).filter((hook) => hook !== REFERENCE);
+  const colours = ["#3c873a", "#1f6feb"];
+  const [left, scale, bar, gap, top] = [240, 60, 12, 12, 50];
+  const rowHeight = hooks.length * bar + gap;
+  const longest = Math.max(
+    ...rows.flatMap(([, medians]) => hooks.map((it) => speedup(medians, it))),
+  );
+  const width = Math.ceil(left + longest * scale + 60);
+  const height = top + rows.length * rowHeight + 10;
+  const text = (x: number, y: number, words: string, more = "") =>
+    `<text x="${x}" y="${y}" ${more}>${words}</text>`;
+  const rect = (x: number, y: number, length: number, colour: string) =>
+    `<rect x="${x}" y="${y}" width="${length.toFixed(1)}" ` +
+    `height="${bar - 1}" fill="${colour}"/>`;
+  const parts = [
+    `<rect width="${width}" height="${height}" fill="#fff"/>`,
+    text(10, 18, `Times as fast as ${REFERENCE}`, 'font-weight="bold"'),
+    ...hooks.flatMap((hook, i) => [
+      rect(left + i * 130, 26, bar, colours[i]!),
+      text(left + i * 130 + bar + 4, 36, hook),
+    ]),
+    `<path d="M${left + scale} ${top - 4}V${height - 10}" stroke="#999"/>`,
+  ];
+  rows.forEach(([name, medians], row) => {
+    const y = top + row * rowHeight;
+    parts.push(text(left - 8, y + bar + 4, name, 'text-anchor="end"'));
+    hooks.forEach((hook, i) => {
+      const ratio = speedup(medians, hook);
+      const line = y + i * bar;
+      parts.push(rect(left, line, ratio * scale, colours[i]!));
+      const end = Math.round(left + ratio * scale + 4);
+      parts.push(text(end, line + 10, `${ratio.toFixed(1)}`));
+    });
+  });
+  return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" ` +
+    `height="${height}" font-family="sans-serif" font-size="12">\n` +
+    `${parts.join("\n")}\n</svg>\n`;
 }
 
 /** Brings the hosts up and sends the builder to the machines. */
 function prepare(): void {
   lab("up", "head", "w1", "w2");
+  useMachines(false);
+  lab("daemon", "head");
   for (let i = 0; i < 4; i++) build(makeWork([]));
 }
 
-function main(args: readonly string[]): void {
+function printHead(what: string, ...more: readonly string[]): void {
+  const columns = [what, ...Object.keys(HOOKS), ...more];
+  console.log(tableLine(...columns));
+  console.log(tableLine(...columns.map(() => "---")));
+}
+
+async function main(args: readonly string[]): Promise<void> {
   const cli = cac("bench");
   cli.option("--quick", "Leave out what takes long");
   cli.option("--case <name>", "Measure only the cases whose names hold this");
+  cli.option("--svg <file>", "Draw a chart as well");
   cli.help();
   const { options } = cli.parse(["", "bench", ...args]);
   if (options.help) return;
@@ -131,11 +309,22 @@ function main(args: readonly string[]): void {
     !(options.quick && slow) && name.includes(options.case ?? "")
   );
   prepare();
-  console.log(`| work | ${Object.keys(HOOKS).join(" | ")} | ideal |`);
-  console.log(`| --- |${" --- |".repeat(Object.keys(HOOKS).length + 1)}`);
+  printHead("work", "ideal");
+  const rows: [string, ByHook<number>][] = [];
   for (const each of cases) {
-    console.log(formatRow(each.name, measure(each), each.ideal));
+    const medians = each.roundTrip === undefined
+      ? measure(each)
+      : await withRelay(each.roundTrip, () => measure(each));
+    rows.push([each.name, medians]);
+    console.log(formatRow(each, medians));
+  }
+  if (options.svg) writeFileSync(options.svg, drawChart(rows));
+  if (options.case !== undefined) return;
+  console.log();
+  printHead("one trivial build");
+  for (const [what, values] of Object.entries(await measureTraffic())) {
+    console.log(tableLine(what, ...Object.values(values)));
   }
 }
 
-main(process.argv.slice(2));
+await main(process.argv.slice(2));

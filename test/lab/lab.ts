@@ -17,7 +17,6 @@ import {
 } from "node:fs";
 import { machine } from "node:os";
 import { basename } from "node:path";
-import process from "node:process";
 import { createInterface } from "node:readline";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
@@ -410,9 +409,7 @@ export async function startRelay(
 ): Promise<Relay> {
   const line = lab("list").split("\n").find((it) => it.startsWith(`${host} `));
   const address = line!.split(" ")[1]!;
-  const child = spawn(process.execPath, [
-    "--disable-warning=ExperimentalWarning",
-    `${ROOT}scripts/lab/relay.ts`,
+  const child = spawn(`${ROOT}scripts/lab/relay`, [
     ...[`${address}:${RELAY_PORT}`, `${address}:22`, ...options],
   ], { stdio: ["pipe", "pipe", "inherit"] });
   const lines = createInterface(child.stdout)[Symbol.asyncIterator]();
