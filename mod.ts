@@ -160,6 +160,9 @@ export class OffloadError extends Error {
 /** A failure of this machine: no other build machine would help. */
 class LocalError extends OffloadError {}
 
+/** A peer says what it must not: asking it again would not help. */
+class ProtocolError extends OffloadError {}
+
 /** Where a request or a command writes its messages, a line each. */
 export interface Log {
   /** Progress that every user sees. */
@@ -1148,9 +1151,12 @@ export type Settings = Readonly<{
   decisionTimeout: number;
   factsLifetime: number;
   hookTimeout: number;
+  keepaliveTimeout: number;
   maximumArchiveSize: number;
   minimumFreeSpace: number;
+  outageTimeout: number;
   score: string;
+  stepTimeout: number;
   substitutes: boolean;
   transport: string;
 }>;
@@ -1200,6 +1206,11 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
     ...{ default: 1, minimum: 0.01, maximum: 60 },
     description: "seconds that a plugin's machines and scores may take",
   },
+  keepaliveTimeout: {
+    ...{ default: 60, minimum: 1, maximum: 3600 },
+    description: "seconds without a sign of life after which a connection " +
+      "is given up",
+  },
   maximumArchiveSize: {
     ...{ default: 2 ** 36, minimum: 2 ** 20, maximum: 2 ** 50 },
     description: "bytes that a machine may send for the outputs of a build",
@@ -1208,9 +1219,19 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
     ...{ default: 100 * 2 ** 20, minimum: 0, maximum: 2 ** 50 },
     description: "bytes that must be free in a machine's store",
   },
+  outageTimeout: {
+    ...{ default: 300, minimum: 0, maximum: DAY },
+    description: "seconds for which a build whose machine failed waits for " +
+      "one that can be reached",
+  },
   score: {
     default: "guix",
     description: "the built-in plugin that scores machines",
+  },
+  stepTimeout: {
+    ...{ default: 300, minimum: 1, maximum: DAY },
+    description: "seconds for which nothing may move before and after a " +
+      "build, and after which a machine whose build is silent must answer",
   },
   substitutes: {
     default: false,
@@ -1431,6 +1452,11 @@ export interface TransportContext extends PluginContext {
   openDaemon(): Promise<StoreConnection>;
   /** Runs a shell command on the machine. */
   exec(command: string): Promise<RemoteProcess>;
+  /**
+   * Does work while which nothing need pass over the connections: else a
+   * machine is given up after `stepTimeout`.
+   */
+  patiently<T>(work: () => Promise<T>): Promise<T>;
   /** Makes a bundle of items, which the daemon here signs. */
   exportBundle(paths: readonly string[]): AsyncIterable<Uint8Array>;
 }
@@ -1840,7 +1866,12 @@ export class ByteReader {
 
   /** An error about this stream. */
   error(message: string): OffloadError {
-    return new OffloadError(`${this.name}: ${message}`);
+    return new ProtocolError(`${this.name}: ${message}`);
+  }
+
+  /** What breaks off may just be broken: no error of the peer's. */
+  #endOfData(): OffloadError {
+    return new OffloadError(`${this.name}: unexpected end of data`);
   }
 
   /** Whether another byte follows. */
@@ -1851,9 +1882,7 @@ export class ByteReader {
 
   /** Reads `size` bytes. */
   async read(size: number): Promise<Buffer> {
-    while (this.#size < size) {
-      if (!await this.#pull()) throw this.error("unexpected end of data");
-    }
+    while (this.#size < size) if (!await this.#pull()) throw this.#endOfData();
     const bytes = this.#take(size);
     this.#hash?.update(bytes);
     return bytes;
@@ -1862,7 +1891,7 @@ export class ByteReader {
   /** Reads what is at hand, at least a byte and at most `limit`. */
   async readSome(limit: number): Promise<Buffer> {
     await this.read(0);
-    if (!await this.more()) throw this.error("unexpected end of data");
+    if (!await this.more()) throw this.#endOfData();
     return this.read(Math.min(limit, this.#chunks[0]!.length));
   }
 
@@ -2972,8 +3001,8 @@ export class Observations {
     const now = Date.now();
     return this.#query(
       `INSERT INTO machine (id, asked) VALUES (?, ?)
-       ON CONFLICT DO UPDATE SET asked = excluded.asked WHERE asked < ?
-       RETURNING id`,
+       ON CONFLICT DO UPDATE SET asked = excluded.asked
+       WHERE asked NOT BETWEEN ? AND excluded.asked RETURNING id`,
       ...[id, now, now - seconds * 1000],
     ).length > 0;
   }
@@ -3000,7 +3029,8 @@ export class Observations {
        VALUES (?1, 1, ?2 + 1000 * min(?4, ?5), ?3, ?6) ON CONFLICT DO UPDATE
        SET failures = failures + 1, asked = 0, facts = NULL, problem = ?3,
        until = ?2 + 1000 * min(?4 * (1 << min(failures, 20)), ?5),
-       definition = ?6 WHERE until <= ?2 OR definition <> ?6`,
+       definition = ?6 WHERE definition <> ?6 OR
+       until NOT BETWEEN ?2 AND ?2 + 1000 * max(?4, ?5)`,
       ...[machineId(machine), Date.now(), problem, backoff, backoffLimit],
       JSON.stringify(machine),
     );
@@ -3055,6 +3085,11 @@ export class Observations {
     );
   }
 
+  /** What slots were used for last, unless that was noted to have ended. */
+  slots(): UsedSlot[] {
+    return this.#query("SELECT file, derivation FROM slot") as UsedSlot[];
+  }
+
   /** Notes what a slot is used for from now on. */
   useSlot(file: string, derivation: string): void {
     this.#query(
@@ -3066,7 +3101,7 @@ export class Observations {
   /** Notes that a slot became free. */
   releaseSlot(file: string): void {
     this.#query("DELETE FROM slot WHERE file = ?", file);
-    this.#query("UPDATE wait SET released = ?", Date.now());
+    this.#query("UPDATE wait SET released = vain");
   }
 
   /** Whether waiting for a slot was not in vain since the last was freed. */
@@ -3076,19 +3111,22 @@ export class Observations {
 
   /** Notes that waiting for a slot was in vain. */
   saveVainWait(): void {
-    this.#query("UPDATE wait SET vain = ?", Date.now());
+    this.#query("UPDATE wait SET vain = released + 1");
   }
 }
 
 /** A row of the database. */
 type Row = Record<string, SQLOutputValue>;
 
+/** A slot and what it was last used for. */
+type UsedSlot = { readonly file: string; readonly derivation: string };
+
 // ---------------------------------------------------------------------------
 // Sessions: SSH
 // ---------------------------------------------------------------------------
 
-/** Milliseconds between keepalives, and how many may stay unanswered. */
-const KEEPALIVE = { interval: 15_000, count: 4 } as const;
+/** How many keepalives may stay unanswered within their timeout. */
+const KEEPALIVES = 3;
 
 /** The signature algorithms by which a server shows a key of each type. */
 const HOST_KEY_ALGORITHMS: Readonly<
@@ -3107,6 +3145,19 @@ export interface Session {
   readonly machine: Machine;
   /** Why it ended, if it did. */
   failure(): Error | undefined;
+  /** Ends it because of an error. */
+  fail(error: Error): void;
+  /**
+   * Rejects when it has failed, a while after what runs over it should have:
+   * a plugin may not notice.
+   */
+  readonly lost: Promise<never>;
+  /** How long nothing passed over its channels, in milliseconds. */
+  idle(): number;
+  /** Does what may take long and let nothing pass meanwhile. */
+  patiently<T>(work: () => Promise<T>): Promise<T>;
+  /** Whether that is so now. */
+  isPatient(): boolean;
   /** Connects to the guix-daemon there. */
   openDaemon(): Promise<StoreConnection>;
   /** Runs a shell command there. */
@@ -3274,7 +3325,7 @@ function hostKeyError(machine: Machine, shown: Buffer): OffloadError {
 /** Everything ssh2 is told; `refuse` gets the error of a wrong host key. */
 function sshOptions(
   machine: Machine,
-  connectTimeout: number,
+  { connectTimeout, keepaliveTimeout }: Settings,
   refuse: (error: OffloadError) => void,
 ): ConnectConfig {
   const { type, key } = parseHostKey(machine);
@@ -3296,8 +3347,8 @@ function sshOptions(
       return false;
     },
     readyTimeout: connectTimeout * 1000,
-    keepaliveInterval: KEEPALIVE.interval,
-    keepaliveCountMax: KEEPALIVE.count,
+    keepaliveInterval: keepaliveTimeout * 1000 / (KEEPALIVES + 1),
+    keepaliveCountMax: KEEPALIVES,
   };
 }
 
@@ -3335,36 +3386,70 @@ async function connect(
   { signal, settings }: Pick<Context, "signal" | "settings">,
 ): Promise<Session> {
   signal.throwIfAborted();
-  const client = new ssh2.Client();
+  const link: Link = { client: new ssh2.Client(), used: performance.now() };
+  const { client } = link;
+  const { connectTimeout } = settings;
+  const lost = Promise.withResolvers<never>();
+  lost.promise.catch(() => {});
   let failure: Error | undefined;
-  const fail = (error: Error) => {
+  const note = (error: Error) => {
     failure ??= error;
   };
-  const options = sshOptions(machine, settings.connectTimeout, fail);
-  const abort = () => {
-    fail(signal.reason);
+  const fail = (error: Error) => {
+    note(error);
     client.destroy();
   };
+  const options = sshOptions(machine, settings, note);
+  const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
   await new Promise<void>((resolve, reject) => {
     client.on("connect", () => client.setNoDelay(true));
     client.on("ready", resolve);
-    client.on("error", fail);
+    client.on("error", note);
     client.on("close", () => {
       signal.removeEventListener("abort", abort);
-      fail(new Error("connection closed"));
+      note(new Error("connection closed"));
       reject(connectionError(machine, failure!));
+      setTimeout(lost.reject, LOST_DELAY, failure).unref();
     });
     client.connect(options);
   });
+  let patient = 0;
   return {
     machine,
-    failure: () => failure,
-    openDaemon: () =>
-      openRemoteDaemon(client, machine, settings.connectTimeout),
-    exec: (command) => execute(client, command),
+    ...{ failure: () => failure, fail, lost: lost.promise },
+    idle: () => performance.now() - link.used,
+    patiently: (work) => {
+      patient++;
+      return work().finally(() => patient--);
+    },
+    isPatient: () => patient > 0,
+    openDaemon: () => openRemoteDaemon(link, machine, connectTimeout),
+    exec: (command) => execute(link, command),
     close: () => client.end(),
   };
+}
+
+/** Milliseconds that what runs over a lost connection has to fail by itself. */
+const LOST_DELAY = 1000;
+
+/** A connection, and when something last passed over one of its channels. */
+interface Link {
+  readonly client: Client;
+  used: number;
+}
+
+/** Takes note of what passes over a channel, either way. */
+function noteUse<T extends Duplex>(channel: T, link: Link): T {
+  for (const name of ["push", "write"] as const) {
+    const pass = channel[name] as (...args: unknown[]) => boolean;
+    const noted = (...args: unknown[]) => {
+      link.used = performance.now();
+      return pass.apply(channel, args);
+    };
+    Object.assign(channel, { [name]: noted });
+  }
+  return channel;
 }
 
 /** Where programs are that a shell which is no login shell does not find. */
@@ -3375,10 +3460,11 @@ const REMOTE_PATH = "PATH=$PATH:/run/current-system/profile/bin" +
 /** How much of a command's complaints is kept, in bytes. */
 const LONGEST_COMPLAINT = 4096;
 
-function execute(client: Client, command: string): Promise<RemoteProcess> {
+function execute(link: Link, command: string): Promise<RemoteProcess> {
   return new Promise((resolve, reject) => {
-    client.exec(`${REMOTE_PATH}\n${command}`, (cause, channel) => {
+    link.client.exec(`${REMOTE_PATH}\n${command}`, (cause, channel) => {
       if (cause !== undefined) return reject(cause);
+      noteUse(channel, link);
       let errors = "";
       // Unread, it would block the rest.
       channel.stderr.on("data", (chunk) => {
@@ -3429,37 +3515,39 @@ END`;
  * a relay where the SSH server does not forward to such sockets.
  */
 async function openRemoteDaemon(
-  client: Client,
+  link: Link,
   { name, user, daemonSocket }: Machine,
   connectTimeout: number,
 ): Promise<StoreConnection> {
   const called = `guix-daemon on '${name}'`;
-  // sshd may answer while the daemon behind it does not.
-  const open = async (stream: Duplex) => {
-    const late = () => stream.destroy(new Error("no answer"));
-    const timer = setTimeout(late, connectTimeout * 1000);
-    return await openStore(stream, called).finally(() => clearTimeout(timer));
-  };
   const forward = new Promise<Duplex>((resolve, reject) => {
-    client.openssh_forwardOutStreamLocal(
+    link.client.openssh_forwardOutStreamLocal(
       daemonSocket,
       (cause, stream) => cause === undefined ? resolve(stream) : reject(cause),
     );
   });
-  try {
-    return await open(await forward);
-  } catch (cause) {
+  let refusal: Error | undefined;
+  const stream = await forward.catch(async (cause) => {
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
-    const { channel } = await execute(client, relayCommand(daemonSocket));
-    return await open(channel).catch(() => {
-      const message = `failed to connect to ${called}: ${reason(cause)}`;
-      throw new OffloadError(message, {
-        cause,
-        hint: `check that guix-daemon runs there and that '${user}' may use ` +
-          `'${daemonSocket}'`,
-      });
+    refusal = cause;
+    return (await execute(link, relayCommand(daemonSocket))).channel;
+  });
+  // sshd may answer while the daemon behind it does not.
+  const late = () => stream.destroy(new Error("no answer"));
+  const timer = setTimeout(late, connectTimeout * 1000);
+  try {
+    return await openStore(noteUse(stream, link), called);
+  } catch (error) {
+    const cause = refusal ?? error;
+    const message = `failed to connect to ${called}: ${reason(cause)}`;
+    throw new OffloadError(message, {
+      cause,
+      hint: `check that guix-daemon runs there and that '${user}' may use ` +
+        `'${daemonSocket}'`,
     });
+  } finally {
+    clearTimeout(timer);
   }
 }
 
@@ -3620,16 +3708,20 @@ function makeProspect(
   context: Context,
 ): Prospect {
   const { observations, settings, stateDirectory } = context;
+  const { backoff, backoffLimit, factsLifetime } = settings;
   const id = machineId(machine);
   const now = Date.now();
-  const oldest = now - settings.factsLifetime * 1000;
   const facts = record?.facts;
+  const age = now - (facts?.time ?? 0);
+  const isFresh = age >= 0 && age < factsLifetime * 1000;
   const same = record?.definition === JSON.stringify(machine);
-  const until = same ? record.until : 0;
+  // Times too far in the future are of before the clock was set back.
+  const latest = now + 1000 * Math.max(backoff, backoffLimit);
+  const until = same && record.until <= latest ? record.until : 0;
   return {
     machine,
     id,
-    facts: facts !== undefined && facts.time > oldest ? facts : undefined,
+    facts: isFresh ? facts : undefined,
     problem: until > now ? record?.problem : undefined,
     failures: same ? record.failures : 0,
     until,
@@ -3650,6 +3742,8 @@ async function ask(prospect: Prospect, context: Context): Promise<void> {
     prospect.session = session;
     // An account may be unable to run commands and still be of use.
     const facts = await probe(session, context).catch(() => undefined);
+    const lost = session.failure(); // a part of an answer is none
+    if (lost !== undefined) throw connectionError(machine, lost);
     prospect.facts = facts ?? { time: Date.now() };
     observations.saveFacts(id, prospect.facts);
     if (prospect.dismissed) session.close();
@@ -4151,7 +4245,7 @@ async function* bounded(
   for await (const chunk of chunks) {
     size += chunk.length;
     if (size > limit) {
-      throw new OffloadError(`more than ${mebibytes(limit)} MiB came back`, {
+      throw new ProtocolError(`more than ${mebibytes(limit)} MiB came back`, {
         hint: "the setting 'maximumArchiveSize' is the limit",
       });
     }
@@ -4480,7 +4574,9 @@ async function queryItems(
   const items = new Map<string, PathInfo>();
   const references = new Map<string, readonly string[]>();
   for (const path of paths) {
-    const item = await queryPathInfo(store, path);
+    const item = await queryPathInfo(store, path).catch((cause) => {
+      throw new LocalError(reason(cause), { cause });
+    });
     items.set(path, item);
     references.set(path, item.references);
   }
@@ -4509,7 +4605,7 @@ async function lockUploads(
 /** Has the machine fetch what its own substitute servers have of `paths`. */
 async function substitute(
   paths: readonly string[],
-  { machine, remote, log }: TransportContext,
+  { machine, remote, log, patiently }: TransportContext,
 ): Promise<void> {
   // It would build a derivation.
   const items = paths.filter((path) => !path.endsWith(".drv"));
@@ -4518,7 +4614,7 @@ async function substitute(
   if (available.length === 0) return;
   log.info(`'${machine.name}' fetches ${count(available.length)} itself...`);
   try {
-    await buildThings(remote, available, () => {});
+    await patiently(() => buildThings(remote, available, () => {}));
   } catch (error) {
     if (!(error instanceof DaemonError)) throw error;
     log.info(`'${machine.name}' could not: ${reason(error)}`);
@@ -4550,7 +4646,7 @@ async function sendItems(
   if (items.size === 0) return 0;
   const lock = sizeOf(items) < BULK
     ? undefined
-    : await lockUploads(machine, context);
+    : await context.patiently(() => lockUploads(machine, context));
   try {
     if (lock !== undefined) {
       // Another process may just have sent some of it.
@@ -4595,7 +4691,7 @@ function checkItem(
     ? "it lacks a signature"
     : checkSignature(signature, hash, acl);
   if (problem === undefined) return;
-  throw new OffloadError(`${reader.name}: '${path}': ${problem}`, {
+  throw new ProtocolError(`${reader.name}: '${path}': ${problem}`, {
     hint: problem === UNAUTHORIZED
       ? "run 'guix archive --authorize' here with the machine's " +
         "/etc/guix/signing-key.pub"
@@ -4636,7 +4732,6 @@ async function retrieveOutputs(
   outputs: readonly string[],
   transport: Transport,
   machine: Machine,
-  acl: Acl,
   context: Context,
 ): Promise<void> {
   context.log.info(
@@ -4648,6 +4743,7 @@ async function retrieveOutputs(
   const chunks = bounded(transport.retrieve(outputs), maximumArchiveSize);
   const bundle = withProgress(chunks, what, context.log);
   const reader = new ByteReader(bundle, name);
+  const acl = readAcl(context.configDirectory);
   try {
     for (const [output, file] of await restoreOutputs(reader, outputs, acl)) {
       removeFile(output);
@@ -4658,8 +4754,6 @@ async function retrieveOutputs(
     if (cause instanceof OffloadError || code === undefined) throw cause;
     const message = `failed to write to the store: ${reason(cause)}`;
     throw new LocalError(message, { cause });
-  } finally {
-    outputs.map(temporaryName).forEach(removeFile);
   }
 }
 
@@ -4672,9 +4766,10 @@ interface Work {
   readonly outputs: readonly string[];
 }
 
-/** Whether an error is the build's own, which no other machine would help. */
+/** Whether an error is the build's or ours: no other machine would help. */
 function isFinal(error: unknown): boolean {
-  return error instanceof OffloadError && error.exitCode !== EXIT.transient;
+  return error instanceof LocalError ||
+    (error instanceof OffloadError && error.exitCode !== EXIT.transient);
 }
 
 /** Builds on the other side; what fails there is told in its exit code. */
@@ -4687,16 +4782,21 @@ async function buildRemotely(
   context.log.info(`offloading '${derivation}' to '${machine.name}'...`);
   context.log.trace(`@ build-remote ${derivation} ${machine.name}`);
   let timedOut = false;
+  let killed = false;
   const log = (text: Buffer) => {
-    // The daemon's status says nothing of that.
+    // The daemon's status says nothing of these.
     timedOut ||= text.includes(`building of \`${derivation}' timed out after`);
+    killed ||= text.includes(
+      `builder for \`${derivation}' failed due to signal 9`,
+    );
     context.buildLog(text);
   };
   try {
     await buildThings(remote, [derivation], log);
   } catch (cause) {
     if (!(cause instanceof DaemonError)) throw cause;
-    const failed = cause.status === EXIT.buildFailed;
+    // What kills is short of memory, or ends the daemon there.
+    const failed = cause.status === EXIT.buildFailed && !killed;
     throw new OffloadError(
       `derivation '${derivation}' offloaded to '${machine.name}' failed: ` +
         cause.message,
@@ -4741,7 +4841,9 @@ async function sendAndBuild(
       missing = [];
       transport.prepare?.(derivation);
       const start = performance.now();
-      await buildRemotely(derivation, remote, machine, context);
+      await connections.patiently(() =>
+        buildRemotely(derivation, remote, machine, context)
+      );
       return (performance.now() - start) / 1000;
     } catch (error) {
       if (isAgain || isFinal(error)) throw error;
@@ -4762,7 +4864,7 @@ async function transferAndOffload(
   context: Context,
 ): Promise<void> {
   const { machine } = session;
-  const acl = readAcl(context.configDirectory);
+  readAcl(context.configDirectory); // without one, why build
   const local = openLocalDaemon(context.daemonSocket);
   local.catch(() => {}); // it is told below
   try {
@@ -4777,6 +4879,7 @@ async function transferAndOffload(
       ...{ machine, remote, roundTrip, local: store },
       openDaemon: session.openDaemon,
       exec: session.exec,
+      patiently: session.patiently,
       exportBundle: (paths) => exportBundle(store, paths),
     };
     const { plugins } = context;
@@ -4785,7 +4888,7 @@ async function transferAndOffload(
     const seconds = await sendAndBuild(
       ...[needed, derivation, transport, connections, context] as const,
     );
-    await retrieveOutputs(outputs, transport, machine, acl, context);
+    await retrieveOutputs(outputs, transport, machine, context);
     context.observations.saveBuild(
       machineId(machine),
       derivationName(derivation),
@@ -4793,15 +4896,31 @@ async function transferAndOffload(
       [...needed, ...outputs],
     );
     context.log.info(`done with offloaded '${derivation}'`);
-  } catch (error) {
-    context.signal.throwIfAborted();
-    const cause = session.failure();
-    if (cause === undefined) throw error;
-    const message = `lost connection to '${machine.name}'`;
-    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
   } finally {
     (await local.catch(() => undefined))?.stream.destroy();
   }
+}
+
+/**
+ * Gives a session up over which nothing passes for too long; where that may
+ * be, the daemon there must answer.
+ */
+function watchSession(session: Session, { stepTimeout }: Settings): () => void {
+  const start = performance.now();
+  let asking = false;
+  const check = () => {
+    const idle = Math.min(session.idle(), performance.now() - start);
+    if (idle < stepTimeout * 1000 || asking) return;
+    if (!session.isPatient()) {
+      return session.fail(new Error(`nothing moved for ${stepTimeout} s`));
+    }
+    asking = true;
+    session.openDaemon()
+      .then(({ stream }) => void stream.destroy(), session.fail)
+      .finally(() => asking = false);
+  };
+  const timer = setInterval(check, 250);
+  return () => clearInterval(timer);
 }
 
 /** Runs the build on the machine that took it, and lets go of that. */
@@ -4811,15 +4930,76 @@ async function attempt(
   context: Context,
 ): Promise<void> {
   const { observations } = context;
+  clearLeftovers(slot, context);
   observations.useSlot(slot.file, work.derivation);
   let session = prospect.session;
+  let unwatch = () => {};
   try {
     session ??= await openSession(prospect.machine, context);
-    await transferAndOffload(work, session, context);
+    unwatch = watchSession(session, context.settings);
+    const done = transferAndOffload(work, session, context);
+    await Promise.race([done, session.lost]);
+  } catch (error) {
+    context.signal.throwIfAborted();
+    const cause = session?.failure();
+    if (cause === undefined || isFinal(error)) throw error;
+    const message = `lost connection to '${prospect.machine.name}'`;
+    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
   } finally {
+    unwatch();
     session?.close();
+    work.outputs.map(temporaryName).forEach(removeFile);
     slot.release();
     observations.releaseSlot(slot.file);
+  }
+}
+
+/** Removes what killed hooks left in the store; `mine` has no hook yet. */
+function clearLeftovers(mine: Slot, { observations, log }: Context): void {
+  const locks = readFileSync("/proc/locks", "latin1");
+  const slots = observations.slots();
+  const alive = slots
+    .filter(({ file }) => file !== mine.file && isLocked(file, locks))
+    .map(({ derivation }) => derivation);
+  for (const { file, derivation } of slots) {
+    if (alive.includes(derivation)) continue;
+    observations.releaseSlot(file);
+    try {
+      const { outputs } = readDerivation(readFileSync(derivation, "utf8"));
+      outputs.map(temporaryName).forEach(removeFile);
+    } catch (error) { // where it is gone, so are they
+      log.debug(`leftovers of '${derivation}': ${reason(error)}`);
+    }
+  }
+}
+
+/**
+ * Chooses who takes a build that was let down. The daemon, which asks again
+ * what it is refused, would not ask for this one.
+ */
+async function chooseAnother(
+  machines: readonly Machine[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Assignment | string> {
+  const { log, settings: { outageTimeout }, signal } = context;
+  const end = performance.now() + outageTimeout * 1000;
+  for (let told = false;;) {
+    const choice = machines.length === 0
+      ? "unreachable"
+      : await chooseBuildMachine(machines, request, context);
+    if (typeof choice !== "string") return choice;
+    if (choice === "unreachable") {
+      if (machines.length === 0 || performance.now() >= end) return choice;
+      if (!told) {
+        log.info(
+          `no machine can be reached: waiting for ${outageTimeout} s...`,
+        );
+      }
+      told = true;
+    }
+    await delay(1000);
+    signal.throwIfAborted();
   }
 }
 
@@ -4836,6 +5016,7 @@ async function offload(
 ): Promise<void> {
   const { log, observations, settings } = context;
   const causes: string[] = [];
+  let others = machines;
   for (let assignment: Assignment | string = first;;) {
     if (typeof assignment === "string") {
       throw new OffloadError(causes.join("; "), {
@@ -4847,20 +5028,18 @@ async function offload(
       return await attempt(work, assignment, context);
     } catch (error) {
       context.signal.throwIfAborted();
-      if (isFinal(error) || error instanceof LocalError) throw error;
+      if (isFinal(error)) throw error;
       observations.saveFailure(machine, reason(error), settings);
       causes.push(reason(error));
       if (causes.length >= settings.attempts) {
         throw new OffloadError(causes.join("; "), { cause: error });
       }
+      if (error instanceof ProtocolError) {
+        others = others.filter((other) => other !== machine);
+      }
       log.warn(error);
       log.info(`'${machine.name}' failed: trying another machine...`);
-      do {
-        assignment = await chooseBuildMachine(machines, request, context);
-        // The daemon would not try again.
-        if (assignment === "busy") await delay(1000);
-        context.signal.throwIfAborted();
-      } while (assignment === "busy");
+      assignment = await chooseAnother(others, request, context);
     }
   }
 }
@@ -4952,13 +5131,14 @@ function formatTable(rows: readonly (readonly string[])[]): string {
 }
 
 /**
- * Reads from a derivation what decides on the machine (guix/derivations.scm).
+ * Reads from a derivation what decides on the machine, and its outputs
+ * (guix/derivations.scm).
  *
  * Its syntax is JSON's but for a word and the parentheses.
  */
 export function readDerivation(
   text: string,
-): Pick<Request, "system" | "features"> {
+): Pick<Request, "system" | "features"> & { readonly outputs: string[] } {
   const json = text.replace(/^Derive/, "").replace(
     /"(?:[^"\\]|\\[^])*"|[()]/g,
     (token) =>
@@ -4969,10 +5149,14 @@ export function readDerivation(
           (it) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`,
         ),
   );
-  const [, , , system, , , variables] = JSON.parse(json);
+  const [outputs, , , system, , , variables] = JSON.parse(json);
   const features = new Map<string, string>(variables)
     .get("requiredSystemFeatures") ?? "";
-  return { system, features: features.split(" ").filter(Boolean) };
+  return {
+    system,
+    features: features.split(" ").filter(Boolean),
+    outputs: outputs.map(([, path]: string[]) => path),
+  };
 }
 
 /** `offload machines [FILE]`: what the file alone says, without plugins. */
@@ -5096,7 +5280,8 @@ async function explainCommand(
     const message = `failed to read '${derivation}': ${reason(cause)}`;
     throw new OffloadError(message, { cause });
   }
-  const request = { wantsLocal: false, derivation, ...readDerivation(text) };
+  const { system, features } = readDerivation(text);
+  const request = { wantsLocal: false, derivation, system, features };
   const explanations = await explain(request, context);
   const output = options.json
     ? JSON.stringify(explanations, null, 2)
@@ -5195,7 +5380,14 @@ function openBuildLog(): (text: Uint8Array) => void {
   } catch {
     // Run by hand.
   }
-  return (text) => writeFileSync(file, text);
+  return (text) => {
+    try {
+      writeFileSync(file, text);
+    } catch (cause) {
+      const message = `failed to write the build log: ${reason(cause)}`;
+      throw new LocalError(message, { cause });
+    }
+  };
 }
 
 /** What the daemon tells the hook when it starts it. */

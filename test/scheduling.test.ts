@@ -88,13 +88,14 @@ test("normalizedLoad() is 1 at most", () => {
   assert.is(normalizedLoad({ time: 0, load: 9, cores: 2 }), 1);
 });
 
-test("readDerivation() finds system and features", () => {
+test("readDerivation() finds system, features and outputs", () => {
   const text = 'Derive([("out","/gnu/store/x-a(b)","","")],[],' +
     '["/gnu/store/y"],"aarch64-linux","/bin/sh",["-c","echo \\"(hi)\\"\\n"],' +
     '[("out","/gnu/store/x"),("requiredSystemFeatures","kvm big")])';
   assert.equal(readDerivation(text), {
     system: "aarch64-linux",
     features: ["kvm", "big"],
+    outputs: ["/gnu/store/x-a(b)"],
   });
 });
 
