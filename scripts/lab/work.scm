@@ -39,6 +39,7 @@ builds:
   --log-lines=N     print N lines, spread over these seconds
   --silent          print nothing else
   --fail            print the lines, take the time, then fail
+  --scratch-size=N  fill N bytes in the build directory
 outputs:
   --outputs=A,B     have these outputs, each referring to the next (default: out)
   --output-size=N   N bytes in each
@@ -55,7 +56,7 @@ outputs:
     (features (value #t)) (inputs (value #t)) (input-size (value #t))
     (input-files (value #t)) (text-inputs (value #t)) (seconds (value #t))
     (log-lines (value #t)) (outputs (value #t)) (output-size (value #t))
-    (references (value #t))))
+    (references (value #t)) (scratch-size (value #t))))
 
 (define builder-script "\
 set -e
@@ -67,6 +68,7 @@ for input; do
 done
 
 say \"building $name\"
+[ \"$scratch\" = 0 ] || head -c \"$scratch\" /dev/zero >scratch
 if [ \"$lines\" = 0 ]; then
     sleep \"$pause\"
 else
@@ -248,6 +250,7 @@ say \"built $name\"
     ("lines" . ,(number->string lines))
     ("pause" . ,(decimal pause))
     ("size" . ,(number->string (number-option options 'output-size 0)))
+    ("scratch" . ,(number->string (number-option options 'scratch-size 0)))
     ("references" . ,(number->string (number-option options 'references 0)))
     ("outputs" . ,(string-join (list-option options 'outputs "out")))
     ,@(map (lambda (name)

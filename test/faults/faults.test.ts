@@ -1,0 +1,59 @@
+/**
+ * Builds that meet a fault: the quick ones, each under one runtime, or those
+ * whose titles, with `under RUNTIME`, match OFFLOAD_FAULTS: `.` for all.
+ */
+
+import process from "node:process";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { assertStoreIsSound, build, makeWork, RUNTIMES } from "../lab/lab.ts";
+import type { Runtime } from "../lab/lab.ts";
+import { awaitNothing, FAULTS, makeField, meet, strays } from "./faults.ts";
+import type { Fault, Field } from "./faults.ts";
+
+const pattern = process.env.OFFLOAD_FAULTS;
+
+for (const runtime of RUNTIMES) suiteUnder(runtime);
+
+function suiteUnder(runtime: Runtime): void {
+  const test = suite(`faults under ${runtime}`);
+  let field: Field;
+
+  test.before(async () => {
+    field = await makeField(runtime);
+  });
+  test.after(() => {
+    field.relay.end();
+    for (const host of ["head", "w1", "w2"]) assertStoreIsSound(host);
+  });
+
+  for (const fault of FAULTS) {
+    const title = titleOf(fault);
+    const isChosen = pattern === undefined
+      ? fault.quick === runtime
+      : RegExp(pattern).test(`${title} under ${runtime}`);
+    if (!isChosen) continue;
+    test(`${title}: ${fault.ends}`, () => hold(fault, field));
+  }
+
+  test.run();
+}
+
+function titleOf({ name, phase }: Fault): string {
+  return phase === "before" ? name : `${name} while ${phase}`;
+}
+
+/** Demands what must hold of a fault. */
+async function hold(fault: Fault, field: Field): Promise<void> {
+  const before = strays();
+  const { ending, seconds, text } = await meet(fault, field, fault.seconds);
+  assert.is(ending, fault.ends, `${seconds} s: ${text}`);
+  if (fault.says !== undefined) assert.match(text, fault.says);
+  assert.equal(await awaitNothing(), [], text);
+  // What a hook that was killed left, the next one removes.
+  const [next] = makeWork("head");
+  const { status, stderr } = build("head", next!);
+  assert.is(status, 0, stderr);
+  const added = strays().filter((name) => !before.includes(name));
+  assert.equal(added, []);
+}
