@@ -8,7 +8,14 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { assertStoreIsSound, build, makeWork, RUNTIMES } from "../lab/lab.ts";
 import type { Runtime } from "../lab/lab.ts";
-import { awaitNothing, FAULTS, makeField, meet, strays } from "./faults.ts";
+import {
+  FAULTS,
+  makeField,
+  meet,
+  strays,
+  titleOf,
+  whatRemains,
+} from "./faults.ts";
 import type { Fault, Field } from "./faults.ts";
 
 const pattern = process.env.OFFLOAD_FAULTS;
@@ -39,17 +46,13 @@ function suiteUnder(runtime: Runtime): void {
   test.run();
 }
 
-function titleOf({ name, phase }: Fault): string {
-  return phase === "before" ? name : `${name} while ${phase}`;
-}
-
 /** Demands what must hold of a fault. */
 async function hold(fault: Fault, field: Field): Promise<void> {
   const before = strays();
   const { ending, seconds, text } = await meet(fault, field, fault.seconds);
   assert.is(ending, fault.ends, `${seconds} s: ${text}`);
   if (fault.says !== undefined) assert.match(text, fault.says);
-  assert.equal(await awaitNothing(), [], text);
+  assert.equal(await whatRemains(), [], text);
   // What a hook that was killed left, the next one removes.
   const [next] = makeWork("head");
   const { status, stderr } = build("head", next!);

@@ -19,7 +19,6 @@ import {
   writeFileSync,
 } from "node:fs";
 import { createConnection } from "node:net";
-import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import * as assert from "uvu/assert";
@@ -31,6 +30,7 @@ import {
   lab,
   makeWork,
   outputsOf,
+  ROOT,
   root,
   run,
   start,
@@ -61,8 +61,8 @@ export interface Fault {
   readonly phase: Phase;
   /** Further options of work.scm. */
   readonly work?: readonly string[];
-  /** Makes it go wrong. */
-  inject(field: Field): unknown;
+  /** Makes it go wrong, for a client that waits for the build. */
+  inject(field: Field, client?: Running): unknown;
   /** Makes it good again. */
   heal?(field: Field): unknown;
   /** What must come of the build. */
@@ -75,6 +75,11 @@ export interface Fault {
   readonly quick?: Runtime;
   /** Whether scripts/faults tries it with `guix offload`, too. */
   readonly compared?: true;
+}
+
+/** Names a fault and when it happens. */
+export function titleOf({ name, phase }: Fault): string {
+  return phase === "before" ? name : `${name} while ${phase}`;
 }
 
 /** How a build under a fault went. */
@@ -90,7 +95,10 @@ export interface Outcome {
 // The relay
 // ---------------------------------------------------------------------------
 
-const RELAY = { port: 2222, rate: 3_000_000, program: "relay.ts" } as const;
+const RELAY = { port: 2222, program: "relay.ts" } as const;
+
+/** Bytes a second: a transfer of some seconds needs no large items. */
+const SLOW = 3_000_000;
 
 /** The relay before 'w1'. */
 export class Relay {
@@ -99,13 +107,13 @@ export class Relay {
   #text = "";
   #waiting: ReturnType<typeof createConnection>[] = [];
 
-  /** Starts one at an address, before the SSH server there. */
-  constructor(address: string) {
-    this.#address = address;
+  /** Starts one before a host's SSH server, for so many bytes a second. */
+  constructor(host: string, rate: number = SLOW) {
+    const address = this.#address = addressOf(host);
     const program = fileURLToPath(new URL(RELAY.program, import.meta.url));
-    this.#process = spawn(process.execPath, [
+    this.#process = spawn(`${ROOT}node_modules/node/bin/node`, [
       ...["--disable-warning=ExperimentalWarning", program],
-      ...[`${address}:${RELAY.port}`, `${address}:22`, String(RELAY.rate)],
+      ...[`${address}:${RELAY.port}`, `${address}:22`, String(rate)],
     ], { stdio: ["pipe", "pipe", "inherit"] });
     this.#process.stdout!.setEncoding("utf8")
       .on("data", (text: string) => this.#text += text);
@@ -182,7 +190,7 @@ export function useHook(hook: HookKind, master = "head"): void {
 }
 
 /** The address of a host. */
-export function addressOf(host: string): string {
+function addressOf(host: string): string {
   const line = lab("list").split("\n")
     .find((line) => line.startsWith(`${host} `));
   return line!.split(" ")[1]!;
@@ -191,16 +199,21 @@ export function addressOf(host: string): string {
 /** Brings the hosts up and a relay before w1. */
 export async function makeField(hook: HookKind): Promise<Field> {
   up("head", "w1", "w2");
-  const relay = new Relay(addressOf("w1"));
+  const relay = new Relay("w1");
   await within("the relay", relay.ready());
   useHook(hook);
   return { hook, relay };
 }
 
+/** Edits a machine file so that a relay is between. */
+export function relayedTo(machine: string, text: string): string {
+  const name = `(name "${machine}")`;
+  return text.replace(name, `${name} (port ${RELAY.port})`);
+}
+
 /** Edits a machine file so that w1 is preferred, and reached by the relay. */
 function preferRelayed(text: string): string {
-  const fields = `(name "w1") (port ${RELAY.port}) (speed 9.)`;
-  return text.replace('(name "w1")', fields);
+  return relayedTo("w1", text).replace("(port", "(speed 9.) (port");
 }
 
 /** Has head use both machines. */
@@ -225,7 +238,7 @@ function processes(host: string, program: keyof typeof PROGRAM): string[] {
 }
 
 /** Sends a signal to the processes of a program in a host. */
-function signal(
+export function signal(
   host: string,
   name: "KILL" | "TERM" | "STOP" | "CONT",
   program: keyof typeof PROGRAM,
@@ -234,7 +247,8 @@ function signal(
   run(host, "kill", `-${name}`, ...pids);
 }
 
-function restartSshd(host: string): void {
+/** Starts the SSH server of a host whose processes were killed. */
+export function restartSshd(host: string): void {
   rmSync(`${root(host)}/run/sshd.pid`, { force: true });
   lab("sshd", host);
 }
@@ -267,7 +281,8 @@ export function mountSmall(host: string, directory: string, size: number) {
   inHost(host, "mount", "-t", "tmpfs", "-o", options, "tmpfs", directory);
 }
 
-function unmount(host: string, directory: string): void {
+/** Takes it away again. */
+export function unmount(host: string, directory: string): void {
   inHost(host, "umount", "-l", directory);
 }
 
@@ -442,7 +457,6 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     ends: "on w2",
     says: SILENT,
     seconds: 25,
-    compared: true,
   },
   {
     name: "sshd restarted",
@@ -645,8 +659,16 @@ const ABANDONED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     seconds: 10,
     ...(name === "KILL" && phase === "building" && { quick: "node" }),
     ...(name === "TERM" && phase === "sending" && { quick: "deno" }),
-    ...(name === "KILL" && { compared: true }),
+    ...(name === "KILL" && phase === "building" && { compared: true }),
   })),
+  {
+    name: "client interrupted",
+    phase,
+    inject: (_, client) => client!.child.kill("SIGINT"),
+    ends: "fails",
+    seconds: 10,
+    ...(phase === "retrieving" && { quick: "node", compared: true }),
+  },
   {
     name: "local daemon killed",
     phase,
@@ -655,7 +677,7 @@ const ABANDONED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     ends: "fails",
     seconds: 10,
     ...(phase === "retrieving" && { quick: "deno" }),
-    compared: true,
+    ...(phase === "building" && { compared: true }),
   },
 ]);
 
@@ -744,7 +766,7 @@ export async function meet(
       );
       assert.ok(reached, `it ended before: ${client.text()}`);
       start_ = performance.now();
-      await fault.inject(field);
+      await fault.inject(field, client);
     }
     const late = delay(bound * 1000).then(() => undefined);
     const result = await Promise.race([client.ended, late]);
@@ -799,9 +821,9 @@ function takenSlots(): string[] {
 }
 
 /** What should be gone when no build runs: processes, slots. */
-export function remains(): string[] {
+function remains(machines: readonly string[]): string[] {
   const left = processes("head", "hook").map((pid) => `hook ${pid} on head`);
-  for (const machine of ["w1", "w2"]) {
+  for (const machine of machines) {
     for (const program of ["builder", "archive"] as const) {
       for (const pid of processes(machine, program)) {
         left.push(`${program} ${pid} on ${machine}`);
@@ -811,13 +833,15 @@ export function remains(): string[] {
   return [...left, ...takenSlots().map((inode) => `slot with inode ${inode}`)];
 }
 
-/** Waits until nothing remains; returns what still does. */
-export async function awaitNothing(seconds = 20): Promise<string[]> {
-  const end = performance.now() + seconds * 1000;
-  let left = remains();
+/** Waits, not for long, until nothing remains; returns what still does. */
+export async function whatRemains(
+  machines: readonly string[] = ["w1", "w2"],
+): Promise<string[]> {
+  const end = performance.now() + 20_000;
+  let left = remains(machines);
   while (left.length > 0 && performance.now() < end) {
     await delay(200);
-    left = remains();
+    left = remains(machines);
   }
   return left;
 }
