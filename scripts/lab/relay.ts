@@ -3,17 +3,21 @@
  * a rate, or cut off.
  *
  * Usage: relay.ts LISTEN TARGET [--delay MS] [--rate BYTES] [--cut-up BYTES]
- * [--cut-down BYTES]; LISTEN and TARGET are ADDRESS:PORT. `--delay` is one
- * way, `--rate` is per second and direction; a connection is reset once so
- * many bytes went from (up) or to (down) its client. It prints `ready`, and
- * after each line that it reads what it counted since the last one, as JSON.
+ * [--cut-down BYTES] [--backlog N]; LISTEN and TARGET are ADDRESS:PORT.
+ * `--delay` is one way, `--rate` is per second and direction; a connection is
+ * reset once so many bytes went from (up) or to (down) its client; `--backlog`
+ * is how many connections wait for a relay that is stopped, before the system
+ * drops what more there are. It prints `ready`, and after each line that it
+ * reads what it counted since the last one, as JSON. A line may be a command:
+ * `drop` (nothing arrives any more, and nobody is told), `cut` (connections
+ * are reset), `refuse` (as well, and there are no new ones), and `pass`.
  *
  * @module
  */
 
 import type { Buffer } from "node:buffer";
 import { connect, createServer } from "node:net";
-import type { Socket } from "node:net";
+import type { Server, Socket } from "node:net";
 import process from "node:process";
 import { createInterface } from "node:readline";
 import { cac } from "../../deps.ts";
@@ -40,6 +44,12 @@ interface Conditions {
 /** How much may be under way, in bytes, beside what the delay needs. */
 const WINDOW = 2 ** 23;
 
+/** Milliseconds after which is seen whether a network is there again. */
+const PATIENCE = 20;
+
+const sockets = new Set<Socket>();
+let isDropping = false;
+
 const zero = (): Counts => ({ connections: 0, up: 0, down: 0 });
 let counts = zero();
 
@@ -56,6 +66,7 @@ function handOn(
   const waiting: { readonly at: number; readonly work: () => void }[] = [];
   // One timer at a time: of two, the second may be the first to end.
   const arrive = () => {
+    if (isDropping) return arriveLater(performance.now() + PATIENCE);
     while (waiting.length > 0 && waiting[0]!.at <= performance.now()) {
       waiting.shift()!.work();
     }
@@ -85,7 +96,34 @@ function handOn(
     }, data.length);
   });
   from.on("end", () => later(() => to.end(), 0));
-  from.on("error", () => to.destroy());
+  from.on("error", () => later(() => to.destroy(), 0));
+  sockets.add(from);
+  from.on("close", () => sockets.delete(from));
+}
+
+function reset(): void {
+  for (const socket of sockets) socket.resetAndDestroy();
+}
+
+/** What the commands do. */
+function makeCommands(
+  server: Server,
+  listen: () => void,
+): Record<string, () => void> {
+  return {
+    pass() {
+      isDropping = false;
+      if (!server.listening) listen();
+    },
+    drop() {
+      isDropping = true;
+    },
+    cut: reset,
+    refuse() {
+      server.close();
+      reset();
+    },
+  };
 }
 
 function address(text: string): { host: string; port: number } {
@@ -110,12 +148,18 @@ function main(args: readonly string[]): void {
       counts.connections++;
       const machine = connect({ ...address(target!), allowHalfOpen: true });
       machine.setNoDelay(true);
+      machine.on("error", () => client.resetAndDestroy());
       handOn(client, machine, "up", conditions);
       handOn(machine, client, "down", conditions);
     },
   );
-  server.listen(address(listen!), () => console.log("ready"));
-  createInterface(process.stdin).on("line", () => {
+  const backlog = Number(options.backlog ?? 511);
+  const open = () => void server.listen({ ...address(listen!), backlog });
+  const commands = makeCommands(server, open);
+  server.once("listening", () => console.log("ready"));
+  open();
+  createInterface(process.stdin).on("line", (line) => {
+    commands[line]?.();
     console.log(JSON.stringify(counts));
     counts = zero();
   }).on("close", () => process.exit());

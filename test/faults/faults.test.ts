@@ -30,7 +30,7 @@ function suiteUnder(runtime: Runtime): void {
     field = await makeField(runtime);
   });
   test.after(() => {
-    field.relay.end();
+    field.relay.stop();
     for (const host of ["head", "w1", "w2"]) assertStoreIsSound(host);
   });
 

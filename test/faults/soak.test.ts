@@ -13,17 +13,17 @@ import {
   lab,
   makeWork,
   outputsOf,
+  relayed,
   RUNTIMES,
   start,
+  startRelay,
   up,
   useMachines,
   useOffload,
   watch,
 } from "../lab/lab.ts";
-import type { Running, Runtime } from "../lab/lab.ts";
+import type { Relay, Running, Runtime } from "../lab/lab.ts";
 import {
-  Relay,
-  relayedTo,
   restartSshd,
   SETTINGS,
   signal,
@@ -58,8 +58,8 @@ const nothing = () => {};
 const TROUBLES: readonly Trouble[] = [
   ...(["drop", "cut", "refuse"] as const).map((command): Trouble => ({
     name: `network: ${command}`,
-    begin: (_, relay) => relay.tell(command),
-    end: (_, relay) => relay.tell("pass"),
+    begin: (_, relay) => relay.become(command),
+    end: (_, relay) => relay.become("pass"),
   })),
   ...(["sshd", "sessions", "daemon"] as const).map((program): Trouble => ({
     name: `${program} frozen`,
@@ -173,21 +173,16 @@ function suiteUnder(runtime: Runtime): void {
   test.before(async () => {
     up("head", ...MACHINES);
     for (const machine of MACHINES) {
-      const relay = new Relay(machine, 50_000_000);
-      relays.set(machine, relay);
-      await relay.ready();
+      relays.set(machine, await startRelay(machine));
     }
     useOffload("head", runtime, ...PATIENT);
     inHost("head", "guix", "gc");
   });
-  test.after(() => relays.forEach((relay) => relay.end()));
-
-  const reachBy = (machines: readonly string[]) => (text: string) =>
-    machines.reduce((edited, machine) => relayedTo(machine, edited), text);
+  test.after(() => relays.forEach((relay) => relay.stop()));
 
   test("200 builds on 4 slots while machines come and go", async () => {
     const machines = ["w1", "w2"];
-    useMachines("head", machines, reachBy(machines));
+    useMachines("head", machines, relayed);
     const count = Math.min(200, BUILDS);
     const work = makeWork("head", `--count=${count}`, "--seconds=0.2");
     const client = startBuilds(work);
@@ -196,9 +191,9 @@ function suiteUnder(runtime: Runtime): void {
     for (let turn = 0; !over; turn++) {
       const machine = machines[turn % 2]!;
       const relay = relays.get(machine)!;
-      relay.tell("refuse");
+      relay.become("refuse");
       await Promise.race([client.ended, delay(4000)]);
-      relay.tell("pass");
+      relay.become("pass");
       await Promise.race([client.ended, delay(2000)]);
     }
     const { status, stderr } = await client.ended;
@@ -208,7 +203,7 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test(`${BUILDS} builds while machines fail, seed ${SEED}`, async () => {
-    useMachines("head", MACHINES, reachBy(MACHINES));
+    useMachines("head", MACHINES, relayed);
     const few = Math.ceil(BUILDS / 20);
     const options = ["--inputs=1", "--input-size=100000", "--log-lines=2"];
     const some = makeWork("head", `--count=${few}`, "--fail", ...options);

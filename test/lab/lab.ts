@@ -398,8 +398,18 @@ export const RELAY_PORT = 2222;
 export interface Relay {
   /** Connections and bytes to the host (up) and from it since last asked. */
   count(): Promise<{ connections: number; up: number; down: number }>;
+  /** Has it do that from now on. */
+  become(command: "pass" | "drop" | "cut" | "refuse"): void;
+  /** Its process. */
+  readonly child: ChildProcess;
   /** Ends it, and what runs over it. */
   stop(): void;
+}
+
+/** The address of a host. */
+export function addressOf(host: string): string {
+  const line = lab("list").split("\n").find((it) => it.startsWith(`${host} `));
+  return line!.split(" ")[1]!;
 }
 
 /** Starts a relay to a host's sshd; the options are relay.ts's. */
@@ -407,8 +417,7 @@ export async function startRelay(
   host: string,
   ...options: readonly string[]
 ): Promise<Relay> {
-  const line = lab("list").split("\n").find((it) => it.startsWith(`${host} `));
-  const address = line!.split(" ")[1]!;
+  const address = addressOf(host);
   const child = spawn(`${ROOT}scripts/lab/relay`, [
     ...[`${address}:${RELAY_PORT}`, `${address}:22`, ...options],
   ], { stdio: ["pipe", "pipe", "inherit"] });
@@ -421,13 +430,21 @@ export async function startRelay(
       child.stdin.write("\n");
       return JSON.parse(await next());
     },
+    become(command) {
+      child.stdin.write(`${command}\n`);
+      next(); // what it counted
+    },
+    child,
     stop: () => void child.kill("SIGKILL"),
   };
 }
 
-/** Edits a machine file so that all machines are behind relays. */
-export function relayed(text: string): string {
-  return text.replaceAll(/\(name "\w+"\)/g, `$& (port ${RELAY_PORT})`);
+/** Edits a machine file so that machines, all or one, are behind relays. */
+export function relayed(text: string, name = "\\w+"): string {
+  return text.replaceAll(
+    RegExp(`\\(name "${name}"\\)`, "g"),
+    `$& (port ${RELAY_PORT})`,
+  );
 }
 
 // ---------------------------------------------------------------------------
