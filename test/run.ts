@@ -49,6 +49,7 @@ async function runSuite(suite: QueuedSuite, file: string): Promise<void> {
 }
 
 async function runFile(file: string, index: number): Promise<void> {
+  const start = performance.now();
   console.log(file);
   uvu.UVU_INDEX = index;
   uvu.UVU_QUEUE[index] = [];
@@ -61,6 +62,7 @@ async function runFile(file: string, index: number): Promise<void> {
     // What a test throws that is no Error ends up here too.
     fail(`${file}: ${error instanceof Error ? error.stack : error}`);
   }
+  console.log(` ${((performance.now() - start) / 1000).toFixed(1)} s`);
 }
 
 async function main(args: readonly string[]): Promise<number> {
