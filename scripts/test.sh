@@ -2,7 +2,9 @@
 # Runs all tests and ends with a line `N passed, N failed`.  Installs what they
 # need: into the checkout by npm and, for the lab, into the machine by apt.
 #
-# usage: test.sh [--unit]    --unit: without the lab of real Guix hosts
+# usage: test.sh [--unit | --faults]
+#   --unit    without the lab of real Guix hosts
+#   --faults  all faults of test/faults, not a selection of them, and a soak
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -57,7 +59,12 @@ if [ "${1-}" != --unit ]; then
     if [ -z "$(scripts/lab/lab list)" ]; then
         trap 'rm -f "$output"; scripts/lab/lab down' EXIT
     fi
-    suites "$node" --disable-warning=ExperimentalWarning test/run.ts test/lab/*.test.ts
+    faults=$(echo test/faults/*.test.ts)
+    if [ "${1-}" = --faults ]; then export OFFLOAD_FAULTS=.
+    else faults=$(echo "$faults" | tr ' ' '\n' | grep -v /soak)
+    fi
+    suites "$node" --disable-warning=ExperimentalWarning test/run.ts \
+        test/lab/*.test.ts $faults
 fi
 
 echo "$passed passed, $failed failed"

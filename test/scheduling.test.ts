@@ -232,6 +232,22 @@ test("Observations double the time for which a machine is left alone", () => {
   assert.ok(left()[1] <= 0);
 });
 
+test("Observations of before the clock was set back are void", async () => {
+  const { context } = makeContext({ plugins: [guix] });
+  const { observations, settings } = context;
+  const only = machine({ name: "a" });
+  const hour = { ...settings, backoff: 3600, backoffLimit: 3600 };
+  observations.saveFailure(only, "of the future", hour);
+  know(context, only);
+  const choice = await chooseBuildMachine([only], request(), context);
+  assert.is.not(typeof choice, "string");
+  if (typeof choice !== "string") choice.slot.release();
+  observations.saveFailure(only, "of the present", settings);
+  const record = observations.machines().get("a:22")!;
+  assert.is(record.problem, "of the present");
+  assert.ok(record.until <= Date.now() + 1000 * settings.backoffLimit);
+});
+
 test("Observations forget a failure of other fields", async () => {
   const { context } = makeContext({ plugins: [guix] });
   const wrong = machine({ name: "a", user: "nobody" });
