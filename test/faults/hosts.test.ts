@@ -74,7 +74,13 @@ function suiteUnder(runtime: Runtime): void {
   ) => {
     const isChosen = process.env.OFFLOAD_FAULTS !== undefined ||
       quick === runtime;
-    if (isChosen) test(title, async () => void await act());
+    if (!isChosen) return;
+    test(title, async () => {
+      const before = strays();
+      await act();
+      assert.equal(await whatRemains(), []);
+      assert.equal(strays().filter((name) => !before.includes(name)), []);
+    });
   };
 
   test.before(() => {
@@ -82,10 +88,6 @@ function suiteUnder(runtime: Runtime): void {
     useHook(runtime);
   });
   test.before.each(() => useMachines("head", MACHINES));
-  test.after.each(async () => {
-    assert.equal(await whatRemains(), []);
-    assert.equal(strays(), []);
-  });
 
   fault("node", "a remote store that gets full leaves it to another", () => {
     upWithSmallStore("full", 24);
@@ -96,9 +98,9 @@ function suiteUnder(runtime: Runtime): void {
         ...["--inputs=1", "--input-size=32000000"],
       );
       const result = build("head", derivation!);
-      assertOffloaded(derivation!, result, ["full"]);
-      assert.match(result.stderr, /'full' failed: trying another machine/);
-      assert.match(result.stderr, `offloading '${derivation}' to 'w2'`);
+      assertOffloaded(derivation!, result, ["w2"]);
+      assert.match(result.stderr, "No space left on device");
+      assert.match(result.stderr, "'full' failed: trying another machine");
     } finally {
       down("full");
     }
