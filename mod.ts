@@ -24,6 +24,7 @@ import {
   existsSync,
   lstatSync,
   mkdirSync,
+  mkdtempSync,
   openSync,
   readFileSync,
   renameSync,
@@ -33,7 +34,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { createConnection } from "node:net";
-import { hostname, userInfo } from "node:os";
+import { hostname, tmpdir, userInfo } from "node:os";
 import { basename, dirname } from "node:path";
 import process from "node:process";
 import { createInterface } from "node:readline";
@@ -42,8 +43,9 @@ import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
 import type { Duplex, Transform } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
+import { isatty } from "node:tty";
 import { pathToFileURL } from "node:url";
-import { format } from "node:util";
+import { format, stripVTControlCharacters } from "node:util";
 import {
   constants as zlibConstants,
   createGunzip,
@@ -175,6 +177,28 @@ export interface Log {
   error(problem: unknown): void;
   /** For debugging: written only where OFFLOAD_DEBUG is set. */
   debug(message: string): void;
+}
+
+/** How a piece of text is meant. */
+export type Style = "good" | "bad" | "doubtful" | "heading";
+
+const STYLES: Readonly<Record<Style, number>> = {
+  good: 32, // green
+  bad: 31, // red
+  doubtful: 33, // yellow
+  heading: 1, // bold
+};
+
+/** Where a command shows what it has to say. */
+export interface Screen {
+  /** Whether a person looks at it: only then there are tables. */
+  readonly isTerminal: boolean;
+  /** Colours a text, where there are colours. */
+  paint(style: Style, text: string): string;
+  /** How many columns and lines there is room for. */
+  size(): readonly [columns: number, lines: number];
+  /** Writes text as it is. */
+  print(text: string): void;
 }
 
 /** The system's error codes, as strerror says them. */
@@ -2886,16 +2910,20 @@ function isLocked(file: string, locks: string): boolean {
   return false;
 }
 
-/** Counts the free slots of a machine, without taking them. */
-function countFreeSlots(machine: Machine, stateDirectory: string): number {
+/** The files of a machine's slots that are taken. */
+function takenSlots(machine: Machine, stateDirectory: string): string[] {
   const directory = slotDirectory(machine, stateDirectory);
   const locks = readFileSync("/proc/locks", "latin1");
-  const slots = Array.from(
+  const files = Array.from(
     { length: machine.parallelBuilds },
-    (_, slot) => slot,
+    (_, slot) => `${directory}/${slot}`,
   );
-  return slots.filter((slot) => !isLocked(`${directory}/${slot}`, locks))
-    .length;
+  return files.filter((file) => isLocked(file, locks));
+}
+
+/** Counts the free slots of a machine, without taking them. */
+function countFreeSlots(machine: Machine, stateDirectory: string): number {
+  return machine.parallelBuilds - takenSlots(machine, stateDirectory).length;
 }
 
 /** What was seen of a machine. */
@@ -2948,13 +2976,14 @@ const OBSERVATIONS_SCHEMA = `
  * beside the slots. Losing it loses nothing but speed, so no method throws.
  */
 export class Observations {
-  readonly #database: DatabaseSync;
+  readonly #file: string;
   readonly #log: Log;
+  #database: DatabaseSync | undefined;
 
-  /** Opens the database in `directory`, or keeps all in memory. */
+  /** Keeps the database in `directory`, made when first needed, or memory. */
   constructor(directory: string, log: Log) {
+    this.#file = `${directory}/observations.sqlite`;
     this.#log = log;
-    this.#database = this.#open(`${directory}/observations.sqlite`);
   }
 
   #open(file: string): DatabaseSync {
@@ -2975,6 +3004,7 @@ export class Observations {
 
   #query(sql: string, ...values: SQLInputValue[]): Row[] {
     try {
+      this.#database ??= this.#open(this.#file);
       return this.#database.prepare(sql).all(...values) as Row[];
     } catch (error) {
       this.#log.debug(`observations: ${reason(error)}`);
@@ -3087,7 +3117,7 @@ export class Observations {
 
   /** What slots were used for last, unless that was noted to have ended. */
   slots(): UsedSlot[] {
-    return this.#query("SELECT file, derivation FROM slot") as UsedSlot[];
+    return this.#query("SELECT file, derivation, time FROM slot") as UsedSlot[];
   }
 
   /** Notes what a slot is used for from now on. */
@@ -3118,8 +3148,13 @@ export class Observations {
 /** A row of the database. */
 type Row = Record<string, SQLOutputValue>;
 
-/** A slot and what it was last used for. */
-type UsedSlot = { readonly file: string; readonly derivation: string };
+/** A slot, what it was last used for, and since when. */
+type UsedSlot = {
+  readonly file: string;
+  readonly derivation: string;
+  /** In milliseconds since 1970. */
+  readonly time: number;
+};
 
 // ---------------------------------------------------------------------------
 // Sessions: SSH
@@ -3292,6 +3327,11 @@ export function readPrivateKey(file: string): string {
 /** What ssh2 puts beside an error's message. */
 type SshError = Error & { readonly level?: string };
 
+/** The command that logs in as we do, for an administrator to try. */
+function sshCommand({ name, port, user, privateKey }: Machine): string {
+  return `ssh -p ${port} -i ${privateKey} ${user}@${name}`;
+}
+
 /** Says why a connection failed, and what may help. */
 function connectionError(machine: Machine, cause: SshError): OffloadError {
   const { name, user, port, privateKey } = machine;
@@ -3302,23 +3342,36 @@ function connectionError(machine: Machine, cause: SshError): OffloadError {
       {
         cause,
         hint: `add the public key of '${privateKey}' to ` +
-          `~${user}/.ssh/authorized_keys on '${name}'`,
+          `~${user}/.ssh/authorized_keys there: run ` +
+          `'ssh-copy-id -p ${port} -i ${privateKey}.pub ${user}@${name}'`,
       },
     );
   }
   return new OffloadError(`failed to connect to '${name}': ${reason(cause)}`, {
     cause,
-    hint: `try 'ssh -p ${port} -i ${privateKey} ${user}@${name}'`,
+    hint: `check that it is up and that sshd listens on its port ${port}: ` +
+      `try '${sshCommand(machine)}'`,
   });
+}
+
+/** The fingerprint of an SSH public key, as OpenSSH shows it. */
+function fingerprint(key: Buffer): string {
+  const hash = createHash("sha256").update(key).digest("base64");
+  return `SHA256:${hash.replace(/=+$/, "")}`;
 }
 
 function hostKeyError(machine: Machine, shown: Buffer): OffloadError {
   const { type, key } = parseHostKey(machine);
+  const [kind] = /rsa|ecdsa|ed25519/.exec(sshKeyType(shown) ?? "") ?? [];
   return new OffloadError(
     `server at '${machine.name}' returned host key ` +
       `'${shown.toString("base64")}' of type '${sshKeyType(shown)}' ` +
       `instead of '${key.toString("base64")}' of type '${type}'`,
-    { hint: "if it was changed on purpose, correct the machine's host-key" },
+    {
+      hint: `run 'ssh-keygen -l -f /etc/ssh/ssh_host_${kind}_key.pub' there: ` +
+        `if it says ${fingerprint(shown)}, correct the machine's host-key; ` +
+        "if not, that is another machine",
+    },
   );
 }
 
@@ -3353,17 +3406,19 @@ function sshOptions(
 }
 
 /**
- * Connects to a build machine, whose host key is pinned, and logs in.
+ * Connects to a build machine, whose host key is pinned, and logs in. It tells
+ * `reached` that the server is there, and then that it is the right one.
  *
  * @throws {OffloadError} that says at which step it failed and what to do.
  */
 export async function openSession(
   machine: Machine,
   context: Pick<Context, "signal" | "settings">,
+  reached?: (what: "connect" | "host key") => void,
 ): Promise<Session> {
   for (let retries = 0;; retries++) {
     try {
-      return await connect(machine, context);
+      return await connect(machine, context, reached);
     } catch (error) {
       const { cause } = error as Error;
       if (retries === CROWDED.retries || !CROWDED.error.test(String(cause))) {
@@ -3384,6 +3439,7 @@ const CROWDED = {
 async function connect(
   machine: Machine,
   { signal, settings }: Pick<Context, "signal" | "settings">,
+  reached?: (what: "connect" | "host key") => void,
 ): Promise<Session> {
   signal.throwIfAborted();
   const link: Link = { client: new ssh2.Client(), used: performance.now() };
@@ -3403,7 +3459,12 @@ async function connect(
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
   await new Promise<void>((resolve, reject) => {
-    client.on("connect", () => client.setNoDelay(true));
+    client.on("connect", () => {
+      client.setNoDelay(true);
+      reached?.("connect");
+    });
+    // Its first message after the host key was found to be right.
+    client.on("handshake", () => reached?.("host key"));
     client.on("ready", resolve);
     client.on("error", note);
     client.on("close", () => {
@@ -3480,14 +3541,14 @@ function execute(link: Link, command: string): Promise<RemoteProcess> {
   });
 }
 
-/** Quotes a word for the shell. */
-function quoteWord(word: string): string {
+/** Quotes a word for a shell. */
+function quote(word: string): string {
   return `'${word.replaceAll("'", "'\\''")}'`;
 }
 
 /** Connects standard input and output to the socket of a daemon. */
 function relayCommand(socket: string): string {
-  const quoted = quoteWord(socket);
+  const quoted = quote(socket);
   return `if command -v socat >/dev/null; then exec socat - UNIX-CONNECT:${quoted}; fi
 exec guix repl -- /dev/fd/3 ${quoted} 3<<'END'
 (use-modules (rnrs io ports))
@@ -3527,11 +3588,13 @@ async function openRemoteDaemon(
     );
   });
   let refusal: Error | undefined;
+  let relay: RemoteProcess | undefined;
   const stream = await forward.catch(async (cause) => {
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
     refusal = cause;
-    return (await execute(link, relayCommand(daemonSocket))).channel;
+    relay = await execute(link, relayCommand(daemonSocket));
+    return relay.channel;
   });
   // sshd may answer while the daemon behind it does not.
   const late = () => stream.destroy(new Error("no answer"));
@@ -3539,12 +3602,15 @@ async function openRemoteDaemon(
   try {
     return await openStore(noteUse(stream, link), called);
   } catch (error) {
+    const ended = await Promise.race([relay?.ended, delay(1000)]);
+    const why = ended?.errors.trim().split(": ").at(-1)?.toLowerCase();
     const cause = refusal ?? error;
-    const message = `failed to connect to ${called}: ${reason(cause)}`;
+    const message = `failed to connect to ${called}: ${why || reason(cause)}`;
     throw new OffloadError(message, {
       cause,
-      hint: `check that guix-daemon runs there and that '${user}' may use ` +
-        `'${daemonSocket}'`,
+      hint: `check that guix-daemon runs there, if not run 'systemctl ` +
+        "start guix-daemon' ('herd start guix-daemon' on Guix System), " +
+        `and that '${user}' may use '${daemonSocket}'`,
     });
   } finally {
     clearTimeout(timer);
@@ -4355,7 +4421,7 @@ function archiveCommand(
   options: readonly string[],
   level: number | undefined,
 ): string {
-  const archive = `guix archive ${options.map(quoteWord).join(" ")}`;
+  const archive = `guix archive ${options.map(quote).join(" ")}`;
   const compressors = level === undefined ? [] : Object.keys(COMPRESSORS);
   return `
 command -v guix >/dev/null || exit 127
@@ -5113,21 +5179,185 @@ export async function processRequest(
 
 const VERSION = "0.1.0";
 
+/** What can stand where a command expects something. */
+export type Completion = "file" | "shell" | "nothing";
+
+/** An argument or the value of an option, by what it is called. */
+export interface CommandArgument {
+  /** Its name, in capitals. */
+  readonly name: string;
+  /** What to complete it with. */
+  readonly completion: Completion;
+}
+
+/** An option of a command. */
+export interface CommandOption {
+  /** Its long name, with the hyphens. */
+  readonly name: string;
+  /** What is to follow it, if anything. */
+  readonly value?: CommandArgument;
+  /** What it does: a verb first. */
+  readonly summary: string;
+}
+
+/** A command: help, completion and manual page are made of this. */
+export interface Command {
+  /** What it is called by. */
+  readonly name: string;
+  /** What must follow, in this order. */
+  readonly required: readonly CommandArgument[];
+  /** What may follow then. */
+  readonly optional: readonly CommandArgument[];
+  /** What it does, in a line: a verb first. */
+  readonly summary: string;
+  /** What there is to know about it, a paragraph each. */
+  readonly description: readonly string[];
+  /** Its options. */
+  readonly options: readonly CommandOption[];
+  /** Command lines, and what each does. */
+  readonly examples: readonly (readonly [line: string, meaning: string])[];
+}
+
+const FILE: CommandArgument = { name: "FILE", completion: "file" };
+const REGEXP: CommandArgument = { name: "REGEXP", completion: "nothing" };
+const JSON_OPTION: CommandOption = { name: "--json", summary: "Print JSON" };
+const TIMEOUT_OPTION: CommandOption = {
+  name: "--timeout",
+  value: { name: "SECONDS", completion: "nothing" },
+  summary: "Wait so long for each machine: the setting 'connectTimeout' " +
+    "unless told",
+};
+
+const MACHINES_OF_FILE = "The machines are those of FILE, or of " +
+  "/etc/guix/machines.scm and the plugins, whose name matches REGEXP; " +
+  "they are asked side by side.";
+
+/** The commands of the program, in the order in which help lists them. */
+export const COMMANDS: readonly Command[] = [
+  {
+    name: "test",
+    required: [],
+    optional: [FILE, REGEXP],
+    summary: "Test that machines can be used, step by step",
+    description: [
+      MACHINES_OF_FILE,
+      "Each goes through these steps: connect, host key, authentication, " +
+      "daemon, guix, import of a signed store item there, export of a signed " +
+      "one back, clock. For each that fails, the cause is told, and what to " +
+      "do. A warning is no failure.",
+      "The exit code is 0 when all machines pass, 1 when one fails, 2 when " +
+      "the command is used wrongly.",
+    ],
+    options: [
+      JSON_OPTION,
+      {
+        name: "--junit",
+        value: FILE,
+        summary: "Write the results to FILE, as JUnit's XML",
+      },
+      TIMEOUT_OPTION,
+    ],
+    examples: [
+      ["offload test", "tests all machines"],
+      ["offload test /etc/guix/machines.scm '^arm'", "tests some of them"],
+      ["offload test --junit offload.xml", "tests them in a pipeline"],
+    ],
+  },
+  {
+    name: "status",
+    required: [],
+    optional: [FILE, REGEXP],
+    summary: "Show how machines are and what they do",
+    description: [
+      MACHINES_OF_FILE,
+      "Where the output is no terminal, it is in the format of 'guix offload " +
+      "status', with more lines. The exit code is 1 when a machine can't be " +
+      "reached.",
+    ],
+    options: [
+      JSON_OPTION,
+      TIMEOUT_OPTION,
+      { name: "--watch", summary: "Show it anew every 2 s until interrupted" },
+    ],
+    examples: [
+      ["offload status", "shows all machines"],
+      ["offload status --watch", "shows them until interrupted"],
+    ],
+  },
+  {
+    name: "explain",
+    required: [{ name: "DERIVATION", completion: "file" }],
+    optional: [],
+    summary: "Say which machine would build it, and why",
+    description: ["The exit code is 1 when no machine would."],
+    options: [JSON_OPTION],
+    examples: [
+      [
+        'offload explain "$(guix build -d hello)"',
+        "says who would build the package hello",
+      ],
+    ],
+  },
+  {
+    name: "machines",
+    required: [],
+    optional: [FILE],
+    summary: "Print the machines that a file lists",
+    description: [
+      "The file is /etc/guix/machines.scm unless told. What is wrong with it " +
+      "is told with its place, and makes the exit code 1.",
+    ],
+    options: [JSON_OPTION],
+    examples: [["offload machines ./machines.scm", "checks a new file"]],
+  },
+  {
+    name: "completion",
+    required: [{ name: "SHELL", completion: "shell" }],
+    optional: [],
+    summary: "Print the completion for bash, zsh or fish",
+    description: [],
+    options: [],
+    examples: [
+      ["source <(offload completion bash)", "completes in this bash"],
+    ],
+  },
+];
+
+const SHELLS = ["bash", "zsh", "fish"] as const;
+
+/** The options of a command, as cac names them. */
+type CommandOptions = Readonly<
+  Record<string, string | number | boolean | undefined>
+>;
+
 /** What a command has to say, and its exit code. */
 interface CommandResult {
   readonly output: string;
   readonly exitCode: number;
 }
 
-/** Lays out rows in columns; the last one is as wide as it is. */
-function formatTable(rows: readonly (readonly string[])[]): string {
+/** An error in how a command is called. */
+function usageError(message: string, command?: string): OffloadError {
+  const hint = `run 'offload ${command ? `${command} ` : ""}--help'`;
+  return new OffloadError(message, { hint, exitCode: EXIT.usage });
+}
+
+/** Lays out rows, the first one being the heading, or separates by tabs. */
+function formatTable(
+  rows: readonly (readonly string[])[],
+  { isTerminal, paint }: Screen,
+): string {
+  if (!isTerminal) return rows.map((row) => row.join("\t")).join("\n");
   const widths: number[] = [];
+  const width = (cell: string) => stripVTControlCharacters(cell).length;
   for (const row of rows) {
-    row.forEach((cell, i) => widths[i] = Math.max(widths[i] ?? 0, cell.length));
+    row.forEach((cell, i) => widths[i] = Math.max(widths[i] ?? 0, width(cell)));
   }
   const line = (row: readonly string[]) =>
-    row.map((cell, i) => cell.padEnd(widths[i]!)).join("  ").trimEnd();
-  return rows.map(line).join("\n");
+    row.map((cell, i) => cell + " ".repeat(widths[i]! - width(cell)))
+      .join("  ").trimEnd();
+  const [heading, ...others] = rows.map(line);
+  return [paint("heading", heading!), ...others].join("\n");
 }
 
 /**
@@ -5161,8 +5391,9 @@ export function readDerivation(
 
 /** `offload machines [FILE]`: what the file alone says, without plugins. */
 async function machinesCommand(
-  options: { readonly json?: boolean },
+  options: CommandOptions,
   context: Context,
+  screen: Screen,
 ): Promise<CommandResult> {
   const plugins = context.plugins.filter(isBuiltin);
   const machines = await listMachines({ ...context, plugins });
@@ -5178,7 +5409,7 @@ async function machinesCommand(
   const columns = "machine,systems,user,slots,speed,threshold,features";
   const output = options.json
     ? JSON.stringify(machines.map(machineToJson), null, 2)
-    : formatTable([columns.split(","), ...rows]);
+    : formatTable([columns.split(","), ...rows], screen);
   const failed = context.problems.some(({ severity }) => severity === "error");
   return { output, exitCode: failed ? 1 : 0 };
 }
@@ -5246,7 +5477,10 @@ async function explain(
   });
 }
 
-function formatExplanation(explanations: readonly Explanation[]): string {
+function formatExplanation(
+  explanations: readonly Explanation[],
+  screen: Screen,
+): string {
   const rows = explanations.map((explanation) => {
     const { machine, chosen, excluded, scores, facts } = explanation;
     const load = facts && normalizedLoad(facts);
@@ -5264,14 +5498,15 @@ function formatExplanation(explanations: readonly Explanation[]): string {
     ];
   });
   const header = ["machine", "free slots", "load", "disk space", "score", ""];
-  return formatTable([header, ...rows]);
+  return formatTable([header, ...rows], screen);
 }
 
 /** `offload explain DERIVATION`. */
 async function explainCommand(
   derivation: string,
-  options: { readonly json?: boolean },
+  options: CommandOptions,
   context: Context,
+  screen: Screen,
 ): Promise<CommandResult> {
   let text;
   try {
@@ -5285,52 +5520,990 @@ async function explainCommand(
   const explanations = await explain(request, context);
   const output = options.json
     ? JSON.stringify(explanations, null, 2)
-    : formatExplanation(explanations);
+    : formatExplanation(explanations, screen);
   const found = explanations.some(({ chosen }) => chosen);
   return { output, exitCode: found ? 0 : 1 };
 }
 
-const HOOK_USAGE =
-  `offload SYSTEM MAX-SILENT-TIME PRINT-BUILD-TRACE? BUILD-TIMEOUT
-  is how guix-daemon calls it: requests come in on the standard input.`;
+/** Settles as `work` does, or fails when the signal comes. */
+async function unlessAborted<T>(
+  signal: AbortSignal,
+  work: Promise<T>,
+): Promise<T> {
+  const aborted = Promise.withResolvers<never>();
+  const abort = () => aborted.reject(signal.reason);
+  signal.addEventListener("abort", abort);
+  if (signal.aborted) abort();
+  try {
+    return await Promise.race([work, aborted.promise]);
+  } finally {
+    signal.removeEventListener("abort", abort);
+  }
+}
+
+/** How many seconds the options leave each machine. */
+function timeoutOf({ timeout }: CommandOptions, { settings }: Context): number {
+  if (timeout === undefined) return settings.connectTimeout;
+  if (Number(timeout) > 0 && Number(timeout) <= DAY) return Number(timeout);
+  throw usageError(`invalid number of seconds: '${timeout}'`);
+}
+
+/** Gives some work so many seconds. */
+async function withTimeout<T>(
+  seconds: number,
+  { signal, settings }: Context,
+  work: (context: Pick<Context, "signal" | "settings">) => Promise<T>,
+): Promise<T> {
+  const timeout = new AbortController();
+  const late = new OffloadError(`no answer within ${seconds} s`);
+  const timer = setTimeout(() => timeout.abort(late), seconds * 1000);
+  try {
+    return await work({
+      signal: AbortSignal.any([signal, timeout.signal]),
+      // It is our timeout that ends it, not one of what is beneath.
+      settings: { ...settings, connectTimeout: 2 * seconds },
+    });
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** What POSIX calls classes of characters, and JavaScript does not. */
+const CHARACTER_CLASSES: Readonly<Record<string, string>> = {
+  "[:alnum:]": "A-Za-z0-9",
+  "[:alpha:]": "A-Za-z",
+  "[:digit:]": "0-9",
+  "[:lower:]": "a-z",
+  "[:upper:]": "A-Z",
+};
+
+/** Reads a regular expression as the reference does, or nearly so. */
+function parseRegexp(text: string): RegExp {
+  try {
+    const name = /\[:\w+:\]/g;
+    return new RegExp(text.replace(name, (it) => CHARACTER_CLASSES[it] ?? it));
+  } catch (cause) {
+    throw usageError(`invalid regular expression '${text}': ${reason(cause)}`);
+  }
+}
+
+/** The machines that a command is about, each NAME:PORT once. */
+async function selectMachines(
+  [file, regexp = ""]: readonly string[],
+  context: Context,
+): Promise<Machine[]> {
+  const pattern = parseRegexp(regexp);
+  if (file !== undefined && !existsSync(file)) {
+    throw usageError(`failed to open machine file '${file}': no such file`);
+  }
+  const plugins = file === undefined
+    ? context.plugins
+    : context.plugins.filter(isBuiltin);
+  const machines = new Map<string, Machine>();
+  for (const machine of await listMachines({ ...context, plugins })) {
+    const id = machineId(machine);
+    if (!machines.has(id)) machines.set(id, machine);
+  }
+  const found = [...machines.values()]
+    .filter(({ name }) => pattern.test(name));
+  if (found.length > 0 || machines.size === 0) return found;
+  throw usageError(`no machine's name matches '${regexp}'`);
+}
+
+/** A step of a test, and what came of it. */
+export interface Step {
+  /** What is done: `connect`, `host key` and so on. */
+  readonly name: string;
+  /** Only what failed makes a machine unfit. */
+  readonly outcome: "ok" | "warning" | "failed" | "skipped";
+  /** What was found, or what is wrong. */
+  readonly detail: string;
+  /** What to do about it. */
+  readonly hint?: string | undefined;
+  /** How long it took. */
+  readonly seconds: number;
+}
+
+/** How a machine passed its test. */
+export interface TestReport {
+  /** Its NAME:PORT. */
+  readonly machine: string;
+  /** The worst of its steps. */
+  readonly outcome: Step["outcome"];
+  /** How long all of it took. */
+  readonly seconds: number;
+  /** What was done, in this order. */
+  readonly steps: readonly Step[];
+}
+
+/** The steps, in their order. */
+const STEPS = {
+  session: ["connect", "host key", "authentication"],
+  others: ["daemon", "guix", "import", "export", "clock"],
+} as const;
+
+const OUTCOME_STYLES: Readonly<Record<Step["outcome"], Style>> = {
+  ok: "good",
+  warning: "doubtful",
+  failed: "bad",
+  skipped: "doubtful",
+};
+
+/** A store item that only this test has, in the archive that is to be sent. */
+interface Sample {
+  readonly path: string;
+  readonly bundle: Buffer;
+}
+
+async function collect(chunks: AsyncIterable<Uint8Array>): Promise<Buffer> {
+  const parts = [];
+  for await (const chunk of chunks) parts.push(chunk);
+  return Buffer.concat(parts);
+}
+
+/** A text that no store holds yet: `HOST-NUMBER`. */
+function nonce(host: string): Buffer {
+  return Buffer.from(`${host}-${Math.floor(Math.random() * 1e9)}`);
+}
+
+/** Makes the item that is sent, as the reference makes it; for all machines. */
+async function makeSample(context: Context): Promise<Sample> {
+  const store = await openLocalDaemon(context.daemonSocket);
+  try {
+    const text = nonce(hostname());
+    const path = await addTextToStore(store, "export-test", text, []);
+    return { path, bundle: await collect(exportBundle(store, [path])) };
+  } finally {
+    store.stream.destroy();
+  }
+}
+
+/** A machine under test. */
+class Trial {
+  readonly machine: Machine;
+  readonly signal: AbortSignal;
+  readonly steps: Step[] = [];
+  readonly #tell: (step: Step) => void;
+  readonly #start = performance.now();
+  #last = this.#start;
+
+  /** Begins; each step is told as it ends. */
+  constructor(
+    machine: Machine,
+    signal: AbortSignal,
+    tell: (step: Step) => void,
+  ) {
+    this.machine = machine;
+    this.signal = signal;
+    this.#tell = tell;
+  }
+
+  /** Ends a step. */
+  end(name: string, outcome: Step["outcome"], detail: string, hint?: string) {
+    const now = performance.now();
+    const seconds = (now - this.#last) / 1000;
+    this.#last = now;
+    const step = { name, outcome, detail, hint, seconds };
+    this.steps.push(step);
+    this.#tell(step);
+  }
+
+  /** Ends a step that failed. */
+  fail(name: string, error: unknown): void {
+    const hint = remedy(name, this.machine, error);
+    this.end(name, "failed", reason(error).replace(/\s+/g, " "), hint);
+  }
+
+  /** Does a step; its result, of which `describe` tells, unless it fails. */
+  async run<T>(
+    name: string,
+    work: () => Promise<T>,
+    describe: (result: T) => string,
+  ): Promise<T | undefined> {
+    try {
+      const result = await unlessAborted(this.signal, work());
+      this.end(name, "ok", describe(result));
+      return result;
+    } catch (error) {
+      this.fail(name, error);
+      return undefined;
+    }
+  }
+
+  /** Sums it up; the steps that were not taken are skipped. */
+  report(): TestReport {
+    for (const name of [...STEPS.session, ...STEPS.others]) {
+      if (this.steps.some((step) => step.name === name)) continue;
+      this.end(name, "skipped", "");
+    }
+    const worst = (["failed", "warning"] as const).find((outcome) =>
+      this.steps.some((step) => step.outcome === outcome)
+    );
+    return {
+      machine: machineId(this.machine),
+      outcome: worst ?? "ok",
+      seconds: (performance.now() - this.#start) / 1000,
+      steps: this.steps,
+    };
+  }
+}
+
+/** Says what to do about a step that failed: the command, where one helps. */
+function remedy(
+  step: string,
+  machine: Machine,
+  error: unknown,
+): string | undefined {
+  const ssh = sshCommand(machine);
+  const unauthorized = /unauthorized/.test(reason(error));
+  if (step === "import" && unauthorized) {
+    return `run '${ssh} guix archive --authorize </etc/guix/signing-key.pub'`;
+  }
+  if (step === "export" && unauthorized) {
+    return `run '${ssh} cat /etc/guix/signing-key.pub | ` +
+      "guix archive --authorize'";
+  }
+  const hint = error instanceof OffloadError ? error.hint : undefined;
+  return hint ?? `see how far '${ssh.replace("ssh", "ssh -v")}' gets`;
+}
+
+/** The steps until it is logged in. */
+async function testSession(
+  trial: Trial,
+  settings: Settings,
+): Promise<Session | undefined> {
+  const { machine, signal } = trial;
+  const reached = (name: string) => {
+    // A server that is crowded is tried again.
+    if (trial.steps.some((step) => step.name === name)) return;
+    const key = () => fingerprint(parseHostKey(machine).key);
+    trial.end(name, "ok", name === "connect" ? "" : key());
+  };
+  try {
+    const context = { signal, settings };
+    const session = await openSession(machine, context, reached);
+    trial.end("authentication", "ok", `as '${machine.user}'`);
+    return session;
+  } catch (error) {
+    trial.fail(STEPS.session[trial.steps.length]!, error);
+    return undefined;
+  }
+}
+
+/** Runs a command there and returns what it printed. */
+async function outputOf(
+  session: Session,
+  command: string,
+  input: Uint8Array | string = "",
+): Promise<string> {
+  const { channel, ended } = await session.exec(command);
+  channel.end(input);
+  const output = await collect(channel);
+  const { code, errors } = await ended;
+  if (code === 0) return output.toString();
+  const [complaint = ""] = errors.trim().split("\n").slice(-1);
+  throw new OffloadError(
+    `failed to run '${command}' on '${session.machine.name}': ` +
+      (complaint || `exit code ${code}`),
+  );
+}
+
+/** Whether programs can be run there: only bulk and facts need that. */
+async function testPrograms(trial: Trial, session: Session): Promise<void> {
+  const { signal, machine } = trial;
+  const command = "guix archive --version";
+  try {
+    const output = await unlessAborted(signal, outputOf(session, command));
+    trial.end("guix", "ok", output.split("\n")[0]!);
+  } catch (error) {
+    const hint = "builds work without, but the load is not known and large " +
+      `transfers fail: see '${sshCommand(machine)} ${command}'`;
+    trial.end("guix", "warning", reason(error), hint);
+  }
+}
+
+/** Whether its clock is not behind, which confuses those who look at dates. */
+async function testClock(
+  trial: Trial,
+  session: Session,
+  context: Context,
+): Promise<void> {
+  const facts = unlessAborted(trial.signal, probe(session, context));
+  const { clock } = await facts.catch((): Partial<Facts> => ({}));
+  if (clock === undefined) return;
+  const ahead = Math.round(clock);
+  if (ahead >= 0) return trial.end("clock", "ok", `${ahead} s ahead`);
+  const hint = "what is built there seems to be from the past: set its " +
+    "clock, for example by 'timedatectl set-ntp true' there";
+  trial.end("clock", "warning", `${-ahead} s behind`, hint);
+}
+
+/** Has the machine import what we signed. */
+async function testImport(
+  remote: StoreConnection,
+  { path, bundle }: Sample,
+): Promise<string> {
+  async function* chunks() {
+    yield bundle;
+  }
+  await importPaths(remote, chunks());
+  const [valid] = await queryValidPaths(remote, [path]);
+  if (valid === path) return path;
+  throw remote.reader.error(`'${path}' was not properly imported`);
+}
+
+/** Has the machine sign an item, which is checked as an output would be. */
+async function testExport(
+  remote: StoreConnection,
+  { name }: Machine,
+  context: Context,
+): Promise<string> {
+  const acl = readAcl(context.configDirectory);
+  const path = await addTextToStore(remote, "import-test", nonce(name), []);
+  const bundle = exportBundle(remote, [path]);
+  const reader = new ByteReader(bundle, `archive from '${name}'`);
+  const directory = mkdtempSync(`${tmpdir()}/offload-`);
+  try {
+    await reader.number(1);
+    const item = await restoreItem(reader, `${directory}/item`);
+    checkItem(item, [path], acl, reader);
+    return path;
+  } finally {
+    removeFile(directory);
+  }
+}
+
+/** Tests a machine. */
+async function testMachine(
+  machine: Machine,
+  sample: Promise<Sample>,
+  seconds: number,
+  context: Context,
+  tell: (step: Step) => void,
+): Promise<TestReport> {
+  return await withTimeout(seconds, context, async ({ signal, settings }) => {
+    const trial = new Trial(machine, signal, tell);
+    const session = await testSession(trial, settings);
+    if (session === undefined) return trial.report();
+    try {
+      const remote = await trial.run(
+        ...["daemon", session.openDaemon] as const,
+        ({ minor }) => `protocol 1.${minor}`,
+      );
+      await testPrograms(trial, session);
+      if (remote !== undefined) {
+        const itself = (path: string) => path;
+        const send = async () => testImport(remote, await sample);
+        await trial.run("import", send, itself);
+        const bring = () => testExport(remote, machine, context);
+        await trial.run("export", bring, itself);
+      }
+      await testClock(trial, session, context);
+      return trial.report();
+    } finally {
+      session.close();
+    }
+  });
+}
+
+/** What is wrong with the machine file, as if it were a machine. */
+function testOfMachineFile({ problems }: Context): TestReport[] {
+  const steps = problems.map(({ severity, message, hint }): Step => ({
+    name: "machine file",
+    outcome: severity === "error" ? "failed" : "warning",
+    detail: message,
+    hint,
+    seconds: 0,
+  }));
+  const failed = steps.some(({ outcome }) => outcome === "failed");
+  const outcome = failed ? "failed" : "warning";
+  const machine = "machine file";
+  return steps.length === 0 ? [] : [{ machine, outcome, seconds: 0, steps }];
+}
+
+/** Lays out the reports: a table, and what to do where it is needed. */
+function formatReports(
+  reports: readonly TestReport[],
+  screen: Screen,
+): string {
+  const rows = reports.map(({ machine, outcome, seconds, steps }) => [
+    machine,
+    screen.paint(OUTCOME_STYLES[outcome], outcome),
+    `${steps.filter((step) => step.outcome === "ok").length}/${steps.length}`,
+    `${seconds.toFixed(2)} s`,
+    steps.filter((step) => step.outcome === outcome && outcome !== "ok")
+      .map(({ name }) => name).join(", "),
+  ]);
+  const header = ["machine", "result", "steps", "time", "where"];
+  const remedies = reports.flatMap(({ machine, steps }) =>
+    steps.filter(({ outcome }) => outcome === "failed" || outcome === "warning")
+      .map(({ name, outcome, detail, hint }) =>
+        `\n${machine}: ${name}: ` +
+        `${screen.paint(OUTCOME_STYLES[outcome], outcome)}: ${detail}` +
+        (hint === undefined ? "" : `\n  hint: ${hint}`)
+      )
+  );
+  return [formatTable([header, ...rows], screen), ...remedies].join("\n");
+}
+
+/** Writes text for XML. */
+function xml(text: string): string {
+  const entities = { "&": "amp", "<": "lt", ">": "gt", '"': "quot" };
+  return text
+    .replace(/[&<>"]/g, (it) => `&${entities[it as keyof typeof entities]};`)
+    // XML knows no other control characters, not even escaped.
+    .replace(/(?![\t\n])\p{Cc}|\p{Cs}/gu, "\ufffd");
+}
+
+/** Writes the reports as JUnit does: a suite for each machine. */
+export function formatJunit(reports: readonly TestReport[]): string {
+  const bodies = {
+    ok: () => "",
+    warning: ({ detail, hint }: Step) =>
+      `<system-out>warning: ${xml(`${detail}\n${hint ?? ""}`)}</system-out>`,
+    failed: ({ detail, hint }: Step) =>
+      `<failure message="${xml(detail)}">${xml(hint ?? "")}</failure>`,
+    skipped: () => "<skipped/>",
+  };
+  const number = (steps: readonly Step[], outcome: Step["outcome"]) =>
+    steps.filter((step) => step.outcome === outcome).length;
+  const suites = reports.map(({ machine, seconds, steps }) =>
+    `<testsuite name="${xml(machine)}" tests="${steps.length}" ` +
+    `failures="${number(steps, "failed")}" ` +
+    `skipped="${number(steps, "skipped")}" time="${seconds.toFixed(3)}">\n` +
+    steps.map((step) =>
+      `<testcase classname="${xml(machine)}" name="${xml(step.name)}" ` +
+      `time="${step.seconds.toFixed(3)}">${bodies[step.outcome](step)}` +
+      "</testcase>\n"
+    ).join("") + "</testsuite>\n"
+  );
+  return '<?xml version="1.0" encoding="UTF-8"?>\n' +
+    `<testsuites name="offload test">\n${suites.join("")}</testsuites>\n`;
+}
+
+/** Writes a file that was asked for. */
+function writeReport(file: string, text: string): void {
+  try {
+    writeFileSync(file, text);
+  } catch (cause) {
+    const message = `failed to write '${file}': ${reason(cause)}`;
+    throw new OffloadError(message, { cause });
+  }
+}
+
+/** `offload test [FILE [REGEXP]]`. */
+async function testCommand(
+  args: readonly string[],
+  options: CommandOptions,
+  context: Context,
+  screen: Screen,
+): Promise<CommandResult> {
+  const seconds = timeoutOf(options, context);
+  const machines = await selectMachines(args, context);
+  context.log.info(`testing ${machines.length} build machines...`);
+  const sample = makeSample(context);
+  sample.catch(() => {}); // it is told by each machine's import
+  const tests = machines.map((machine) => {
+    const tell = ({ name, outcome, detail }: Step) => {
+      if (options.json || outcome === "skipped") return;
+      const what = detail === "" ? "" : `: ${detail}`;
+      const painted = screen.paint(OUTCOME_STYLES[outcome], outcome);
+      context.log.info(`${machineId(machine)}: ${name}: ${painted}${what}`);
+    };
+    return testMachine(machine, sample, seconds, context, tell);
+  });
+  const results = await Promise.all(tests);
+  context.signal.throwIfAborted();
+  const reports = [...testOfMachineFile(context), ...results];
+  if (options.junit) writeReport(String(options.junit), formatJunit(reports));
+  const failed = reports.some(({ outcome }) => outcome === "failed");
+  const output = options.json
+    ? JSON.stringify(reports, null, 2)
+    : formatReports(reports, screen);
+  return { output, exitCode: failed ? 1 : 0 };
+}
+
+/** How a machine is, as `offload status` shows it. */
+interface MachineStatus {
+  /** NAME:PORT. */
+  readonly machine: string;
+  /** Why it can't be reached. */
+  readonly problem?: string | undefined;
+  readonly kernel?: string | undefined;
+  readonly architecture?: string | undefined;
+  readonly hostName?: string | undefined;
+  readonly normalizedLoad?: number | undefined;
+  /** In bytes. */
+  readonly freeDiskSpace?: number | undefined;
+  /** Seconds that its clock is ahead of ours. */
+  readonly timeDifference?: number | undefined;
+  /** In milliseconds. */
+  readonly latency?: number | undefined;
+  readonly slots: number;
+  /** What the slots that are taken are used for, if it is us who took them. */
+  readonly builds: readonly {
+    readonly derivation?: string | undefined;
+    readonly since?: string | undefined;
+  }[];
+  /** How often it failed since a build last succeeded there. */
+  readonly failures: number;
+  /** Seconds for which it is left alone, and why. */
+  readonly leftAlone: number;
+  readonly lastProblem?: string | undefined;
+}
+
+/** What a machine said of itself, by the reference's names. */
+function describeFacts(facts: Facts): Partial<MachineStatus> {
+  const [system, hostName, release, architecture] = facts.uname?.split(" ") ??
+    [];
+  return {
+    kernel: system && `${system} ${release}`,
+    architecture,
+    hostName,
+    normalizedLoad: normalizedLoad(facts),
+    freeDiskSpace: facts.store?.bytes,
+    timeDifference: facts.clock && Math.round(facts.clock),
+    latency: facts.roundTrip,
+  };
+}
+
+/** What is known here of a machine, without asking it. */
+function describeUse(
+  machine: Machine,
+  { observations, stateDirectory }: Context,
+): MachineStatus {
+  const id = machineId(machine);
+  const record = observations.machines(id).get(id);
+  const used = observations.slots();
+  const left = ((record?.until ?? 0) - Date.now()) / 1000;
+  return {
+    machine: id,
+    slots: machine.parallelBuilds,
+    builds: takenSlots(machine, stateDirectory).map((file) => {
+      const use = used.find((it) => it.file === file);
+      const since = use && new Date(use.time).toISOString();
+      return { derivation: use?.derivation, since };
+    }),
+    failures: record?.failures ?? 0,
+    leftAlone: Math.max(0, Math.ceil(left)),
+    lastProblem: record?.failures ? record.problem : undefined,
+  };
+}
+
+/** Asks a machine how it is; `sessions` keeps the connection. */
+async function inspect(
+  machine: Machine,
+  seconds: number,
+  sessions: Map<string, Session>,
+  context: Context,
+): Promise<MachineStatus> {
+  const id = machineId(machine);
+  const ask = async (bounds: Pick<Context, "signal" | "settings">) => {
+    const session = sessions.get(id) ?? await openSession(machine, bounds);
+    sessions.set(id, session);
+    const facts = unlessAborted(bounds.signal, probe(session, context));
+    return facts.catch((error) => {
+      // An account may be unable to run commands and still be of use.
+      if (!bounds.signal.aborted && !session.failure()) return { time: 0 };
+      sessions.delete(id);
+      session.close();
+      throw error;
+    });
+  };
+  try {
+    const facts = await withTimeout(seconds, context, ask);
+    return { ...describeUse(machine, context), ...describeFacts(facts) };
+  } catch (error) {
+    context.signal.throwIfAborted();
+    return { ...describeUse(machine, context), problem: reason(error) };
+  }
+}
+
+/** A number of bytes, as the reference writes it. */
+function formatSize(bytes: number): string {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+  const exponent = units.findLastIndex((_, index) => bytes > 1024 ** index);
+  const index = Math.max(0, exponent);
+  return `${Math.round(bytes / 1024 ** index)} ${units[index]}`;
+}
+
+/** How long something takes, to be read at a glance. */
+function formatDuration(seconds: number): string {
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
+  return `${Math.round(seconds / 3600)} h`;
+}
+
+/** What is known of a machine beside numbers: builds, failures. */
+function describeWork(
+  { builds, failures, leftAlone, problem, lastProblem }: MachineStatus,
+): string[] {
+  const notes = builds.map(({ derivation, since }) => {
+    if (derivation === undefined) return "a build of another program's";
+    const seconds = (Date.now() - Date.parse(since!)) / 1000;
+    const time = formatDuration(seconds);
+    return `building ${derivationName(derivation)} for ${time}`;
+  });
+  if (problem !== undefined) notes.unshift(problem);
+  if (failures > 0) {
+    const times = failures === 1 ? "once" : `${failures} times`;
+    const alone = leftAlone > 0 ? `left alone for ${leftAlone} s, ` : "";
+    notes.push(`${alone}failed ${times}: ${lastProblem}`);
+  }
+  return notes;
+}
+
+/** Shows machines as the reference does, with what it does not know. */
+function formatStatus(statuses: readonly MachineStatus[]): string {
+  return statuses.map((status) => {
+    const { normalizedLoad, freeDiskSpace, timeDifference } = status;
+    const fields: Record<string, string | undefined> = {
+      "unreachable": status.problem,
+      "kernel": status.kernel,
+      "architecture": status.architecture,
+      "host name": status.hostName,
+      "normalized load": normalizedLoad?.toFixed(2),
+      "free disk space": freeDiskSpace?.toFixed() && formatSize(freeDiskSpace),
+      "time difference": timeDifference?.toFixed().concat(" s"),
+      "latency": status.latency?.toFixed(1).concat(" ms"),
+      "slots": `${status.builds.length} of ${status.slots} taken`,
+    };
+    const lines = Object.entries(fields)
+      .filter(([, value]) => value !== undefined)
+      .map(([name, value]) => `  ${name}: ${value}`);
+    const work = describeWork({ ...status, problem: undefined });
+    const name = status.machine.replace(/:22$/, "");
+    return [name, ...lines, ...work.map((note) => `  ${note}`)].join("\n");
+  }).join("\n");
+}
+
+/** Shows machines in a table. */
+function formatStatusTable(
+  statuses: readonly MachineStatus[],
+  screen: Screen,
+): string {
+  const rows = statuses.map((status) => {
+    const { problem, normalizedLoad, freeDiskSpace, latency } = status;
+    const up = status.latency !== undefined;
+    return [
+      status.machine,
+      problem !== undefined
+        ? screen.paint("bad", "down")
+        : screen.paint(up ? "good" : "doubtful", up ? "up" : "?"),
+      `${status.builds.length}/${status.slots}`,
+      normalizedLoad?.toFixed(2) ?? "-",
+      freeDiskSpace === undefined ? "-" : formatSize(freeDiskSpace),
+      status.timeDifference?.toFixed().concat(" s") ?? "-",
+      latency?.toFixed(latency < 10 ? 1 : 0).concat(" ms") ?? "-",
+      status.hostName ?? "-",
+      status.architecture ?? "-",
+      status.kernel ?? "-",
+      describeWork(status).join("; "),
+    ];
+  });
+  const header = "machine,,slots,load,disk,clock,latency,host,arch,kernel,";
+  return formatTable([header.split(","), ...rows], screen);
+}
+
+/** Cuts a line to what fits; a line that is cut loses its colours. */
+function cutLine(line: string, columns: number): string {
+  const plain = stripVTControlCharacters(line);
+  return plain.length <= columns ? line : plain.slice(0, columns);
+}
+
+/** Draws over what was drawn before. */
+function redraw(text: string, screen: Screen): void {
+  const [columns, lines] = screen.size();
+  const shown = text.split("\n").slice(0, lines - 1);
+  const frame = shown.map((line) => `${cutLine(line, columns)}\x1b[K\n`);
+  screen.print(`\x1b[H${frame.join("")}\x1b[J`);
+}
+
+/** Seconds between two looks at a machine. */
+const WATCH_INTERVAL = 2;
+
+/** Shows machines until interrupted; none waits for another one. */
+async function watchMachines(
+  machines: readonly Machine[],
+  look: (machine: Machine) => Promise<MachineStatus>,
+  show: (statuses: readonly MachineStatus[]) => void,
+  context: Context,
+): Promise<void> {
+  const latest = machines.map((machine) => describeUse(machine, context));
+  const pause = () =>
+    delay(WATCH_INTERVAL * 1000, undefined, { signal: context.signal });
+  const first = machines.map(async (machine, index) => {
+    latest[index] = await look(machine);
+  });
+  const follow = async (index: number) => {
+    for (await first[index];;) {
+      await pause();
+      latest[index] = await look(machines[index]!);
+    }
+  };
+  const ended = Promise.all(machines.map((_, index) => follow(index)));
+  ended.catch(() => {}); // the interruption, seen below
+  try {
+    await Promise.race([Promise.all(first), pause()]);
+    for (;; await pause()) show(latest);
+  } catch (error) {
+    if (!context.signal.aborted) throw error;
+  }
+}
+
+/** `offload status [FILE [REGEXP]]`. */
+async function statusCommand(
+  args: readonly string[],
+  options: CommandOptions,
+  context: Context,
+  screen: Screen,
+): Promise<CommandResult> {
+  const seconds = timeoutOf(options, context);
+  const machines = await selectMachines(args, context);
+  context.log.info(`getting status of ${machines.length} build machines...`);
+  const sessions = new Map<string, Session>();
+  const look = (machine: Machine) =>
+    inspect(machine, seconds, sessions, context);
+  const describe = (statuses: readonly MachineStatus[]) => {
+    if (options.json) {
+      return JSON.stringify(statuses, null, options.watch ? 0 : 2);
+    }
+    return (screen.isTerminal ? formatStatusTable : formatStatus)(
+      statuses,
+      screen,
+    );
+  };
+  try {
+    if (options.watch) {
+      await watchMachines(machines, look, (statuses) => {
+        if (screen.isTerminal) redraw(describe(statuses), screen);
+        else screen.print(`${describe(statuses)}\n`);
+      }, context);
+      return { output: "", exitCode: 0 };
+    }
+    const statuses = await Promise.all(machines.map(look));
+    for (const { machine, timeDifference = 0 } of statuses) {
+      if (timeDifference >= 0) continue;
+      const name = machine.replace(/:22$/, "");
+      const behind = `${-timeDifference} seconds behind`;
+      context.log.warn(`machine '${name}' is ${behind}`);
+    }
+    const failed = statuses.some(({ problem }) => problem !== undefined) ||
+      context.problems.some(({ severity }) => severity === "error");
+    return { output: describe(statuses), exitCode: failed ? 1 : 0 };
+  } finally {
+    for (const session of sessions.values()) session.close();
+  }
+}
+
+/** What must and may follow a command. */
+function usageOf({ required, optional }: Command): string {
+  const names = required.map(({ name }) => name);
+  const rest = optional.reduceRight(
+    (rest, { name }) => `[${name}${rest && ` ${rest}`}]`,
+    "",
+  );
+  return [...names, rest].filter(Boolean).join(" ");
+}
+
+/** Breaks a paragraph into lines. */
+function fillParagraph(text: string): string {
+  return text.replace(/(.{1,76})(?: |$)/g, "$1\n");
+}
+
+/** Lays out names and what they mean. */
+function formatPairs(pairs: readonly (readonly [string, string])[]): string {
+  const width = Math.max(...pairs.map(([name]) => name.length));
+  return pairs.map(([name, meaning]) => `  ${name.padEnd(width)}  ${meaning}\n`)
+    .join("");
+}
+
+const HELP_OPTION: CommandOption = {
+  name: "--help",
+  summary: "Show this help",
+};
+const VERSION_OPTION: CommandOption = {
+  name: "--version",
+  summary: "Print the version",
+};
+
+/** An option, and what follows it. */
+function optionUsage({ name, value }: CommandOption): string {
+  return value === undefined ? name : `${name} ${value.name}`;
+}
+
+/** The help on the program. */
+function generalHelp(): string {
+  const options = [HELP_OPTION, VERSION_OPTION];
+  return `Usage: offload COMMAND ARGUMENT...
+
+${formatPairs(COMMANDS.map(({ name, summary }) => [name, summary]))}
+${formatPairs(options.map(({ name, summary }) => [name, summary]))}
+'offload COMMAND --help' says more.
+
+As a hook: offload SYSTEM MAX-SILENT-TIME PRINT-BUILD-TRACE? BUILD-TIMEOUT
+This is how guix-daemon calls it: requests come in on the standard input.`;
+}
+
+/** The help on a command. */
+function commandHelp(command: Command): string {
+  const { name, summary, description, examples } = command;
+  const options = [...command.options, HELP_OPTION];
+  return [
+    `Usage: offload ${name} [OPTION]... ${usageOf(command)}`.trimEnd() +
+    `\n${summary}.\n`,
+    ...description.map(fillParagraph),
+    formatPairs(options.map((it) => [optionUsage(it), it.summary])),
+    `Examples:\n${
+      formatPairs(examples.map(([line, does]) => [line, `# ${does}`]))
+    }`,
+  ].join("\n").trimEnd();
+}
+
+/** The completion for bash; where nothing is listed, it completes files. */
+function bashCompletion(): string {
+  const cases = COMMANDS.map(({ name, options, required }) => {
+    const names = [...options, HELP_OPTION].map((option) => option.name);
+    const shells = required.some(({ completion }) => completion === "shell");
+    return `    ${name}:-*) words='${names.join(" ")}' ;;\n` +
+      (shells ? `    ${name}:*) words='${SHELLS.join(" ")}' ;;\n` : "");
+  });
+  const names = COMMANDS.map(({ name }) => name).join(" ");
+  return `_offload() {
+  local word=\${COMP_WORDS[COMP_CWORD]} words=
+  if [ "$COMP_CWORD" = 1 ]; then words='${names} --help --version'; fi
+  case \${COMP_WORDS[1]}:$word in
+${cases.join("")}  esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _offload offload`;
+}
+
+/** The completion for zsh, which can do it as bash does. */
+function zshCompletion(): string {
+  return `(( $+functions[compdef] )) || { autoload -Uz compinit; compinit; }
+autoload -Uz bashcompinit
+bashcompinit
+${bashCompletion()}`;
+}
+
+/** The completion for fish. */
+function fishCompletion(): string {
+  const lines = COMMANDS.flatMap((command) => {
+    const { name, required, optional, summary } = command;
+    const of = `complete -c offload -n '__fish_seen_subcommand_from ${name}'`;
+    const options = [...command.options, HELP_OPTION].map((option) => {
+      const value = { file: " -r -F", shell: "", nothing: " -x" };
+      return `${of} -l ${option.name.slice(2)}` +
+        `${option.value ? value[option.value.completion] : ""} ` +
+        `-d ${quote(option.summary)}`;
+    });
+    const kinds = [...required, ...optional].map((it) => it.completion);
+    return [
+      `complete -c offload -n __fish_use_subcommand -a ${name} ` +
+      `-d ${quote(summary)}`,
+      ...options,
+      kinds.includes("file") ? `${of} -F` : "",
+      kinds.includes("shell") ? `${of} -a '${SHELLS.join(" ")}'` : "",
+    ];
+  });
+  return ["complete -c offload -f", ...lines.filter(Boolean)].join("\n");
+}
+
+/** The completion for a shell, made of the table of commands. */
+export function completion(shell: string): string {
+  const scripts: Readonly<Record<string, () => string>> = {
+    bash: bashCompletion,
+    zsh: zshCompletion,
+    fish: fishCompletion,
+  };
+  const script = Object.hasOwn(scripts, shell) ? scripts[shell] : undefined;
+  if (script !== undefined) return script();
+  throw usageError(
+    `${shell}: unknown shell: expected bash, zsh or fish`,
+    "completion",
+  );
+}
+
+/** Runs a command. */
+type Action = (
+  args: readonly string[],
+  options: CommandOptions,
+  makeContext: (machineFile?: string) => Promise<Context>,
+  screen: Screen,
+) => Promise<CommandResult>;
+
+/** What the commands of the table do. */
+const ACTIONS: Readonly<Record<string, Action>> = {
+  test: async (args, options, makeContext, screen) =>
+    testCommand(args, options, await makeContext(args[0]), screen),
+  status: async (args, options, makeContext, screen) =>
+    statusCommand(args, options, await makeContext(args[0]), screen),
+  explain: async ([derivation], options, makeContext, screen) =>
+    explainCommand(derivation!, options, await makeContext(), screen),
+  machines: async ([file], options, makeContext, screen) =>
+    machinesCommand(options, await makeContext(file), screen),
+  completion: ([shell]) =>
+    Promise.resolve({ output: completion(shell!), exitCode: 0 }),
+};
+
+/** Makes cac's commands of the table. */
+function makeCli(run: (command: Command) => Promise<CommandResult>) {
+  const cli = cac("offload");
+  for (const command of COMMANDS) {
+    const words = [
+      command.name,
+      ...command.required.map(({ name }) => `<${name}>`),
+      ...command.optional.map(({ name }) => `[${name}]`),
+    ];
+    const made = cli.command(words.join(" ")).action(() => run(command));
+    for (const { name, value } of command.options) {
+      made.option(value === undefined ? name : `${name} <${value.name}>`, "");
+    }
+  }
+  cli.option("-h, --help", "").option("-V, --version", "");
+  return cli;
+}
+
+/** Says in the reference's words what is wrong with a command line. */
+function wrongArguments(error: Error, command: string): OffloadError {
+  const [, option] = /option \`(.*?)[\` ]/i.exec(error.message) ?? [];
+  const missing = /missing$/.test(error.message);
+  const message = option === undefined
+    ? "wrong number of arguments"
+    : `${option}: ${missing ? "its value is missing" : "unrecognized option"}`;
+  return usageError(message, command);
+}
 
 /** Runs the command that `args` name. */
 async function runCommand(
   args: readonly string[],
   makeContext: (machineFile?: string) => Promise<Context>,
+  screen: Screen,
 ): Promise<CommandResult> {
-  const cli = cac("offload");
-  cli.command(
-    "explain <derivation>",
-    "Say which machine would build it, and why",
-  )
-    .option("--json", "Print JSON")
-    .action(async (derivation, options) =>
-      explainCommand(derivation, options, await makeContext())
-    );
-  cli.command("machines [file]", "Print the machines that a file lists")
-    .option("--json", "Print JSON")
-    .action(async (file, options) =>
-      machinesCommand(options, await makeContext(file))
-    );
-  cli.version(VERSION);
-  cli.help((
-    sections,
-  ) => [...sections, { title: "As a hook", body: HOOK_USAGE }]);
+  const cli = makeCli(({ name }) => {
+    const { args, options } = cli;
+    return ACTIONS[name]!(args.map(String), options, makeContext, screen);
+  });
   cli.parse(["", "offload", ...args], { run: false });
-  if (cli.options.help || cli.options.version) {
-    return { output: "", exitCode: 0 };
+  const name = cli.matchedCommandName;
+  const command = COMMANDS.find((command) => command.name === name);
+  const say = (output: string) => ({ output, exitCode: 0 });
+  if (cli.options.help) {
+    return say(command === undefined ? generalHelp() : commandHelp(command));
   }
-  if (cli.matchedCommand === undefined) {
-    const [name] = args;
-    throw new OffloadError(
-      name === undefined
-        ? "missing command name"
-        : `${name}: command not found`,
-      { hint: "run 'offload --help'", exitCode: EXIT.usage },
-    );
+  if (cli.options.version) return say(`offload ${VERSION}`);
+  if (command === undefined) {
+    const given = args.map((it) => JSON.stringify(it)).join(" ");
+    const wrong = `invalid arguments: ${given}`;
+    throw usageError(given === "" ? "missing command name" : wrong);
   }
-  return await cli.runMatchedCommand();
+  try {
+    return await cli.runMatchedCommand();
+  } catch (error) {
+    const isUsage = error instanceof Error && error.name === "CACError";
+    throw isUsage ? wrongArguments(error, command.name) : error;
+  }
 }
 
 // ---------------------------------------------------------------------------
@@ -5369,6 +6542,20 @@ function makeLog(environment: Variables): Log {
     debug: (text) => {
       if (environment.OFFLOAD_DEBUG) line(`offload: debug: ${text}`);
     },
+  };
+}
+
+/** Makes the screen of a command. */
+function makeScreen(environment: Variables): Screen {
+  const isTerminal = isatty(STANDARD_OUTPUT);
+  const hasColours = isTerminal && !environment.NO_COLOR &&
+    environment.TERM !== "dumb";
+  return {
+    isTerminal,
+    paint: (style, text) =>
+      hasColours ? `\x1b[${STYLES[style]}m${text}\x1b[0m` : text,
+    size: () => [process.stdout.columns ?? 80, process.stdout.rows ?? 24],
+    print: (text) => writeFileSync(STANDARD_OUTPUT, text),
   };
 }
 
@@ -5568,14 +6755,13 @@ async function main(args: readonly string[]): Promise<number> {
     const { output, exitCode } = await runCommand(
       args,
       (file) => makeContext(NO_HOOK, environment, log, signal, file),
+      makeScreen(environment),
     );
     if (output !== "") writeLine(STANDARD_OUTPUT, output);
     return exitCode;
   } catch (error) {
     log.error(error);
-    if (error instanceof OffloadError) return error.exitCode;
-    const isUsage = error instanceof Error && error.name === "CACError";
-    return isUsage ? EXIT.usage : EXIT.transient;
+    return error instanceof OffloadError ? error.exitCode : EXIT.transient;
   }
 }
 

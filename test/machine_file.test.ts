@@ -506,8 +506,11 @@ command("prints a table", () => {
   );
   assert.is(stderr, "");
   assert.is(status, 0);
-  assert.match(stdout, /^machine +systems +user .*\nada:22 +x86_64-linux +u /);
-  assert.match(stdout, /\nbea.example.org:2222 +x86_64-linux +u .*\n$/);
+  assert.match(
+    stdout,
+    /^machine\tsystems\tuser\t.*\nada:22\tx86_64-linux\tu\t/,
+  );
+  assert.match(stdout, /\nbea.example.org:2222\tx86_64-linux\tu\t.*\n$/);
 });
 
 command("prints JSON, and fails with errors", () => {

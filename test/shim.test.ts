@@ -178,6 +178,20 @@ test("guix offload runs mod.ts with Node, else Deno", async () => {
   });
 });
 
+test("guix offload runs all commands of Offload", async () => {
+  await sandbox(async (box) => {
+    box.guix("bin/guix");
+    box.runtime("bin/node", "v24.1.0");
+    for (const args of [["test", "a b"], ["status"], ["--version"], []]) {
+      const { code, stdout } = await box.call(["offload", ...args]);
+      const mod = `${box.directory}/checkout/mod.ts`;
+      const words = [NODE_OPTIONS, mod, ...args];
+      assert.is(stdout, `bin/node:\n${words.join("\n")}\n`);
+      assert.is(code, 0);
+    }
+  });
+});
+
 test("guix offload takes the runtime that OFFLOAD_RUNTIME names", async () => {
   await sandbox(async (box) => {
     box.runtime("bin/node", "v24.1.0");

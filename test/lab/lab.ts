@@ -198,12 +198,35 @@ export function useMachines(
   forget(master);
 }
 
+/** The public key with which a host signs store items. */
+export function signingKey(host: string): string {
+  return readFileSync(`${root(host)}/etc/guix/signing-key.pub`, "latin1");
+}
+
+/** Lets a host trust the signatures of these others and of no more. */
+export function trustOnly(host: string, others: readonly string[]): void {
+  const entries = others.map((other) =>
+    `(entry ${signingKey(other)} (tag (guix import)))`
+  );
+  const acl = `(acl ${entries.join("\n")})\n`;
+  writeFileSync(`${root(host)}/etc/guix/acl`, acl);
+}
+
 /** Makes a master forget what it saw of machines. */
 export function forget(master: string): void {
   for (const suffix of ["", "-shm", "-wal"]) {
     const file = `/var/guix/offload/observations.sqlite${suffix}`;
     rmSync(root(master) + file, { force: true });
   }
+}
+
+/** The command line of Offload on a master, under a runtime. */
+export function offloadCommand(
+  runtime: Runtime,
+  ...args: readonly string[]
+): string[] {
+  const environment = `OFFLOAD_RUNTIME=${runtime}`;
+  return ["env", environment, "/offload/scripts/guix", "offload", ...args];
 }
 
 /** Edits a machine file so that 'w1' has one digit of its key wrong. */

@@ -406,8 +406,8 @@ export default plugin as Plugin;
       );
     const { status, stdout } = explain();
     assert.is(status, 0, stdout);
-    assert.match(stdout, /^w1:22 .* lacks the features kvm$/m);
-    assert.match(stdout, /^w2:22 .* takes it$/m);
+    assert.match(stdout, /^w1:22\t.*\tlacks the features kvm\t$/m);
+    assert.match(stdout, /^w2:22\t.*\ttakes it\t$/m);
     const json = JSON.parse(explain("--json").stdout);
     assert.equal(
       json.map((

@@ -1,6 +1,5 @@
 /** Who is trusted: host keys, and the keys that sign outputs. */
 
-import { readFileSync, writeFileSync } from "node:fs";
 import { basename } from "node:path";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -12,10 +11,10 @@ import {
   makeWork,
   outputsOf,
   pathInfo,
-  root,
   RUNTIMES,
   startHook,
   storeNames,
+  trustOnly,
   up,
   useMachines,
   useOffload,
@@ -39,7 +38,7 @@ function suiteUnder(runtime: Runtime): void {
 
   test("nothing is built where no key is trusted at all", () => {
     useMachines("head", ["w1"]);
-    trustOnly([]);
+    trustOnly("head", []);
     const [derivation] = makeWork("head");
     const { status, stderr } = build("head", derivation!);
     assert.is(status, 1);
@@ -51,7 +50,7 @@ function suiteUnder(runtime: Runtime): void {
 
   test("outputs that nobody trusted has signed are refused", () => {
     useMachines("head", ["w1"]);
-    trustOnly(["w2"]);
+    trustOnly("head", ["w2"]);
     const [derivation] = makeWork("head", "--outputs=out,lib");
     const { status, stderr } = build("head", derivation!);
     assert.is(status, 1);
@@ -63,7 +62,7 @@ function suiteUnder(runtime: Runtime): void {
 
   test("an output signed by another machine's key is refused", async () => {
     useMachines("head", ["w1"]);
-    trustOnly(["w2"]);
+    trustOnly("head", ["w2"]);
     const [derivation] = makeWork("head");
     const outputs = Object.values(outputsOf("head", derivation!));
     const hook = startHook("head", { runtime });
@@ -77,10 +76,10 @@ function suiteUnder(runtime: Runtime): void {
 
   test("an output is accepted once its machine's key is", () => {
     useMachines("head", ["w1"]);
-    trustOnly(["w2"]);
+    trustOnly("head", ["w2"]);
     const [derivation] = makeWork("head");
     assert.is(build("head", derivation!).status, 1);
-    trustOnly(["w1"]);
+    trustOnly("head", ["w1"]);
     assertOffloaded(derivation!, build("head", derivation!), ["w1"]);
   });
 
@@ -97,21 +96,6 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test.run();
-}
-
-/** Lets head trust the signatures of these machines and no others. */
-function trustOnly(machines: readonly string[]): void {
-  const entries = machines.map((machine) =>
-    `(entry ${signingKey(machine)} (tag (guix import)))`
-  );
-  writeFileSync(
-    `${root("head")}/etc/guix/acl`,
-    `(acl ${entries.join("\n")})\n`,
-  );
-}
-
-function signingKey(machine: string): string {
-  return readFileSync(`${root(machine)}/etc/guix/signing-key.pub`, "latin1");
 }
 
 /** The message for one of the outputs. */

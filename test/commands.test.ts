@@ -1,0 +1,157 @@
+/** The commands, as far as they need no host: help, arguments, formats. */
+
+import { writeFileSync } from "node:fs";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { COMMANDS, completion, formatJunit } from "../mod.ts";
+import { machine } from "./context.ts";
+import { ownRuntime, ROOT, run, settled, withDirectory } from "./helpers.ts";
+
+const test = suite("commands");
+
+/** Runs Offload with these arguments. */
+async function offload(...args: readonly string[]) {
+  const [program, ...options] = ownRuntime;
+  const script = `${ROOT}/mod.ts`;
+  const env = { ...process.env, OFFLOAD_PLUGINS: "/nonexistent" };
+  const child = run(program, [...options, script, ...args], { env });
+  const { code, stdout, stderr } = await settled(child);
+  return { code, stdout: stdout.toString(), stderr };
+}
+
+/** Writes a machine file with a machine of each name, none of which is there. */
+function writeMachines(directory: string, ...names: string[]): string {
+  const file = `${directory}/machines.scm`;
+  const { hostKey, user } = machine();
+  const forms = names.map((name) =>
+    `(build-machine (name "${name}") (systems '("x86_64-linux"))
+       (user "${user}") (private-key "/none") (host-key "${hostKey}"))`
+  );
+  writeFileSync(file, `(list ${forms.join("\n")})`);
+  return file;
+}
+
+test("--help shows each command, with options and examples", async () => {
+  const general = await offload("--help");
+  assert.is(general.code, 0);
+  assert.match(general.stdout, /^Usage: offload COMMAND ARGUMENT\.\.\.\n/);
+  for (const { name, summary, options, examples } of COMMANDS) {
+    assert.ok(general.stdout.includes(` ${name} `), name);
+    const { code, stdout, stderr } = await offload(name, "--help");
+    assert.is(code, 0);
+    assert.is(stderr, "");
+    assert.match(stdout, RegExp(`^Usage: offload ${name} .*\n${summary}\\.\n`));
+    for (const option of options) assert.match(stdout, `  ${option.name} `);
+    for (const [line] of examples) assert.match(stdout, `  ${line} `);
+    assert.ok(stdout.split("\n").every((line) => line.length <= 100), name);
+  }
+});
+
+test("--version prints the version of the package", async () => {
+  const { code, stdout } = await offload("--version");
+  assert.is(code, 0);
+  assert.match(stdout, /^offload \d+\.\d+\.\d+\n$/);
+});
+
+test("wrong arguments are told in Guix's words", async () => {
+  await withDirectory(async (directory) => {
+    const file = writeMachines(directory, "w1");
+    const wrong: [string[], RegExp][] = [
+      [[], /missing command name$/m],
+      [["bogus", "x"], /invalid arguments: "bogus" "x"$/m],
+      [["status", "a", "b", "c"], /wrong number of arguments$/m],
+      [["explain"], /wrong number of arguments$/m],
+      [["test", "/none"], /failed to open machine file '\/none': no such/],
+      [["test", file, "("], /invalid regular expression '\('/],
+      [["status", file, "w9"], /no machine's name matches 'w9'$/m],
+      [["test", file, "--timeout", "soon"], /invalid .* seconds: 'soon'$/m],
+      [["test", file, "--timeout"], /--timeout: its value is missing$/m],
+      [["test", "--jnuit", "x"], /--jnuit: unrecognized option$/m],
+      [["completion", "csh"], /csh: unknown shell: expected bash, zsh or fish/],
+    ];
+    for (const [args, message] of wrong) {
+      const { code, stdout, stderr } = await offload(...args);
+      assert.is(code, 2, stderr);
+      assert.is(stdout, "");
+      assert.match(stderr, /^offload: error: /);
+      assert.match(stderr, message);
+      assert.match(stderr, /^hint: run 'offload .*--help'$/m);
+    }
+  });
+});
+
+test("status takes REGEXP as Guix does, and each machine once", async () => {
+  await withDirectory(async (directory) => {
+    const file = writeMachines(directory, "a1.none", "b2.none", "a1.none");
+    const names = async (...regexp: string[]) => {
+      const { code, stdout } = await offload("status", file, ...regexp);
+      assert.is(code, 1);
+      return stdout.match(/^\S+/gm);
+    };
+    assert.equal(await names(), ["a1.none", "b2.none"]);
+    assert.equal(await names("2"), ["b2.none"]);
+    assert.equal(await names("^[[:alpha:]][[:digit:]]"), [
+      "a1.none",
+      "b2.none",
+    ]);
+    assert.equal(await names("^(?!a1)"), ["b2.none"]);
+  });
+});
+
+test("test fails where the machine file is wrong", async () => {
+  await withDirectory(async (directory) => {
+    const file = `${directory}/machines.scm`;
+    writeFileSync(file, "(list (build-machine");
+    const { code, stdout } = await offload("test", file, "--json");
+    assert.is(code, 1);
+    const [report, ...others] = JSON.parse(stdout);
+    assert.equal(others, []);
+    assert.is(report.machine, "machine file");
+    assert.is(report.outcome, "failed");
+    assert.match(report.steps[0].detail, /machines\.scm:1:\d+: unexpected end/);
+  });
+});
+
+test("formatJunit writes XML whatever is in a message", () => {
+  const detail = `"<a>" & 'b'\x1b\ud800`;
+  const step = { name: "daemon", outcome: "failed", detail, seconds: 1 };
+  const skipped = { name: "clock", outcome: "skipped", detail, seconds: 0 };
+  const xml = formatJunit([{
+    machine: "w1:22",
+    outcome: "failed",
+    seconds: 1.23456,
+    steps: [{ ...step, hint: "a < b" }, skipped] as never,
+  }]);
+  assert.is(
+    xml,
+    `<?xml version="1.0" encoding="UTF-8"?>
+<testsuites name="offload test">
+<testsuite name="w1:22" tests="2" failures="1" skipped="1" time="1.235">
+<testcase classname="w1:22" name="daemon" time="1.000">` +
+      `<failure message="&quot;&lt;a&gt;&quot; &amp; 'b'\ufffd\ufffd">` +
+      `a &lt; b</failure></testcase>
+<testcase classname="w1:22" name="clock" time="0.000"><skipped/></testcase>
+</testsuite>
+</testsuites>
+`,
+  );
+});
+
+test("completion knows all commands and options", () => {
+  for (const shell of ["bash", "zsh", "fish"]) {
+    const script = completion(shell);
+    for (const { name, options } of COMMANDS) {
+      assert.match(script, name);
+      for (const option of options) {
+        assert.match(
+          script,
+          shell === "fish"
+            ? `from ${name}' -l ${option.name.slice(2)} `
+            : RegExp(`${name}:-.*${option.name} `),
+        );
+      }
+    }
+  }
+});
+
+test.run();
