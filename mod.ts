@@ -8,6 +8,7 @@
  */
 
 import { Buffer, isUtf8 } from "node:buffer";
+import { execFile } from "node:child_process";
 import {
   constants,
   createHash,
@@ -19,6 +20,7 @@ import {
 } from "node:crypto";
 import type { Hash } from "node:crypto";
 import {
+  chmodSync,
   chownSync,
   closeSync,
   existsSync,
@@ -27,6 +29,7 @@ import {
   mkdtempSync,
   openSync,
   readFileSync,
+  realpathSync,
   renameSync,
   rmSync,
   statSync,
@@ -34,7 +37,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { createConnection } from "node:net";
-import { hostname, tmpdir, userInfo } from "node:os";
+import { hostname, machine as architecture, tmpdir, userInfo } from "node:os";
 import { basename, dirname } from "node:path";
 import process from "node:process";
 import { createInterface } from "node:readline";
@@ -3440,6 +3443,7 @@ async function connect(
   machine: Machine,
   { signal, settings }: Pick<Context, "signal" | "settings">,
   reached?: (what: "connect" | "host key") => void,
+  others: Partial<ConnectConfig> = {},
 ): Promise<Session> {
   signal.throwIfAborted();
   const link: Link = { client: new ssh2.Client(), used: performance.now() };
@@ -3473,7 +3477,7 @@ async function connect(
       reject(connectionError(machine, failure!));
       setTimeout(lost.reject, LOST_DELAY, failure).unref();
     });
-    client.connect(options);
+    client.connect({ ...options, ...others });
   });
   let patient = 0;
   return {
@@ -5285,6 +5289,45 @@ export const COMMANDS: readonly Command[] = [
     ],
   },
   {
+    name: "trust",
+    required: [{ name: "USER@HOST[:PORT]", completion: "nothing" }],
+    optional: [],
+    summary: "Let this machine and a build machine trust each other",
+    description: [
+      "It shows the host key's fingerprint and asks whether it is right; makes " +
+      "an SSH key and a signing key where there are none; lets the SSH key " +
+      "log in there as USER, which it does itself by your SSH agent or your " +
+      "password; authorizes either side's signing key on the other one; and " +
+      "tests the machine as 'offload test' does. What is so already stays. " +
+      "Each change is told, and how to undo it.",
+      "At the end the machine is added to FILE, or its form is printed.",
+    ],
+    options: [
+      {
+        name: "--file",
+        value: FILE,
+        summary: "Add the machine to this machine file",
+      },
+      {
+        name: "--fingerprint",
+        value: { name: "SHA256:…", completion: "nothing" },
+        summary: "Trust the host key with this fingerprint, unasked",
+      },
+      {
+        name: "--identity",
+        value: FILE,
+        summary: "Log in with this SSH key, which is made if need be",
+      },
+      TIMEOUT_OPTION,
+    ],
+    examples: [
+      [
+        "offload trust root@w1.example.org --file /etc/guix/machines.scm",
+        "sets up a build machine",
+      ],
+    ],
+  },
+  {
     name: "explain",
     required: [{ name: "DERIVATION", completion: "file" }],
     optional: [],
@@ -5340,6 +5383,11 @@ interface CommandResult {
 function usageError(message: string, command?: string): OffloadError {
   const hint = `run 'offload ${command ? `${command} ` : ""}--help'`;
   return new OffloadError(message, { hint, exitCode: EXIT.usage });
+}
+
+/** Whether something is wrong with the machine file. */
+function hasErrors({ problems }: Context): boolean {
+  return problems.some(({ severity }) => severity === "error");
 }
 
 /** Lays out rows, the first one being the heading, or separates by tabs. */
@@ -5410,7 +5458,7 @@ async function machinesCommand(
   const output = options.json
     ? JSON.stringify(machines.map(machineToJson), null, 2)
     : formatTable([columns.split(","), ...rows], screen);
-  const failed = context.problems.some(({ severity }) => severity === "error");
+  const failed = hasErrors(context);
   return { output, exitCode: failed ? 1 : 0 };
 }
 
@@ -5852,13 +5900,11 @@ async function testImport(
   throw remote.reader.error(`'${path}' was not properly imported`);
 }
 
-/** Has the machine sign an item, which is checked as an output would be. */
-async function testExport(
+/** Has the machine make and sign an item; the file it restores is removed. */
+async function exportSample(
   remote: StoreConnection,
   { name }: Machine,
-  context: Context,
-): Promise<string> {
-  const acl = readAcl(context.configDirectory);
+): Promise<{ item: ItemMetadata; path: string; reader: ByteReader }> {
   const path = await addTextToStore(remote, "import-test", nonce(name), []);
   const bundle = exportBundle(remote, [path]);
   const reader = new ByteReader(bundle, `archive from '${name}'`);
@@ -5866,11 +5912,22 @@ async function testExport(
   try {
     await reader.number(1);
     const item = await restoreItem(reader, `${directory}/item`);
-    checkItem(item, [path], acl, reader);
-    return path;
+    return { item, path, reader };
   } finally {
     removeFile(directory);
   }
+}
+
+/** Has the machine sign an item, which is checked as an output would be. */
+async function testExport(
+  remote: StoreConnection,
+  machine: Machine,
+  context: Context,
+): Promise<string> {
+  const acl = readAcl(context.configDirectory);
+  const { item, path, reader } = await exportSample(remote, machine);
+  checkItem(item, [path], acl, reader);
+  return path;
 }
 
 /** Tests a machine. */
@@ -5904,6 +5961,19 @@ async function testMachine(
       session.close();
     }
   });
+}
+
+/** Tells of a step when it ends. */
+function tellStep(
+  machine: Machine,
+  { name, outcome, detail }: Step,
+  { log }: Context,
+  screen: Screen,
+): void {
+  if (outcome === "skipped") return;
+  const what = detail === "" ? "" : `: ${detail}`;
+  const painted = screen.paint(OUTCOME_STYLES[outcome], outcome);
+  log.info(`${machineId(machine)}: ${name}: ${painted}${what}`);
 }
 
 /** What is wrong with the machine file, as if it were a machine. */
@@ -6004,12 +6074,8 @@ async function testCommand(
   const sample = makeSample(context);
   sample.catch(() => {}); // it is told by each machine's import
   const tests = machines.map((machine) => {
-    const tell = ({ name, outcome, detail }: Step) => {
-      if (options.json || outcome === "skipped") return;
-      const what = detail === "" ? "" : `: ${detail}`;
-      const painted = screen.paint(OUTCOME_STYLES[outcome], outcome);
-      context.log.info(`${machineId(machine)}: ${name}: ${painted}${what}`);
-    };
+    const tell = (step: Step) =>
+      options.json || tellStep(machine, step, context, screen);
     return testMachine(machine, sample, seconds, context, tell);
   });
   const results = await Promise.all(tests);
@@ -6289,11 +6355,533 @@ async function statusCommand(
       context.log.warn(`machine '${name}' is ${behind}`);
     }
     const failed = statuses.some(({ problem }) => problem !== undefined) ||
-      context.problems.some(({ severity }) => severity === "error");
+      hasErrors(context);
     return { output: describe(statuses), exitCode: failed ? 1 : 0 };
   } finally {
     for (const session of sessions.values()) session.close();
   }
+}
+
+/** Runs a program here and returns what it printed. */
+function runHere(
+  program: string,
+  args: readonly string[],
+  { signal }: Pick<Context, "signal">,
+): Promise<string> {
+  return new Promise((resolve, reject) => {
+    execFile(program, [...args], { signal }, (cause, stdout, stderr) => {
+      if (cause === null) return resolve(stdout);
+      const why = stderr.trim() || reason(cause);
+      const message = `failed to run '${program} ${args[0]}': ${why}`;
+      reject(new OffloadError(message, { cause }));
+    });
+  });
+}
+
+/** Asks on the terminal, whatever standard input is, without echo or with. */
+const ASK_SCRIPT = `exec 3>&1 </dev/tty >/dev/tty
+printf %s "$1"
+if [ "$2" = secret ]; then
+  trap 'stty echo; echo' EXIT
+  trap 'exit 1' HUP INT TERM
+  stty -echo
+fi
+IFS= read -r answer
+printf %s "$answer" >&3`;
+
+/** Asks the administrator, who may not be there. */
+async function askOnTerminal(
+  question: string,
+  kind: "secret" | "plain",
+  instead: string,
+  context: Context,
+): Promise<string> {
+  const args = ["-c", ASK_SCRIPT, "sh", question, kind];
+  return await runHere("sh", args, context).catch((cause) => {
+    context.signal.throwIfAborted();
+    const hint = `without a terminal, ${instead}`;
+    const message = "there is no terminal to ask for an answer";
+    throw new OffloadError(message, { cause, hint });
+  });
+}
+
+/** Says what was changed, and how to undo it. */
+function tellChange({ log }: Context, what: string, undo: string): void {
+  log.info(`${what}\n  to undo: ${undo}`);
+}
+
+/** Replaces a file at once; owner and mode stay. */
+function replaceFile(
+  file: string,
+  contents: Uint8Array,
+  { log, storeDirectory }: Context,
+): void {
+  const linked = existsSync(file) && lstatSync(file).isSymbolicLink();
+  const target = linked ? realpathSync(file) : file;
+  const stat = statSync(target, { throwIfNoEntry: false });
+  // On Guix System: `guix archive --authorize` does likewise.
+  const isStored = target.startsWith(`${storeDirectory}/`);
+  const name = isStored ? file : target;
+  if (isStored) {
+    const hint = "on Guix System, add it to your 'operating-system', too, or " +
+      "the next reconfiguration undoes it";
+    log.warn(new OffloadError(`'${file}' was a link into the store`, { hint }));
+  }
+  const temporary = `${name}.${randomUUID()}`;
+  writeFileSync(temporary, contents, { mode: 0o644 });
+  if (stat !== undefined && !isStored) {
+    chownSync(temporary, stat.uid, stat.gid);
+    chmodSync(temporary, stat.mode & 0o7777);
+  }
+  renameSync(temporary, name);
+}
+
+/** Whom the daemon runs as: who owns the store, as Guix sees it. */
+function daemonUser({ storeDirectory }: Context): { uid: number; gid: number } {
+  const { uid, gid } = statSync(storeDirectory);
+  return { uid, gid: uid === 0 ? 0 : gid };
+}
+
+/** Whether the hook can log in with a key. */
+function isUsableKey(file: string, uid: number): boolean {
+  try {
+    readPrivateKey(file);
+    return uid === 0 || statSync(file).uid === uid;
+  } catch {
+    return false;
+  }
+}
+
+/** Finds an SSH key that the hook can use, or makes one. */
+async function findSshKey(
+  identity: string | undefined,
+  context: Context,
+): Promise<string> {
+  const { uid, gid } = daemonUser(context);
+  const own = `${context.configDirectory}/offload_key`;
+  const usual = ["id_ed25519", "id_rsa"]
+    .map((name) => `${userInfo().homedir}/.ssh/${name}`);
+  const files = identity === undefined ? [own, ...usual] : [identity];
+  const usable = files.find((file) => isUsableKey(file, uid));
+  if (usable !== undefined) return usable;
+  const file = files[0]!;
+  if (existsSync(file)) {
+    readPrivateKey(file); // says what is wrong with it
+    throw new OffloadError(`'${file}' does not belong to guix-daemon's user`, {
+      hint: `run 'chown ${uid}:${gid} ${file}'`,
+    });
+  }
+  const comment = `offload@${hostname()}`;
+  const key = ["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", file];
+  await runHere("ssh-keygen", key, context);
+  for (const it of [file, `${file}.pub`]) chownSync(it, uid, gid);
+  const made = `made the SSH key '${file}' for guix-daemon to log in with`;
+  tellChange(context, made, `rm ${file} ${file}.pub`);
+  return file;
+}
+
+/** Makes the key that signs what is sent, where there is none. */
+async function ensureSigningKey(context: Context): Promise<void> {
+  const file = `${context.configDirectory}/signing-key`;
+  if (existsSync(`${file}.sec`)) return;
+  await runHere(context.guix, ["archive", "--generate-key"], context);
+  const made = `made the key pair '${file}.pub' and '${file}.sec' to sign with`;
+  tellChange(context, made, `rm ${file}.pub ${file}.sec`);
+}
+
+/** Asks a server for its host key, one of the types, and leaves it. */
+function fetchHostKey(
+  { name, port }: Pick<Machine, "name" | "port">,
+  algorithms: readonly ServerHostKeyAlgorithm[],
+  { settings }: Context,
+): Promise<Buffer> {
+  return new Promise((resolve, reject) => {
+    const client = new ssh2.Client();
+    client.on("error", (cause) => {
+      const message = `failed to connect to '${name}': ${reason(cause)}`;
+      reject(new OffloadError(message, { cause }));
+    });
+    client.connect({
+      ...{ host: name, port, username: "-" },
+      readyTimeout: settings.connectTimeout * 1000,
+      algorithms: { serverHostKey: [...algorithms] },
+      hostVerifier: (key: Buffer) => {
+        resolve(key);
+        return false;
+      },
+    });
+  });
+}
+
+/** Finds out a server's host key, which somebody must know to be right. */
+async function confirmHostKey(
+  target: Pick<Machine, "name" | "port">,
+  expected: string | undefined,
+  context: Context,
+): Promise<string> {
+  const types = Object.values(HOST_KEY_ALGORITHMS);
+  const write = (key: Buffer) => `${sshKeyType(key)} ${key.toString("base64")}`;
+  const first = await fetchHostKey(target, types.flat(), context);
+  if (expected === undefined) {
+    const question = `The host key of '${target.name}' has the fingerprint\n` +
+      `${fingerprint(first)} (${sshKeyType(first)}).\n` +
+      "Is that what 'ssh-keygen -l' shows there (yes or no)? ";
+    const instead = `pass --fingerprint ${fingerprint(first)} if it is right`;
+    const answer = await askOnTerminal(question, "plain", instead, context);
+    if (/^y(es)?$/i.test(answer.trim())) return write(first);
+    throw new OffloadError(`the host key of '${target.name}' is not trusted`);
+  }
+  if (fingerprint(first) === expected) return write(first);
+  for (const type of types) {
+    const key = await fetchHostKey(target, type, context).catch(() => first);
+    if (fingerprint(key) === expected) return write(key);
+  }
+  throw new OffloadError(
+    `no host key of '${target.name}' has the fingerprint ${expected}`,
+    { hint: `it showed ${fingerprint(first)} (${sshKeyType(first)})` },
+  );
+}
+
+/** Logs in as the administrator does: by the agent, or by a password. */
+async function connectAsAdministrator(
+  machine: Machine,
+  context: Context,
+): Promise<Session> {
+  const { user: username, name } = machine;
+  const agent = context.environment.SSH_AUTH_SOCK;
+  const question = `Password of ${username}@${name}: `;
+  let tries = 0;
+  let problem: unknown;
+  const authHandler: ConnectConfig["authHandler"] = (left, _, next) => {
+    if (tries++ === 0) {
+      return next(agent ? { type: "agent", username, agent } : "none");
+    }
+    const types = ["password", "keyboard-interactive"] as const;
+    const type = types.find((type) => left?.includes(type));
+    if (type === undefined || tries > 4) return next(false as never);
+    const instead = "add a key that may log in to the SSH agent";
+    askOnTerminal(question, "secret", instead, context).then(
+      (password) =>
+        next(
+          type === "password" ? { type, username, password } : {
+            ...{ type, username },
+            prompt: (_name, _instructions, _language, prompts, finish) =>
+              finish(prompts.map(() => password)),
+          },
+        ),
+      (error) => {
+        problem = error;
+        next(false as never);
+      },
+    );
+  };
+  const options = { authHandler, readyTimeout: 0 };
+  return await connect(machine, context, undefined, options)
+    .catch((error) => {
+      throw problem ?? error;
+    });
+}
+
+/** Logs in with our key, which is made known there where it is not. */
+async function logIn(machine: Machine, context: Context): Promise<Session> {
+  const { user, name, privateKey } = machine;
+  try {
+    return await openSession(machine, context);
+  } catch (error) {
+    const { level } = ((error as Error).cause ?? {}) as SshError;
+    if (level !== "client-authentication") throw error;
+  }
+  const parsed = ssh2.utils.parseKey(readPrivateKey(privateKey)) as ParsedKey;
+  const comment = `offload@${hostname()}`;
+  const line = `${parsed.type} ${parsed.getPublicSSH().toString("base64")} ` +
+    `${comment}\n`;
+  const session = await connectAsAdministrator(machine, context);
+  try {
+    const file = "~/.ssh/authorized_keys";
+    const command = `umask 077; mkdir -p ~/.ssh
+      [ -z "$(tail -c 1 ${file} 2>/dev/null)" ] || echo >>${file}
+      cat >>${file}`;
+    await outputOf(session, command, line);
+  } finally {
+    session.close();
+  }
+  tellChange(
+    ...[
+      context,
+      `let '${privateKey}' log in as '${user}' on '${name}'`,
+    ] as const,
+    `remove '${comment}' from ~${user}/.ssh/authorized_keys there`,
+  );
+  return await openSession(machine, context);
+}
+
+/** Lets the machine import what we sign. */
+async function authorizeThere(
+  session: Session,
+  sample: Sample,
+  context: Context,
+): Promise<void> {
+  const { name } = session.machine;
+  const remote = await session.openDaemon();
+  try {
+    await testImport(remote, sample);
+    return;
+  } catch (error) {
+    if (!/unauthorized/.test(reason(error))) throw error;
+  }
+  const key = readFileSync(`${context.configDirectory}/signing-key.pub`);
+  try {
+    await outputOf(session, "guix archive --authorize", key);
+  } catch (cause) {
+    const hint = "run there, as root: guix archive --authorize <<END\n" +
+      `${key.toString().trim()}\nEND`;
+    return context.log.warn(new OffloadError(reason(cause), { cause, hint }));
+  }
+  tellChange(
+    ...[context, `authorized our signing key on '${name}'`] as const,
+    "remove the entry of the key in our signing-key.pub from /etc/guix/acl " +
+      "there",
+  );
+}
+
+/** Writes an s-expression in the advanced format. */
+function formatSexp(sexp: Sexp): string {
+  if (!isAtom(sexp)) return `(${sexp.map(formatSexp).join(" ")})`;
+  const text = sexp.toString("latin1");
+  if (/^[A-Za-z.\/_:*+=-][\w.\/:*+=-]*$/.test(text)) return text;
+  return `#${sexp.toString("hex").toUpperCase()}#`;
+}
+
+/**
+ * Adds keys to the text of an access-control list, of which all else stays.
+ *
+ * @throws {OffloadError} where it is none.
+ */
+export function addToAcl(
+  text: string,
+  keys: readonly Sexp[],
+  file: string,
+): string {
+  return keys.reduce((text: string, key) => {
+    if (parseAcl(text, file).has(sexpKey(key))) return text;
+    const end = text.lastIndexOf(")");
+    const entry = `(entry ${formatSexp(key)} (tag (guix import)))`;
+    return `${text.slice(0, end)}\n${entry}\n${text.slice(end)}`;
+  }, text);
+}
+
+/** The key with which the machine signs; makes one where there is none. */
+async function signingKeyOf(session: Session, context: Context): Promise<Sexp> {
+  const { machine } = session;
+  const fetch = async () =>
+    await exportSample(await session.openDaemon(), machine);
+  const { item } = await fetch().catch(async (error) => {
+    await outputOf(session, "guix archive --generate-key").catch(() => {
+      throw error;
+    });
+    tellChange(
+      ...[context, `made a signing key on '${machine.name}'`] as const,
+      "rm /etc/guix/signing-key.pub /etc/guix/signing-key.sec there",
+    );
+    return await fetch();
+  });
+  const signature = item.signature ?? "()";
+  const key = findToken(parseSexp(signature, "signature"), "public-key") ?? [];
+  const problem = checkSignature(signature, item.hash, new Set([sexpKey(key)]));
+  if (problem === undefined) return key;
+  throw new OffloadError(`signature of '${machine.name}': ${problem}`);
+}
+
+/** Lets the machine's signatures be believed here. */
+async function authorizeHere(
+  session: Session,
+  context: Context,
+): Promise<void> {
+  const file = `${context.configDirectory}/acl`;
+  const own = `${context.configDirectory}/signing-key.pub`;
+  const keys = [await signingKeyOf(session, context)];
+  const exists = existsSync(file);
+  // As Guix does when it makes the file.
+  if (!exists) keys.unshift(parseSexp(readFileSync(own, "latin1"), own));
+  const text = exists ? readFileSync(file, "latin1") : "(acl)\n";
+  const changed = addToAcl(text, keys, file);
+  if (changed === text) return;
+  replaceFile(file, Buffer.from(changed, "latin1"), context);
+  const q = tokenValue(keys.at(-1), "q")?.toString("hex").toUpperCase();
+  const { name } = session.machine;
+  tellChange(
+    ...[context, `authorized the signing key of '${name}' here`] as const,
+    `remove its entry${q ? `, with #${q}#,` : ""} from '${file}'`,
+  );
+}
+
+/** The form of a machine in a machine file. */
+function machineForm(machine: Partial<Machine>): string {
+  const fields: Record<string, string | undefined> = {
+    name: JSON.stringify(machine.name),
+    port: machine.port === 22 ? undefined : String(machine.port),
+    systems: `(list ${machine.systems?.map((it) => `"${it}"`).join(" ")})`,
+    user: JSON.stringify(machine.user),
+    "private-key": JSON.stringify(machine.privateKey),
+    "host-key": JSON.stringify(machine.hostKey),
+  };
+  const lines = Object.entries(fields)
+    .filter(([, value]) => value !== undefined)
+    .map(([name, value]) => `\n  (${name} ${value})`);
+  return `(build-machine${lines.join("")})`;
+}
+
+/**
+ * Adds the form of a machine to the text of a machine file, of which all else
+ * stays; `undefined` where there is no list to add it to.
+ */
+export function addToMachineFile(
+  text: string,
+  form: string,
+  file: string,
+  host: MachineFileHost,
+): string | undefined {
+  const indented = ` ${form.replaceAll("\n", "\n ")}`;
+  if (text.trim() === "") return `(list\n${indented})\n`;
+  const evaluate = (text: string) => {
+    const { machines, problems } = evaluateMachineFile(text, file, host);
+    return JSON.stringify([machines, problems.length]);
+  };
+  const [machines, problems] = JSON.parse(evaluate(text));
+  const [added] = evaluateMachineFile(`(list ${form})`, "", host).machines;
+  const wanted = JSON.stringify([[...machines, added], problems]);
+  // What it evaluates to shows whether that was the end of the list.
+  let end = text.length;
+  for (let tries = 0; tries < 100 && end > 0; tries++) {
+    end = text.lastIndexOf(")", end - 1);
+    const changed = `${text.slice(0, end)}\n${indented}${text.slice(end)}`;
+    try {
+      if (evaluate(changed) === wanted) return changed;
+    } catch {
+      // It was in a comment, for example.
+    }
+  }
+  return undefined;
+}
+
+/** Reads `USER@HOST[:PORT]`. */
+function parseTarget(text: string): Pick<Machine, "user" | "name" | "port"> {
+  const pattern =
+    /^([^@\s]+)@(?:\[([\da-fA-F:.]+)\]|([^:@\s]+))(?::(\d{1,5}))?$/;
+  const [, user, address, name, port = "22"] = pattern.exec(text) ?? [];
+  if (user !== undefined) {
+    return { user, name: address ?? name!, port: Number(port) };
+  }
+  throw usageError(`${text}: expected USER@HOST or USER@HOST:PORT`, "trust");
+}
+
+/** The system type that a machine of an architecture builds for. */
+function systemOf(architecture: string): string {
+  const [known] = Object.entries({
+    armhf: /^arm/,
+    powerpc64le: /^ppc64le/,
+    i686: /^i\d86/,
+  }).find(([, pattern]) => pattern.test(architecture)) ?? [architecture];
+  return `${known}-linux`;
+}
+
+/** Makes the machine that is to be trusted, by what else is known of it. */
+function makeMachine(fields: Partial<Machine>, context: Context): Machine {
+  const host = machineFileHost(context.environment);
+  const form = machineForm(fields);
+  const { machines } = evaluateMachineFile(`(list ${form})`, "", host);
+  return machines[0]!;
+}
+
+/** Finds what a file already says of a machine. */
+async function findMachine(
+  { user, name, port }: Pick<Machine, "user" | "name" | "port">,
+  file: string | undefined,
+  context: Context,
+): Promise<Machine | undefined> {
+  if (file === undefined) return undefined;
+  const plugins = context.plugins.filter(isBuiltin);
+  const found = (await listMachines({ ...context, plugins }))
+    .find((machine) => machine.name === name && machine.port === port);
+  if (hasErrors(context)) {
+    throw new OffloadError(`'${file}' is to be corrected first`);
+  }
+  if (found === undefined || found.user === user) return found;
+  throw usageError(
+    `'${file}' has '${machineId(found)}' with user '${found.user}'`,
+  );
+}
+
+/** Adds a machine to a file, where it can, or says what to add. */
+function addMachine(machine: Machine, file: string, context: Context): string {
+  const text = existsSync(file) ? readFileSync(file, "utf8") : "";
+  const form = machineForm(machine);
+  const host = machineFileHost(context.environment);
+  const changed = addToMachineFile(text, form, file, host);
+  const name = machineId(machine);
+  if (changed === undefined) {
+    context.log.warn(`'${file}' does not end in a list: add to it yourself`);
+    return form;
+  }
+  replaceFile(file, Buffer.from(changed), context);
+  tellChange(context, `added '${name}' to '${file}'`, "remove it from there");
+  return "";
+}
+
+/** Makes each side known to the other; returns the machine as it is then. */
+async function introduce(
+  target: Pick<Machine, "user" | "name" | "port">,
+  known: Machine | undefined,
+  { identity, fingerprint }: CommandOptions,
+  context: Context,
+): Promise<{ machine: Machine; sample: Sample }> {
+  const expected = fingerprint === undefined ? undefined : String(fingerprint);
+  const hostKey = known?.hostKey ??
+    await confirmHostKey(target, expected, context);
+  const given = identity === undefined ? known?.privateKey : String(identity);
+  const privateKey = await findSshKey(given, context);
+  const systems = [systemOf(architecture())];
+  const fields = { ...target, hostKey, privateKey, systems };
+  const machine = known ?? makeMachine(fields, context);
+  await ensureSigningKey(context);
+  const session = await logIn(machine, context);
+  try {
+    const sample = await makeSample(context);
+    await authorizeHere(session, context);
+    await authorizeThere(session, sample, context);
+    const { uname } = await probe(session, context);
+    const there = uname?.split(" ")[3];
+    if (known || there === undefined) return { machine, sample };
+    return { machine: { ...machine, systems: [systemOf(there)] }, sample };
+  } finally {
+    session.close();
+  }
+}
+
+/** `offload trust USER@HOST[:PORT]`. */
+async function trustCommand(
+  [text]: readonly string[],
+  options: CommandOptions,
+  context: Context,
+  screen: Screen,
+): Promise<CommandResult> {
+  const target = parseTarget(text!);
+  const seconds = timeoutOf(options, context);
+  const file = options.file === undefined ? undefined : String(options.file);
+  const known = await findMachine(target, file, context);
+  const { machine, sample } = await introduce(target, known, options, context);
+  const tell = (step: Step) => tellStep(machine, step, context, screen);
+  const report = await testMachine(
+    ...[machine, Promise.resolve(sample), seconds, context, tell] as const,
+  );
+  if (report.outcome === "failed") {
+    return { output: formatReports([report], screen), exitCode: 1 };
+  }
+  if (file === undefined) return { output: machineForm(machine), exitCode: 0 };
+  return {
+    output: known ? "" : addMachine(machine, file, context),
+    exitCode: 0,
+  };
 }
 
 /** What must and may follow a command. */
@@ -6439,6 +7027,11 @@ const ACTIONS: Readonly<Record<string, Action>> = {
     testCommand(args, options, await makeContext(args[0]), screen),
   status: async (args, options, makeContext, screen) =>
     statusCommand(args, options, await makeContext(args[0]), screen),
+  trust: async (args, options, makeContext, screen) => {
+    const file = options.file === undefined ? undefined : String(options.file);
+    const context = await makeContext(file);
+    return trustCommand(args, options, context, screen);
+  },
   explain: async ([derivation], options, makeContext, screen) =>
     explainCommand(derivation!, options, await makeContext(), screen),
   machines: async ([file], options, makeContext, screen) =>
@@ -6453,8 +7046,8 @@ function makeCli(run: (command: Command) => Promise<CommandResult>) {
   for (const command of COMMANDS) {
     const words = [
       command.name,
-      ...command.required.map(({ name }) => `<${name}>`),
-      ...command.optional.map(({ name }) => `[${name}]`),
+      ...command.required.map(() => "<argument>"),
+      ...command.optional.map(() => "[argument]"),
     ];
     const made = cli.command(words.join(" ")).action(() => run(command));
     for (const { name, value } of command.options) {
@@ -6604,6 +7197,16 @@ function parseHookArguments(
   };
 }
 
+/** What a machine file sees of this host. */
+function machineFileHost(environment: Variables): MachineFileHost {
+  return {
+    getenv: (name) => environment[name],
+    hostname,
+    readFile: (name) => readFileSync(name, "utf8"),
+    home: userInfo().homedir,
+  };
+}
+
 /** Evaluates a machine file; a missing one lists no machines. */
 function readMachineFile(file: string, environment: Variables): MachineFile {
   let content;
@@ -6616,12 +7219,7 @@ function readMachineFile(file: string, environment: Variables): MachineFile {
     const message = `failed to open machine file '${file}': ${reason(cause)}`;
     throw new OffloadError(message, { cause });
   }
-  return evaluateMachineFile(content, file, {
-    getenv: (name) => environment[name],
-    hostname,
-    readFile: (name) => readFileSync(name, "utf8"),
-    home: userInfo().homedir,
-  });
+  return evaluateMachineFile(content, file, machineFileHost(environment));
 }
 
 /** Where plugins and settings are. */

@@ -3,9 +3,29 @@
 import { writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { COMMANDS, completion, formatJunit } from "../mod.ts";
-import { machine } from "./context.ts";
-import { ownRuntime, ROOT, run, settled, withDirectory } from "./helpers.ts";
+import {
+  addToAcl,
+  addToMachineFile,
+  checkSignature,
+  COMMANDS,
+  completion,
+  evaluateMachineFile,
+  formatJunit,
+  parseAcl,
+  parseSexp,
+} from "../mod.ts";
+import { HOST_KEY, machine } from "./context.ts";
+import {
+  aclOf,
+  hash,
+  keys,
+  ownRuntime,
+  ROOT,
+  run,
+  settled,
+  throws,
+  withDirectory,
+} from "./helpers.ts";
 
 const test = suite("commands");
 
@@ -135,6 +155,65 @@ test("formatJunit writes XML whatever is in a message", () => {
 </testsuites>
 `,
   );
+});
+
+test("addToAcl adds an entry and leaves all else as it is", () => {
+  const acl = aclOf(keys.ecdsa.key, keys.rsa.key);
+  const other = parseSexp(keys.other.key, "key");
+  for (const text of [acl, ` ${acl}\n\n`, "(acl)", "(acl\n)\n"]) {
+    const changed = addToAcl(text, [other], "acl");
+    const end = text.lastIndexOf(")");
+    assert.ok(changed.startsWith(text.slice(0, end)));
+    assert.ok(changed.endsWith(text.slice(end)));
+    const [before, after] = [text, changed].map((it) => parseAcl(it, "acl"));
+    assert.is(after!.size, before!.size + 1);
+    for (const key of before!) assert.ok(after!.has(key));
+    assert.is(checkSignature(keys.other.signature, hash, after!), undefined);
+    assert.is(addToAcl(changed, [other], "acl"), changed);
+  }
+  throws(() => addToAcl("(al)", [other], "acl"), /acl: invalid access-control/);
+});
+
+test("addToMachineFile adds a form and leaves all else as it is", () => {
+  const host = {
+    getenv: () => undefined,
+    hostname: () => "head",
+    readFile: (): string => {
+      throw new Error("no such file");
+    },
+    home: "/root",
+  };
+  const form = (name: string) =>
+    `(build-machine (name "${name}") (systems '("x86_64-linux")) (user "u")
+       (private-key "/k") (host-key "${HOST_KEY}"))`;
+  const add = (text: string) =>
+    addToMachineFile(text, form("new"), "machines.scm", host);
+  const namesIn = (text: string) =>
+    evaluateMachineFile(text, "machines.scm", host).machines
+      .map(({ name }) => name);
+  const texts: [string, string[]][] = [
+    ["", []],
+    ["(list)", []],
+    [`; ours (old)\n(list ${form("a")} ; one (1)\n ${form("b")}) ; end)\n`, [
+      "a",
+      "b",
+    ]],
+    [`(define a ${form("a")})\n(list a)\n#| ) |#`, ["a"]],
+    [`(let ((a ${form("a")}))\n  (list a))`, ["a"]],
+  ];
+  for (const [text, names] of texts) {
+    const changed = add(text);
+    assert.ok(changed !== undefined, text);
+    assert.equal(namesIn(changed), [...names, "new"]);
+    const [start] = text === ""
+      ? [""]
+      : changed.split('\n (build-machine (name "new');
+    assert.ok(text.startsWith(start!), changed);
+    assert.ok(changed.endsWith(text.slice(start!.length)));
+  }
+  for (const text of ["'()", `(map car (list (list ${form("a")})))`]) {
+    assert.is(add(text), undefined, text);
+  }
 });
 
 test("completion knows all commands and options", () => {

@@ -17,6 +17,7 @@ import {
   lab,
   makeWork,
   offloadCommand,
+  onTerminal,
   ROOT,
   root,
   run,
@@ -31,7 +32,7 @@ import {
   watch,
   within,
 } from "./lab.ts";
-import type { Result, Running, Runtime } from "./lab.ts";
+import type { Result, Runtime } from "./lab.ts";
 
 /** Machines that something is wrong with, and two that are fine. */
 const MACHINES = ["w1", "w2", "w3", "w4", "w5"];
@@ -116,18 +117,6 @@ async function runAtOnce(
   const running = commands.map((command) => watch(start("head", ...command)));
   const ended = running.map(({ ended }) => within("the end", ended));
   return await Promise.all(ended);
-}
-
-/** Runs a command on head on a terminal, with these keys pressed there. */
-function onTerminal(
-  command: readonly string[],
-  ...variables: readonly string[]
-): Running {
-  const words = ["env", "TERM=xterm", ...variables, ...command];
-  const line = words.map((word) => `'${word}'`).join(" ");
-  const script = `stty cols 100 rows 30; exec ${line}`;
-  const args = ["-qefc", script, "/dev/null"];
-  return watch(start("head", "env", "SHELL=/bin/sh", "script", ...args));
 }
 
 /** What `guix offload` says of the two good machines, asked once. */
@@ -319,11 +308,11 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
 
   test("there are tables and colours on a terminal only", async () => {
     const status = command("status", writeGoodMachines());
-    const shown = await within("the end", onTerminal(status).ended);
+    const shown = await within("the end", onTerminal("head", status).ended);
     const text = shown.stdout.replaceAll("\x1b", "ESC");
     assert.match(text, /ESC\[1mmachine +slots +load /);
     assert.match(text, /^w1:22 +ESC\[32mupESC\[0m +0\/2 /m);
-    const plain = onTerminal(status, "NO_COLOR=1").ended;
+    const plain = onTerminal("head", ["env", "NO_COLOR=1", ...status]).ended;
     const { stdout } = await within("the end", plain);
     assert.not.match(stdout.replaceAll("\x1b", "ESC"), /ESC\[\d+m/);
     assert.match(stdout, /^w1:22 +up +0\/2 /m);
@@ -331,7 +320,7 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
 
   test("status --watch draws until interrupted", async () => {
     const status = command("status", writeGoodMachines(), "--watch");
-    const watching = onTerminal(status);
+    const watching = onTerminal("head", status);
     const drawn = () => watching.text().split("\x1b[H").length - 1;
     await until("two drawings", () => drawn() >= 2);
     assert.match(watching.text(), "\x1b[32mup\x1b[0m");
@@ -363,7 +352,7 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
 
   test("completion works in zsh", async () => {
     writeCompletion("zsh");
-    const { child, text, ended } = onTerminal(["zsh", "-f", "-i"]);
+    const { child, text, ended } = onTerminal("head", ["zsh", "-f", "-i"]);
     const type = (keys: string) => child.stdin!.write(keys);
     type("offload() { print -r -- GOT $@ }; PROMPT='> '\r");
     type("source /tmp/completion.zsh; print READY\r");

@@ -120,6 +120,18 @@ export function watch(child: ChildProcess): Running {
   return { child, text: () => text, ended };
 }
 
+/** Starts a command in a host on a terminal; what is written there is typed. */
+export function onTerminal(
+  host: string,
+  command: readonly string[],
+): Running {
+  const words = ["env", "TERM=xterm", ...command];
+  const line = words.map((word) => `'${word}'`).join(" ");
+  const script = `stty cols 100 rows 30; exec ${line}`;
+  const program = ["env", "SHELL=/bin/sh", "script", "-qefc", script];
+  return watch(start(host, ...program, "/dev/null"));
+}
+
 /** Waits until `condition` holds, asking again every few milliseconds. */
 export async function until(
   what: string,
