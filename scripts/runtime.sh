@@ -36,13 +36,15 @@ find_runtime() {
     return 1
 }
 
-# run ROOT FILE ARGUMENT…: becomes the script FILE of the checkout ROOT.
+# run ROOT FILE ARGUMENT…: becomes the script FILE of the checkout or release
+# ROOT.
 run() {
-    # Where this is a checkout, `npm install` brought both.
+    # Where this is a checkout, `npm install` brought both; where it was
+    # installed, `runtime` is what that found, whatever the daemon's PATH is.
     node=$1/node_modules/node/bin/node
     deno=$(echo "$1"/node_modules/@deno/*/deno)
     case ${OFFLOAD_RUNTIME-} in
-    "") runtime=$(find_runtime node deno "$node" "$deno") ;;
+    "") runtime=$(find_runtime "$1/runtime" node deno "$node" "$deno") ;;
     node) runtime=$(find_runtime node "$node") ;;
     deno) runtime=$(find_runtime deno "$deno") ;;
     *) runtime=$(find_runtime "$OFFLOAD_RUNTIME") ;;

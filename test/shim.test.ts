@@ -224,6 +224,50 @@ test("guix offload takes the runtimes of the checkout where it must", async () =
   });
 });
 
+test("guix offload runs the bundle of a release, with its runtime", async () => {
+  await sandbox(async (box) => {
+    const release = `${box.directory}/release`;
+    box.runtime("bin/node", "v24.1.0");
+    box.program("release/offload.mjs", "");
+    for (const name of ["guix", "offload", "runtime.sh"]) {
+      copyFileSync(`${ROOT}/scripts/${name}`, `${release}/${name}`);
+    }
+    const mod = `${release}/offload.mjs`;
+    const shim = `${release}/guix`;
+    const found = await box.call(["offload", "x"], { shim });
+    assert.is(found.stdout, `bin/node:\n${NODE_OPTIONS}\n${mod}\nx\n`);
+    // Where it was installed.
+    symlinkSync(box.runtime("far/away", "deno 2.9.5"), `${release}/runtime`);
+    const recorded = await box.call(["offload", "x"], { shim });
+    assert.is(recorded.stdout, `far/away:\n${DENO_OPTIONS}\n${mod}\nx\n`);
+    symlinkSync(`${release}/offload`, `${box.directory}/offload`);
+    const command = `${box.directory}/offload`;
+    const called = await box.call(["x"], { shim: command });
+    assert.is(called.stdout, recorded.stdout);
+    // It is gone, or too old by now.
+    box.runtime("far/away", "deno 2.0.0");
+    assert.is(
+      (await box.call(["offload", "x"], { shim })).stdout,
+      found.stdout,
+    );
+  });
+});
+
+test("guix offload needs nothing in PATH", async () => {
+  await sandbox(async (box) => {
+    const env = { OFFLOAD_RUNTIME: box.runtime("my node", "v24.1.0") };
+    const { stdout, stderr } = await box.call(["offload"], {
+      env,
+      bin: "none",
+    });
+    assert.match(stdout, "my node:", stderr);
+    const { code } = await run(box.shim, ["offload"], {
+      env: { ...env, PATH: "/nonexistent" },
+    });
+    assert.is(code, 0);
+  });
+});
+
 test("guix offload refuses runtimes that are old or strange", async () => {
   const versions = {
     node: ["v22.17.9", "v21.99.0", "v9.0.0", "v", "x", "", "22.18.0"],

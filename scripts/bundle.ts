@@ -1,0 +1,135 @@
+/**
+ * Makes a release: Offload as one JavaScript file that needs a runtime and
+ * nothing else, with the programs that stand around it and their checksums.
+ *
+ * The same sources make the same bytes, wherever they are. Names and lines are
+ * kept: who looks at a stack trace, or at what root is to run, can read it.
+ *
+ * @module
+ */
+
+import { buildSync } from "esbuild";
+import { createHash } from "node:crypto";
+import {
+  chmodSync,
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  writeFileSync,
+} from "node:fs";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
+
+const ROOT = fileURLToPath(new URL("..", import.meta.url));
+
+const USAGE = `usage: bundle [DIRECTORY]
+
+Makes a release in DIRECTORY, 'dist' of this checkout unless told, and prints
+its checksums.`;
+
+/** What of scripts/ is part of a release. */
+const PROGRAMS = ["guix", "offload", "runtime.sh"];
+
+/** What CommonJS packages expect to be there. */
+const BANNER = `import { createRequire } from "node:module";
+const require = createRequire(import.meta.url);
+const __dirname = import.meta.dirname;`;
+
+/** Bundles the script, its plugins and its packages. */
+function bundle(): { script: string; inputs: readonly string[] } {
+  const { outputFiles, metafile } = buildSync({
+    absWorkingDir: ROOT,
+    entryPoints: ["mod.ts"],
+    outfile: "offload.mjs",
+    write: false,
+    metafile: true,
+    bundle: true,
+    platform: "node",
+    format: "esm",
+    target: "node22.18",
+    // Compiled for some machine, and ssh2 does without.
+    external: ["*.node", "cpu-features"],
+    banner: { js: BANNER },
+    legalComments: "none", // all is said at the end
+    logLevel: "warning",
+  });
+  const inputs = Object.keys(metafile.inputs).sort();
+  return { script: makeLazy(outputFiles[0]!.text), inputs };
+}
+
+/**
+ * Has CommonJS packages run when they are used first. ssh2 takes longer for it
+ * than all the rest for an answer to guix-daemon, which needs no connection.
+ */
+function makeLazy(script: string): string {
+  const imports = /^var (import_\w+) = __toESM\((require_\w+)\(\), 1\);$/gm;
+  if (!imports.test(script)) throw new Error("found no import of a package");
+  return script.replace(
+    imports,
+    "var $1 = { get default() { return __toESM($2(), 1).default; } };",
+  );
+}
+
+/** The licenses of Offload and of the packages in it, as a comment. */
+function licenses(inputs: readonly string[]): string {
+  const packages = inputs.map((file) =>
+    /^.*node_modules\/(@[^/]+\/)?[^/]+/.exec(file)?.[0]
+  );
+  const texts = [...new Set([".", ...packages])].map((directory) => {
+    if (directory === undefined) return "";
+    const { name, version, license } = JSON.parse(
+      readFileSync(`${ROOT}/${directory}/package.json`, "utf8"),
+    );
+    const file = readdirSync(`${ROOT}/${directory}`)
+      .find((file) => /^licen[cs]e/i.test(file));
+    const text = file && readFileSync(`${ROOT}/${directory}/${file}`, "utf8");
+    return `${name} ${version}: ${license}\n\n${text ?? ""}`;
+  });
+  const lines = texts.filter(Boolean).join("\n").trimEnd().split(/\r?\n/);
+  return lines.map((line) => `// ${line}`.trimEnd()).join("\n");
+}
+
+/** The checksums of files, as `sha256sum` writes them. */
+function checksums(directory: string, files: readonly string[]): string {
+  return files.map((file) => {
+    const hash = createHash("sha256").update(
+      readFileSync(`${directory}/${file}`),
+    );
+    return `${hash.digest("hex")}  ${file}\n`;
+  }).join("");
+}
+
+/** Makes the release; returns its checksums. */
+function release(directory: string): string {
+  mkdirSync(directory, { recursive: true });
+  const { script, inputs } = bundle();
+  writeFileSync(
+    `${directory}/offload.mjs`,
+    `${script}\n${licenses(inputs)}\n`,
+  );
+  for (const name of PROGRAMS) {
+    copyFileSync(`${ROOT}/scripts/${name}`, `${directory}/${name}`);
+    chmodSync(`${directory}/${name}`, name === "runtime.sh" ? 0o644 : 0o755);
+  }
+  const sums = checksums(directory, ["offload.mjs", ...PROGRAMS]);
+  writeFileSync(`${directory}/SHA256SUMS`, sums);
+  return sums;
+}
+
+function main(args: readonly string[]): number {
+  if (args.length > 1 || args[0]?.startsWith("-")) {
+    const asked = args[0] === "--help";
+    console[asked ? "log" : "error"](USAGE);
+    return asked ? 0 : 2;
+  }
+  if (!existsSync(`${ROOT}/node_modules/esbuild`)) {
+    console.error("bundle: error: esbuild is missing\nhint: run 'npm ci'");
+    return 1;
+  }
+  console.log(release(args[0] ?? `${ROOT}/dist`).trimEnd());
+  return 0;
+}
+
+process.exit(main(process.argv.slice(2)));

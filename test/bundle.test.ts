@@ -1,0 +1,156 @@
+/** scripts/bundle: a release, and the one file in it that runs by itself. */
+
+import { createHash, generateKeyPairSync } from "node:crypto";
+import {
+  copyFileSync,
+  cpSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
+import { performance } from "node:perf_hooks";
+import process from "node:process";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { machine } from "./context.ts";
+import { ROOT, run, runtimes, withDirectory } from "./helpers.ts";
+
+const test = suite("bundle");
+
+/** Not needed to make a release, and large. */
+const LEFT_OUT = [".git", "dist", "test"]
+  .concat(["node", "deno", "@deno"].map((name) => `node_modules/${name}`))
+  .map((name) => ROOT + name);
+
+const directory = mkdtempSync(`${tmpdir()}/offload-release-`);
+let printed = "";
+
+/** Runs scripts/bundle of a checkout. */
+async function bundle(checkout: string, to: string): Promise<string> {
+  const env = { ...process.env, OFFLOAD_RUNTIME: process.execPath };
+  const result = await run(`${checkout}/scripts/bundle`, [to], { env });
+  assert.is(result.code, 0, result.stderr);
+  return result.stdout.toString();
+}
+
+test.before(async () => {
+  printed = await bundle(ROOT, directory);
+});
+
+test.after(() => rmSync(directory, { recursive: true }));
+
+test("bundle prints the checksums of all files of a release", () => {
+  assert.is(readFileSync(`${directory}/SHA256SUMS`, "utf8"), printed);
+  const names = [];
+  for (const line of printed.trimEnd().split("\n")) {
+    const [hash, name] = line.split("  ");
+    const content = readFileSync(`${directory}/${name}`);
+    assert.is(hash, createHash("sha256").update(content).digest("hex"));
+    names.push(name!);
+  }
+  assert.equal([...names, "SHA256SUMS"].sort(), readdirSync(directory).sort());
+  for (const name of ["guix", "offload"]) {
+    assert.is(statSync(`${directory}/${name}`).mode & 0o777, 0o755, name);
+  }
+});
+
+test("bundle makes the same bytes in another checkout", async () => {
+  await withDirectory(async (other) => {
+    const checkout = `${other}/some where/else`;
+    cpSync(ROOT, checkout, {
+      recursive: true,
+      filter: (file) => !LEFT_OUT.includes(file),
+    });
+    assert.is(await bundle(checkout, `${other}/release`), printed);
+  });
+});
+
+test("bundle keeps the licenses of what is in it", () => {
+  const text = readFileSync(`${directory}/offload.mjs`, "utf8");
+  for (const name of ["guix-offload", "ssh2", "cac", "tweetnacl", "globrex"]) {
+    assert.match(text, new RegExp(`^// ${name} [0-9.]+: \\w+$`, "m"));
+  }
+  assert.match(
+    text,
+    "// The above copyright notice and this permission notice",
+  );
+});
+
+test("bundle names no place of the checkout", () => {
+  const text = readFileSync(`${directory}/offload.mjs`, "utf8");
+  assert.not.match(text, ROOT);
+});
+
+const DERIVATION = 'Derive([("out","/gnu/store/a-b","","")],[],[],' +
+  '"x86_64-linux","/bin/sh",[],[("name","b")])';
+
+/** A site: a plugin in TypeScript with a machine that refuses connections. */
+function makeSite(directory: string): Record<string, string> {
+  const { privateKey } = generateKeyPairSync("rsa", {
+    modulusLength: 2048,
+    privateKeyEncoding: { type: "pkcs1", format: "pem" },
+    publicKeyEncoding: { type: "pkcs1", format: "pem" },
+  });
+  writeFileSync(`${directory}/key`, privateKey);
+  writeFileSync(`${directory}/b.drv`, DERIVATION);
+  mkdirSync(`${directory}/plugins`, { mode: 0o755 });
+  const listed = machine({
+    name: "127.0.0.1",
+    port: 1,
+    privateKey: `${directory}/key`,
+  });
+  const plugin = `import type { Machine, Plugin } from "/nowhere/mod.ts";
+    const machine: Machine = ${JSON.stringify(listed)};
+    const plugin = { name: "farm", machines: () => [machine] } satisfies Plugin;
+    export default plugin as Plugin;`;
+  writeFileSync(`${directory}/plugins/farm.ts`, plugin, { mode: 0o644 });
+  return {
+    HOME: directory,
+    OFFLOAD_PLUGINS: `${directory}/plugins`,
+    GUIX_CONFIGURATION_DIRECTORY: directory,
+    GUIX_STATE_DIRECTORY: `${directory}/state`,
+  };
+}
+
+for (const [name, [program, ...options]] of Object.entries(runtimes)) {
+  test(`offload.mjs runs alone under ${name}, with a site's plugin`, async () => {
+    await withDirectory(async (alone) => {
+      const file = `${alone}/offload.mjs`;
+      copyFileSync(`${directory}/offload.mjs`, file);
+      const env = { ...makeSite(alone), OFFLOAD_DEBUG: "yes" };
+      const offload = (...args: string[]) =>
+        run(program, [...options, file, ...args], { env });
+      const explained = await offload("explain", `${alone}/b.drv`);
+      assert.is(explained.code, 1, explained.stderr);
+      const text = explained.stdout.toString();
+      assert.match(text, /^127\.0\.0\.1:1 .*connection refused/m);
+      // Whose trace can be read, by the names of its functions.
+      const failed = await offload("explain", `${alone}/none.drv`);
+      assert.match(failed.stderr, `failed to read '${alone}/none.drv'`);
+      assert.match(failed.stderr, /at (async )?explainCommand \(.*mjs:\d+:\d+/);
+    });
+  });
+
+  test(`offload.mjs starts quickly under ${name}`, async () => {
+    const env = { PATH: "/usr/bin:/bin", HOME: directory };
+    const file = `${directory}/offload.mjs`;
+    const times = [];
+    for (let i = 0; i < 3; i++) {
+      const start = performance.now();
+      const args = [...options, file, "x86_64-linux", "3600", "true", "86400"];
+      const { code, stderr } = await run(program, args, { env });
+      times.push(performance.now() - start);
+      assert.is(code, 0, stderr);
+    }
+    const best = Math.min(...times);
+    console.log(`    ${name} started in ${best.toFixed(0)} ms`);
+    assert.ok(best < 1500, `${best} ms`); // 0.1 s where nothing else runs
+  });
+}
+
+test.run();
