@@ -30,7 +30,7 @@ Makes a release in DIRECTORY, 'dist' of this checkout unless told, and prints
 its checksums.`;
 
 /** What of scripts/ is part of a release. */
-const PROGRAMS = ["guix", "offload", "runtime.sh"];
+const PROGRAMS = ["guix", "install.sh", "offload", "runtime.sh"];
 
 /** What CommonJS packages expect to be there. */
 const BANNER = `import { createRequire } from "node:module";

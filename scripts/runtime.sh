@@ -64,6 +64,8 @@ run() {
     case $runtime in
     # Type stripping and SQLite warn while they are young.
     node*) exec "${runtime#* }" --disable-warning=ExperimentalWarning "$script" "$@" ;;
-    deno*) exec "${runtime#* }" run --allow-all --no-prompt "$script" "$@" ;;
+    deno*)
+        export DENO_NO_UPDATE_CHECK=1
+        exec "${runtime#* }" run --allow-all --no-prompt "$script" "$@" ;;
     esac
 }

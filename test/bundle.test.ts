@@ -54,7 +54,7 @@ test("bundle prints the checksums of all files of a release", () => {
     names.push(name!);
   }
   assert.equal([...names, "SHA256SUMS"].sort(), readdirSync(directory).sort());
-  for (const name of ["guix", "offload"]) {
+  for (const name of ["guix", "install.sh", "offload"]) {
     assert.is(statSync(`${directory}/${name}`).mode & 0o777, 0o755, name);
   }
 });

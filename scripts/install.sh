@@ -1,0 +1,510 @@
+#!/bin/sh
+# Installs Offload and has guix-daemon use it, or undoes that: see usage below.
+#
+# It changes all or nothing: whatever is put in place or taken away is noted in
+# a journal, and undone where something fails before the end.  A manifest under
+# the prefix says what was installed, and which directories were made for it.
+set -eu
+umask 022
+
+usage() {
+    cat <<END
+usage: install.sh [OPTION]…
+
+Installs Offload, or brings it up to date, and has guix-daemon use it.
+
+  --from DIR|URL  take the release from there; else it is what this script is a
+                  part of: a release or a checkout
+  --prefix DIR    install under DIR; /usr/local unless told
+  --yes           restart guix-daemon without asking; builds that run are lost
+  --uninstall     undo it all
+  --dry-run       say what would be done, and change nothing
+  --help          print this
+
+environment:
+  OFFLOAD_RUNTIME  node, deno, or the file name of either; else whichever is
+                   there and new enough, Node first
+END
+}
+
+fail() {
+    echo "offload: error: $1" >&2
+    [ -z "${2-}" ] || echo "hint: $2" >&2
+    exit 1
+}
+
+# told DONE DO WHAT: says what was done, or would be.
+told() {
+    if [ -n "$dry_run" ]; then echo "would $2 $3"
+    else echo "$1 $3"
+    fi
+}
+
+# --- All or nothing
+
+# Keeps what is at a place, or notes that nothing is, for undo.
+keep() {
+    if [ -e "$1" ] || [ -L "$1" ]; then
+        kept=$((kept + 1))
+        cp -Pp "$1" "$work/kept-$kept"
+        echo "kept-$kept $1" >>"$work/journal"
+    else
+        echo "new $1" >>"$work/journal"
+    fi
+}
+
+# Makes a directory, and those above it.
+make_directory() {
+    if [ ! -d "$1" ]; then
+        make_directory "$(dirname "$1")"
+        if [ -z "$dry_run" ]; then
+            mkdir "$1"
+            echo "directory $1" >>"$work/journal"
+        fi
+        echo "directory $1" >>"$work/manifest"
+    fi
+}
+
+# put FILE PLACE: puts a copy of a file, or of a symbolic link, in place.
+put() {
+    echo "file $2" >>"$work/manifest"
+    make_directory "$(dirname "$2")"
+    ! same "$1" "$2" || return 0
+    if [ -z "$dry_run" ]; then
+        cp -Pp "$1" "$2.new"
+        keep "$2"
+        mv -f "$2.new" "$2"
+    fi
+    told installed install "$2"
+}
+
+# Whether two files, or links, are the same, with their modes.
+same() {
+    [ -e "$2" ] || return 1
+    if [ -L "$1" ]; then [ "$(readlink "$1")" = "$(readlink "$2")" ]
+    else [ "$(stat -c %a "$1")" = "$(stat -c %a "$2")" ] && cmp -s "$1" "$2"
+    fi
+}
+
+take_away() {
+    [ -e "$1" ] || [ -L "$1" ] || return 0
+    if [ -z "$dry_run" ]; then
+        keep "$1"
+        rm -f "$1"
+    fi
+    told removed remove "$1"
+}
+
+backwards() { sed '1!G;h;$!d' "$1"; }
+
+undo() {
+    [ -s "$work/journal" ] || return 0
+    backwards "$work/journal" | while read -r what place; do
+        case $what in
+        new) rm -f "$place" ;;
+        directory) rmdir "$place" ;;
+        *) cp -Pp "$work/$what" "$place.new" && mv -f "$place.new" "$place" ;;
+        esac
+    done
+    [ -z "$reloaded" ] || systemctl daemon-reload
+    [ -z "$restarted" ] || systemctl restart guix-daemon.service
+    echo "offload: nothing was changed" >&2
+}
+
+finish() {
+    status=$?
+    trap '' HUP INT TERM
+    [ -n "$committed" ] || undo
+    rm -rf "$work"
+    exit "$status"
+}
+
+# --- The release
+
+download() {
+    if command -v curl >/dev/null; then curl -fsSL -o "$2" "$1"
+    elif command -v wget >/dev/null; then wget -q -O "$2" "$1"
+    else fail "neither curl nor wget is there" "install one of them"
+    fi || fail "failed to fetch '$1'"
+}
+
+fetch() {
+    case $from in
+    http://* | https://*) download "$from/$1" "$work/release/$1" ;;
+    *) cp "$from/$1" "$work/release/$1" 2>/dev/null ||
+        fail "failed to read '$from/$1'" "make a release with scripts/bundle" ;;
+    esac
+}
+
+# Leaves in $work/release what is to be installed.
+get_release() {
+    if [ -z "$from" ] && [ -e "$here/SHA256SUMS" ]; then from=$here; fi
+    if [ -z "$from" ] && [ -e "$here/bundle.ts" ]; then
+        "$here/bundle" "$work/release" >/dev/null
+        from=$work/release
+        return
+    fi
+    [ -n "$from" ] || fail "expected --from DIR or --from URL" \
+        "name the directory, or the base of the URL, of the release's files"
+    mkdir "$work/release"
+    fetch SHA256SUMS
+    names=$(sed 's/^[0-9a-f]* [ *]//' "$work/release/SHA256SUMS")
+    for name in $names; do
+        case $name in
+        .* | *[!A-Za-z0-9.]*) fail "'$from/SHA256SUMS' names odd files" ;;
+        esac
+        fetch "$name"
+    done
+    # What fails is the first that it prints.
+    wrong=$(cd "$work/release" && sha256sum -c SHA256SUMS 2>/dev/null |
+        sed -n 's/: FAILED.*//p' | head -n 1)
+    [ -z "$wrong" ] || fail "'$from/$wrong' has a wrong checksum" \
+        "it was damaged on the way, or is not of the same release: try again"
+    for name in guix install.sh offload offload.mjs runtime.sh; do
+        grep -q "^[0-9a-f]\{64\} [ *]$name\$" "$work/release/SHA256SUMS" ||
+            fail "'$from/SHA256SUMS' lacks $name" "it is of no complete release"
+    done
+    chmod 644 "$work/release"/*
+    chmod 755 "$work/release/guix" "$work/release/install.sh" "$work/release/offload"
+}
+
+# --- The machine
+
+# The account that guix-daemon runs as owns the store.
+find_account() {
+    store=${NIX_STORE:-/gnu/store}
+    [ -d "$store" ] || fail "there is no '$store'" "install Guix first"
+    account=$(stat -c %U "$store")
+}
+
+# Runs a shell command as guix-daemon would.
+as_daemon() {
+    if [ "$account" = root ] || [ "$(id -u)" != 0 ]; then sh -c "$1"
+    else su -s /bin/sh -c "$1" "$account"
+    fi
+}
+
+# Leaves the file name of a runtime that guix-daemon can use in $runtime.
+choose_runtime() {
+    . "$work/release/runtime.sh"
+    set -- node deno
+    for directory in /usr/local/bin /usr/bin /run/current-system/profile/bin; do
+        set -- "$@" "$directory/node" "$directory/deno"
+    done
+    # What an earlier installation found stays.
+    [ ! -L "$lib/runtime" ] || set -- "$(readlink "$lib/runtime")" "$@"
+    [ -z "${OFFLOAD_RUNTIME-}" ] || set -- "$OFFLOAD_RUNTIME"
+    runtime=$(find_runtime "$@") ||
+        fail "neither Node 22.18 nor Deno 2.7.14, or newer, is there" \
+            "install one of them, or set OFFLOAD_RUNTIME to its file name"
+    runtime=${runtime#* }
+    runtime=$(cd "$(dirname "$runtime")" && pwd)/${runtime##*/}
+    as_daemon "exec '$runtime' --version" >/dev/null 2>&1 ||
+        fail "'$account', which guix-daemon runs as, can't run '$runtime'" \
+            "install it where everybody can, such as in /usr/local, or name another in OFFLOAD_RUNTIME"
+}
+
+# Prints the process id of the guix-daemon that runs, if one does; those that
+# serve its clients are its children.
+find_daemon() {
+    for process in /proc/[0-9]*; do
+        is_daemon "$process" || continue
+        parent=$(sed -n 's/^PPid:[^0-9]*//p' "$process/status" 2>/dev/null) || continue
+        is_daemon "/proc/$parent" || { echo "${process#/proc/}"; return; }
+    done
+}
+
+is_daemon() {
+    name=$(cat "$1/comm" 2>/dev/null) || return 1
+    case $name in
+    guix-daemon | .guix-daemon*) ;;
+    *) return 1 ;;
+    esac
+}
+
+# Whether process $1 has this installation in its environment.
+uses_offload() {
+    [ -n "$1" ] && tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null |
+        grep -qxF "GUIX=$lib/guix"
+}
+
+has_systemd_unit() {
+    [ -d /run/systemd/system ] &&
+        systemctl cat guix-daemon.service >/dev/null 2>&1
+}
+
+# Asks on the terminal, since the standard input may be this script.
+may_restart() {
+    [ -z "$yes" ] || return 0
+    (: </dev/tty) 2>/dev/null || return 1
+    printf 'Restart guix-daemon now? Builds that run are lost. [y/N] ' >/dev/tty
+    read -r answer </dev/tty
+    case $answer in
+    [yY]*) ;;
+    *) return 1 ;;
+    esac
+}
+
+reload_systemd() {
+    [ -z "$dry_run" ] || return 0
+    reloaded=yes
+    systemctl daemon-reload
+}
+
+restart_systemd() {
+    if [ -z "$dry_run" ]; then
+        restarted=yes
+        systemctl restart guix-daemon.service ||
+            fail "guix-daemon does not start again" "see 'journalctl -u guix-daemon'"
+    fi
+    told restarted restart guix-daemon
+}
+
+# The command that started process $1, for a shell.
+command_of() {
+    if [ -z "$1" ]; then echo "guix-daemon --build-users-group=guixbuild"
+    else tr '\0' ' ' <"/proc/$1/cmdline" | sed 's/ $//'
+    fi
+}
+
+# --- Installing
+
+# Stops where something is in the way that an earlier installation did not put
+# there.
+check_place() {
+    [ -e "$1" ] || [ -L "$1" ] || return 0
+    ! grep -qsxF "file $1" "$lib/manifest" ||
+        return 0
+    fail "'$1' is there already and not Offload's" \
+        "move it away, or install under another --prefix"
+}
+
+install_files() {
+    unit=/etc/systemd/system/guix-daemon.service.d/offload.conf
+    for place in "$lib/offload.mjs" "$prefix/bin/offload"; do
+        check_place "$place"
+    done
+    ln -s "$runtime" "$work/runtime"
+    ln -s ../lib/offload/offload "$work/command"
+    for name in runtime.sh offload.mjs guix offload install.sh; do
+        put "$work/release/$name" "$lib/$name"
+    done
+    put "$work/runtime" "$lib/runtime"
+    put "$work/command" "$prefix/bin/offload"
+    ! has_systemd_unit || {
+        check_place "$unit"
+        printf '[Service]\nEnvironment=GUIX=%s\n' "$lib/guix" >"$work/unit"
+        put "$work/unit" "$unit"
+    }
+    write_manifest
+}
+
+# What an earlier installation had and this one has not goes; directories that
+# were made for it are remembered.
+write_manifest() {
+    echo "file $lib/manifest" >>"$work/manifest"
+    if [ -e "$lib/manifest" ]; then
+        while read -r kind place; do
+            grep -qxF "$kind $place" "$work/manifest" && continue
+            if [ "$kind" = file ]; then take_away "$place"
+            else echo "$kind $place" >>"$work/manifest"
+            fi
+        done <"$lib/manifest"
+    fi
+    sort -u "$work/manifest" >"$work/sorted"
+    put "$work/sorted" "$lib/manifest"
+}
+
+switch_systemd() {
+    reload_systemd
+    others=$(grep -l 'GUIX=' /etc/systemd/system/guix-daemon.service.d/*.conf \
+        2>/dev/null | grep -vxF "$unit" || :)
+    [ -z "$others" ] || echo "warning: GUIX is also set in" $others
+    if uses_offload "$daemon"; then echo "guix-daemon uses Offload already"
+    elif [ -n "$dry_run" ] || may_restart; then restart_systemd
+    else echo "guix-daemon uses Offload from its next start on:" \
+        "systemctl restart guix-daemon"
+    fi
+}
+
+# Says what to do where there is no systemd.
+explain_switch() {
+    ! uses_offload "$daemon" || { echo "guix-daemon uses Offload already"; return 0; }
+    echo
+    echo "To have guix-daemon use Offload, start it with GUIX in its environment:"
+    if [ -e /run/current-system/profile ]; then
+        cat <<END
+
+On Guix System, in the operating-system declaration, then run 'guix system
+reconfigure' and 'herd restart guix-daemon':
+    (modify-services %base-services
+      (guix-service-type config =>
+        (guix-configuration
+          (inherit config)
+          (environment '("GUIX=$lib/guix")))))
+END
+    elif [ -d /run/openrc ]; then
+        cat <<END
+
+Under OpenRC, add this line to /etc/conf.d/guix-daemon, then run 'rc-service
+guix-daemon restart':
+    export GUIX=$lib/guix
+END
+    elif [ -e /etc/init.d/guix-daemon ]; then
+        cat <<END
+
+Under sysvinit, add this line to /etc/init.d/guix-daemon, below the comments at
+its head, then run 'service guix-daemon restart':
+    export GUIX=$lib/guix
+END
+    fi
+    cat <<END
+
+By hand, as root:
+    env GUIX=$lib/guix $(command_of "$daemon")
+END
+}
+
+# AppArmor lets a daemon that Guix itself installed start what is in the store.
+explain_confinement() {
+    [ -n "$daemon" ] || return 0
+    case $(cat "/proc/$daemon/attr/current" 2>/dev/null) in
+    guix-daemon*enforce*) cat <<END
+
+AppArmor confines guix-daemon: add this line to /etc/apparmor.d/local/guix-daemon,
+then run 'apparmor_parser -r /etc/apparmor.d/guix-daemon':
+    $lib/guix Ux,
+END
+    esac
+}
+
+test_machines() {
+    machines=${GUIX_CONFIGURATION_DIRECTORY:-/etc/guix}/machines.scm
+    if [ ! -e "$machines" ]; then
+        echo "There is no machine file, '$machines', yet."
+    elif [ -n "$dry_run" ]; then echo "would run offload test"
+    else
+        echo "offload test:"
+        # What a runtime keeps is not to be left in somebody's home.
+        (export DENO_DIR="$work/deno" && as_daemon "exec $prefix/bin/offload test") ||
+            echo "Offload is installed, but not all is well with the build machines."
+    fi
+}
+
+install_offload() {
+    get_release
+    find_account
+    choose_runtime
+    told using use "$runtime, to run Offload as $account"
+    install_files
+    daemon=$(find_daemon)
+    if has_systemd_unit; then switch_systemd
+    else explain_switch
+    fi
+    committed=yes
+    explain_confinement
+    echo
+    test_machines
+}
+
+# --- Uninstalling
+
+# guix-daemon must not call what is no longer there.
+switch_back() {
+    daemon=$(find_daemon)
+    if grep -q '^file /etc/systemd/' "$lib/manifest"; then
+        reload_systemd
+        if [ -n "$dry_run" ]; then restart_systemd
+        elif uses_offload "$daemon"; then
+            may_restart || fail "guix-daemon still uses Offload" \
+                "let it be restarted: add --yes"
+            restart_systemd
+        fi
+    elif uses_offload "$daemon"; then
+        fail "guix-daemon, process $daemon, still uses Offload" \
+            "start it without GUIX=$lib/guix, then try again: $(command_of "$daemon")"
+    fi
+}
+
+# What the hook keeps beside the slots, which are `guix offload`'s as well.
+forget() {
+    state=${GUIX_STATE_DIRECTORY:-/var/guix}/offload
+    for name in node-cache deno-cache observations.sqlite \
+        observations.sqlite-shm observations.sqlite-wal; do
+        [ -e "$state/$name" ] || continue
+        [ -n "$dry_run" ] || rm -rf "${state:?}/$name"
+        told removed remove "$state/$name"
+    done
+    [ -n "$dry_run" ] || rmdir "$state" 2>/dev/null || :
+}
+
+uninstall_offload() {
+    [ -e "$lib/manifest" ] || {
+        echo "Offload is not installed under '$prefix'."
+        return
+    }
+    cp "$lib/manifest" "$work/manifest"
+    sed -n 's/^file //p' "$work/manifest" >"$work/files"
+    # First what names it, then what it is.
+    for pattern in "^/etc/" "^$prefix/"; do
+        grep "$pattern" "$work/files" >"$work/some" || continue
+        [ "$pattern" = "^/etc/" ] || switch_back
+        while read -r place; do take_away "$place"; done <"$work/some"
+    done
+    committed=yes
+    # The longest names are the innermost ones.
+    sed -n 's/^directory //p' "$work/manifest" | sort -r | while read -r place; do
+        [ -n "$dry_run" ] || rmdir "$place" 2>/dev/null || {
+            echo "left '$place', which is not empty"
+            continue
+        }
+        told removed remove "$place"
+    done
+    forget
+}
+
+# ---
+
+main() {
+    from= prefix= yes= dry_run= action=install_offload
+    committed= reloaded= restarted= kept=0
+    here=
+    case $0 in
+    */*) [ ! -f "$0" ] || here=$(cd "$(dirname "$0")" && pwd) ;;
+    esac
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --from | --prefix)
+            [ -n "${2-}" ] || fail "$1: expected a value" "run it with --help"
+            case $1 in
+            --from) from=${2%/} ;;
+            --prefix) prefix=${2%/} ;;
+            esac
+            shift ;;
+        --yes) yes=yes ;;
+        --dry-run) dry_run=yes ;;
+        --uninstall) action=uninstall_offload ;;
+        --help) usage; exit ;;
+        *) fail "$1: unrecognized option" "run it with --help" ;;
+        esac
+        shift
+    done
+    # The copy that was installed knows where.
+    if [ -z "$prefix" ] && [ -n "$here" ] && [ -e "$here/manifest" ]; then
+        prefix=${here%/lib/offload}
+    fi
+    prefix=${prefix:-/usr/local}
+    case $prefix in
+    [!/]* | *[!A-Za-z0-9_./+@-]*) fail "--prefix: expected an absolute file name without odd characters" ;;
+    esac
+    lib=$prefix/lib/offload
+    [ -n "$dry_run" ] || [ "$(id -u)" = 0 ] ||
+        fail "not root" "run it with sudo, or see what it would do with --dry-run"
+    work=$(mktemp -d)
+    trap finish EXIT
+    trap 'exit 1' HUP INT TERM
+    : >"$work/manifest"
+    $action
+}
+
+main "$@"

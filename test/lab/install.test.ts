@@ -1,0 +1,481 @@
+/**
+ * scripts/install.sh, as an administrator runs it on a machine with one
+ * runtime and no checkout: the one line, a real build, and the way back.
+ */
+
+import { spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import {
+  appendFileSync,
+  chmodSync,
+  copyFileSync,
+  cpSync,
+  existsSync,
+  globSync,
+  lstatSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { createServer } from "node:http";
+import type { Server } from "node:http";
+import type { AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
+import process from "node:process";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  assertOffloaded,
+  assertStoreIsSound,
+  build,
+  down,
+  inHost,
+  lab,
+  makeWork,
+  ROOT,
+  root,
+  run,
+  start,
+  SYSTEM,
+  up,
+  useMachines,
+  watch,
+  within,
+} from "./lab.ts";
+import type { Result, Runtime } from "./lab.ts";
+
+const test = suite("install");
+
+/** The runtimes' programs: each host gets a copy of one. */
+const PROGRAMS: Readonly<Record<Runtime, string>> = {
+  node: `${ROOT}node_modules/node/bin/node`,
+  deno: globSync(`${ROOT}node_modules/@deno/*/deno`)[0]!,
+};
+
+const LIBRARY = "/usr/local/lib/offload";
+const SHIM = `${LIBRARY}/guix`;
+
+/** On the hosts, what is no file that an administrator would know. */
+const NOT_COMPARED = ["dev", "gnu", "offload", "proc", "run", "sys", "tmp"]
+  .concat("var/guix", "var/log", "root/release");
+
+const release = mkdtempSync(`${tmpdir()}/offload-release-`);
+let server: Server;
+let url = "";
+const derivations: Record<string, string[]> = {};
+
+/** The hosts, and the account that guix-daemon runs as there. */
+const HOSTS = { fresh: "root", ufresh: "guix-daemon" } as const;
+
+test.before(async () => {
+  const env = { ...process.env, OFFLOAD_RUNTIME: PROGRAMS.node };
+  const made = spawnSync(`${ROOT}scripts/bundle`, [release], { env });
+  assert.is(made.status, 0, made.stderr.toString());
+  server = createServer((request, response) => {
+    const file = release + request.url;
+    if (!existsSync(file)) response.writeHead(404).end();
+    else response.end(readFileSync(file));
+  });
+  await new Promise<void>((resolve) => {
+    server.listen(0, "127.0.0.1", resolve);
+  });
+  url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  up("fresh:master", "ufresh:master:unprivileged", "w1");
+  for (const host of Object.keys(HOSTS)) {
+    useMachines(host, ["w1"]);
+    derivations[host] = makeWork(host, "--count=4");
+  }
+});
+
+test.after(() => {
+  server.close();
+  rmSync(release, { recursive: true });
+  down(...Object.keys(HOSTS));
+});
+
+// ---------------------------------------------------------------------------
+// What the tests do and see
+// ---------------------------------------------------------------------------
+
+/** Leaves a host with one runtime and no checkout. */
+function makeFresh(host: string, runtime: Runtime | undefined): void {
+  if (existsSync(`${root(host)}/offload/mod.ts`)) {
+    inHost(host, "umount", "/offload");
+  }
+  for (const [name, program] of Object.entries(PROGRAMS)) {
+    const file = `${root(host)}/usr/local/bin/${name}`;
+    if (name !== runtime) rmSync(file, { force: true });
+    else if (!existsSync(file)) copyFileSync(program, file);
+  }
+}
+
+/** All of a host that installing could have changed: mode, owner, content. */
+function listing(host: string): Record<string, string> {
+  const entries: Record<string, string> = {};
+  const visit = (name: string) => {
+    const file = `${root(host)}/${name}`;
+    const { mode, uid, gid, size, mtimeMs } = lstatSync(file);
+    const kind = mode & 0o170000;
+    const isSystem = name.startsWith("usr/") && !name.startsWith("usr/local/");
+    const content = kind === 0o120000
+      ? readlinkSync(file)
+      : kind !== 0o100000
+      ? ""
+      : isSystem || size > 8 << 20
+      ? `${size} ${mtimeMs}`
+      : createHash("sha256").update(readFileSync(file)).digest("hex");
+    entries[name] = `${mode.toString(8)} ${uid}:${gid} ${content}`;
+    if (kind !== 0o040000 || NOT_COMPARED.includes(name)) return;
+    for (const child of readdirSync(file)) {
+      visit(name === "" ? child : `${name}/${child}`);
+    }
+  };
+  visit("");
+  return entries;
+}
+
+/** What differs between two listings. */
+function changes(
+  before: Record<string, string>,
+  after: Record<string, string>,
+): string[] {
+  return [...new Set([...Object.keys(before), ...Object.keys(after)])]
+    .filter((name) => before[name] !== after[name]).sort();
+}
+
+/** Runs the one line in a host, as a shell has it. */
+async function pipe(
+  host: string,
+  shell: string,
+  options: string,
+): Promise<Result> {
+  const line =
+    `curl -fsSL ${url}/install.sh | ${shell} -s -- --from ${url} ${options}`;
+  // This process serves the files meanwhile.
+  const running = watch(start(host, "sh", "-c", line));
+  return await within("install.sh", running.ended, 120_000);
+}
+
+/** Runs install.sh of a copy of the release in a host. */
+function install(host: string, ...options: readonly string[]): Result {
+  return run(host, "sh", "/root/release/install.sh", ...options);
+}
+
+/** Puts a copy of the release in a host. */
+function copyRelease(host: string): string {
+  const directory = `${root(host)}/root/release`;
+  rmSync(directory, { recursive: true, force: true });
+  cpSync(release, directory, { recursive: true });
+  return directory;
+}
+
+/** Changes the release in a host, as the next version would. */
+function nextVersion(directory: string): void {
+  appendFileSync(`${directory}/offload.mjs`, "// the next version\n");
+  const names = readFileSync(`${directory}/SHA256SUMS`, "utf8")
+    .matchAll(/^\S+ {2}(.*)$/gm);
+  const sums = [...names].map(([, name]) => {
+    const content = readFileSync(`${directory}/${name}`);
+    return `${createHash("sha256").update(content).digest("hex")}  ${name}\n`;
+  });
+  writeFileSync(`${directory}/SHA256SUMS`, sums.join(""));
+}
+
+/** Demands that a command failed with these words and changed nothing. */
+function assertRefused(
+  host: string,
+  before: Record<string, string>,
+  result: Result,
+  words: RegExp,
+): void {
+  assert.match(result.stderr, words);
+  assert.match(result.stderr, /^offload: error: .+\nhint: .+$/m);
+  assert.is(result.status, 1);
+  assert.equal(changes(before, listing(host)), []);
+}
+
+// ---------------------------------------------------------------------------
+// There and back
+// ---------------------------------------------------------------------------
+
+/** Has the store be writable for the daemon alone, as Guix's units do. */
+function restartDaemon(host: string, ...variables: readonly string[]): void {
+  if (host !== "ufresh") {
+    lab("daemon", host, ...variables);
+    return;
+  }
+  run(host, "umount", "/gnu/store");
+  lab("daemon", host, ...variables);
+  inHost(host, "mount", "--bind", "/gnu/store", "/gnu/store");
+  inHost(host, "mount", "-o", "remount,bind,ro", "/gnu/store");
+}
+
+for (const [host, account] of Object.entries(HOSTS)) {
+  for (const runtime of ["node", "deno"] as const) {
+    test(`${account}'s daemon goes over and back with ${runtime}`, async () => {
+      makeFresh(host, runtime);
+      restartDaemon(host);
+      const before = listing(host);
+      const shell = runtime === "node" ? "sh" : "busybox sh";
+      const installed = await pipe(host, shell, "--yes");
+      assert.is(installed.status, 0, installed.stderr);
+      assert.match(
+        installed.stdout,
+        `using /usr/local/bin/${runtime}, to run Offload as ${account}\n`,
+      );
+      const printed = /^ +env (GUIX=\S+) guix-daemon .*--no-substitutes$/m
+        .exec(installed.stdout)!;
+      assert.is(printed[1], `GUIX=${SHIM}`);
+
+      restartDaemon(host, printed[1]!);
+      const derivation = derivations[host]!.pop()!;
+      assertOffloaded(derivation, build(host, derivation), ["w1"]);
+      if (host === "fresh") assertStoreIsSound(host);
+      if (runtime === "node") measureAnswer(host);
+
+      const uninstall = () =>
+        run(host, "sh", `${LIBRARY}/install.sh`, "--uninstall");
+      const during = listing(host);
+      assertRefused(host, during, uninstall(), /still uses Offload/);
+      restartDaemon(host);
+      const gone = uninstall();
+      assert.is(gone.status, 0, gone.stderr);
+      assert.equal(changes(before, listing(host)), []);
+      const state = `${root(host)}/var/guix/offload`;
+      const left = existsSync(state) ? readdirSync(state) : [];
+      assert.equal(left.filter((name) => !/:\d+$/.test(name)), []);
+      assert.match(uninstall().stderr, "install.sh"); // it is gone as well
+    });
+  }
+}
+
+/** Answers once: prints the milliseconds from start to answer. */
+const ANSWER_SCRIPT = `
+const { spawn } = require("node:child_process");
+const { performance } = require("node:perf_hooks");
+const [shim, system, derivation] = process.argv.slice(2);
+const start = performance.now();
+const hook = spawn(shim, ["offload", system, "3600", "true", "86400"]);
+let text = "";
+hook.stderr.on("data", (chunk) => text += chunk);
+hook.stdout.on("data", (chunk) => {
+  if (!/^# accept$/m.test(text += chunk)) return;
+  console.log(performance.now() - start);
+  hook.stdin.end();
+});
+hook.on("close", () => /^# accept$/m.test(text) || console.log(text));
+hook.stdin.write("0 " + system + " " + derivation + " \\n");
+`;
+
+/** How long a daemon waits for an answer, once the machine's facts are known. */
+function measureAnswer(host: string): void {
+  writeFileSync(`${root(host)}/tmp/answer.cjs`, ANSWER_SCRIPT);
+  const times: number[] = [];
+  const derivation = derivations[host]![0]!;
+  const command = `exec setpriv --reuid=${HOSTS[host as keyof typeof HOSTS]} ` +
+    `--init-groups env OFFLOAD_FACTS_LIFETIME=600 ` +
+    `node /tmp/answer.cjs ${SHIM} ${SYSTEM} ${derivation}`;
+  for (let n = 0; n < 7; n++) {
+    const { stdout, stderr } = run(host, "sh", "-c", command);
+    assert.match(stdout, /^[\d.]+\n$/, stdout + stderr);
+    times.push(Number(stdout));
+  }
+  times.sort((a, b) => a - b);
+  console.log(`    answers in ${times.map((time) => time.toFixed(0))} ms`);
+  assert.ok(times[0]! < 1000, "an answer takes too long"); // 0.1 s when quiet
+}
+
+// ---------------------------------------------------------------------------
+// What may go wrong
+// ---------------------------------------------------------------------------
+
+test("nothing changes where a dry run says what would", () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  const before = listing("fresh");
+  const { status, stdout, stderr } = install("fresh", "--dry-run");
+  assert.is(status, 0, stderr);
+  assert.match(stdout, `would install ${LIBRARY}/offload.mjs\n`);
+  assert.equal(changes(before, listing("fresh")), []);
+});
+
+test("an upgrade replaces what changed, and running it again nothing", () => {
+  makeFresh("fresh", "node");
+  const directory = copyRelease("fresh");
+  const before = listing("fresh");
+  assert.is(install("fresh").status, 0);
+  const first = listing("fresh");
+  const again = install("fresh");
+  assert.is(again.status, 0);
+  assert.not.match(again.stdout, "installed");
+  assert.equal(changes(first, listing("fresh")), []);
+  nextVersion(directory);
+  const upgraded = install("fresh");
+  assert.is(upgraded.status, 0, upgraded.stderr);
+  assert.equal(upgraded.stdout.match(/^installed .*/gm), [
+    `installed ${LIBRARY}/offload.mjs`,
+  ]);
+  const [file] = changes(first, listing("fresh"));
+  assert.is(`/${file}`, `${LIBRARY}/offload.mjs`);
+  const removed = run("fresh", `${LIBRARY}/install.sh`, "--uninstall");
+  assert.is(removed.status, 0, removed.stderr);
+  assert.equal(changes(before, listing("fresh")), []);
+});
+
+test("a damaged or incomplete release is refused", async () => {
+  makeFresh("fresh", "node");
+  const before = listing("fresh");
+  const file = `${release}/guix`;
+  const content = readFileSync(file);
+  appendFileSync(file, "# damaged\n");
+  const damaged = await pipe("fresh", "sh", "--yes");
+  writeFileSync(file, content);
+  assertRefused(
+    "fresh",
+    before,
+    damaged,
+    /'http.*\/guix' has a wrong checksum/,
+  );
+  const directory = copyRelease("fresh");
+  const sums = readFileSync(`${directory}/SHA256SUMS`, "utf8");
+  writeFileSync(`${directory}/SHA256SUMS`, sums.replace(/^.*guix\n/m, ""));
+  assertRefused("fresh", before, install("fresh"), /lacks guix/);
+  rmSync(`${directory}/guix`);
+  writeFileSync(`${directory}/SHA256SUMS`, sums);
+  assertRefused("fresh", before, install("fresh"), /failed to read .*guix'/);
+  const nowhere = run("fresh", "sh", "-c", "sh -s <root/release/install.sh");
+  assertRefused("fresh", before, nowhere, /expected --from/);
+});
+
+test("without a runtime that guix-daemon can use, it says what is missing", () => {
+  makeFresh("fresh", undefined);
+  copyRelease("fresh");
+  const before = listing("fresh");
+  const none = install("fresh");
+  assertRefused("fresh", before, none, /neither Node 22\.18 nor Deno 2\.7\.14/);
+  makeFresh("ufresh", "node");
+  copyRelease("ufresh");
+  const program = `${root("ufresh")}/root/release/node`;
+  copyFileSync(PROGRAMS.node, program);
+  chmodSync(`${root("ufresh")}/root`, 0o700);
+  const private_ = listing("ufresh");
+  const result = run(
+    "ufresh",
+    ...["env", "OFFLOAD_RUNTIME=/root/release/node"],
+    ...["sh", "/root/release/install.sh"],
+  );
+  assertRefused(
+    "ufresh",
+    private_,
+    result,
+    /'guix-daemon', which guix-daemon runs as, can't run '\/root\/release\/node'/,
+  );
+});
+
+test("a file of somebody else's is left alone", () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  const file = `${root("fresh")}/usr/local/bin/offload`;
+  writeFileSync(file, "something else\n");
+  const before = listing("fresh");
+  assertRefused("fresh", before, install("fresh"), /not Offload's/);
+  rmSync(file);
+});
+
+test("what fails half-way leaves all as it was", () => {
+  makeFresh("fresh", "node");
+  const directory = copyRelease("fresh");
+  const failing = (before: Record<string, string>) => {
+    const bin = "/usr/local/bin";
+    inHost("fresh", "mount", "--bind", bin, bin);
+    inHost("fresh", "mount", "-o", "remount,bind,ro", bin);
+    const { status, stdout, stderr } = install("fresh", "--yes");
+    inHost("fresh", "umount", bin);
+    assert.match(stdout, `installed ${LIBRARY}/offload.mjs`);
+    assert.match(stderr, "offload: nothing was changed\n");
+    assert.ok(status !== 0);
+    assert.equal(changes(before, listing("fresh")), []);
+  };
+  failing(listing("fresh"));
+  const before = listing("fresh");
+  assert.is(install("fresh").status, 0);
+  // An upgrade that must make the command anew.
+  nextVersion(directory);
+  rmSync(`${root("fresh")}/usr/local/bin/offload`);
+  failing(listing("fresh"));
+  assert.is(run("fresh", `${LIBRARY}/install.sh`, "--uninstall").status, 0);
+  assert.equal(changes(before, listing("fresh")), []);
+});
+
+// ---------------------------------------------------------------------------
+// systemd
+// ---------------------------------------------------------------------------
+
+/** Records how it is called; `restart` fails where a file says so. */
+const SYSTEMCTL = `#!/bin/sh
+echo "$*" >>/tmp/systemctl.log
+[ "$1" != restart ] || [ ! -e /tmp/restart-fails ]
+`;
+
+test("under systemd, a drop-in switches the daemon, which --yes restarts", () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  const at = root("fresh");
+  mkdirSync(`${at}/run/systemd/system`, { recursive: true });
+  writeFileSync(`${at}/usr/local/sbin/systemctl`, SYSTEMCTL, { mode: 0o755 });
+  const calls = () => {
+    const text = readFileSync(`${at}/tmp/systemctl.log`, "utf8");
+    writeFileSync(`${at}/tmp/systemctl.log`, "");
+    return text.split("\n").filter((line) => line && !line.startsWith("cat"));
+  };
+  const dropIn = `${at}/etc/systemd/system/guix-daemon.service.d/offload.conf`;
+  const [reload, restart] = ["daemon-reload", "restart guix-daemon.service"];
+  try {
+    const before = listing("fresh");
+
+    writeFileSync(`${at}/tmp/restart-fails`, "");
+    const failed = install("fresh", "--yes");
+    assertRefused("fresh", before, failed, /does not start again/);
+    assert.equal(calls(), [reload, restart, reload, restart]);
+    rmSync(`${at}/tmp/restart-fails`);
+
+    // Nobody can be asked.
+    const asked = install("fresh");
+    assert.is(asked.status, 0, asked.stderr);
+    assert.match(
+      asked.stdout,
+      "next start on: systemctl restart guix-daemon\n",
+    );
+    assert.is(
+      readFileSync(dropIn, "utf8"),
+      `[Service]\nEnvironment=GUIX=${SHIM}\n`,
+    );
+    assert.equal(calls(), [reload]);
+    const restarted = install("fresh", "--yes");
+    assert.match(restarted.stdout, "restarted guix-daemon\n");
+    assert.equal(calls(), [reload, restart]);
+
+    lab("daemon", "fresh", `GUIX=${SHIM}`); // what systemctl did not do
+    assert.match(install("fresh", "--yes").stdout, "uses Offload already\n");
+    assert.equal(calls(), [reload]);
+    const during = listing("fresh");
+    const uninstall = (...options: readonly string[]) =>
+      run("fresh", `${LIBRARY}/install.sh`, "--uninstall", ...options);
+    assertRefused("fresh", during, uninstall(), /still uses Offload/);
+    assert.equal(calls(), [reload, reload]);
+    const removed = uninstall("--yes");
+    assert.is(removed.status, 0, removed.stderr);
+    assert.equal(calls(), [reload, restart]);
+    assert.equal(changes(before, listing("fresh")), []);
+  } finally {
+    rmSync(`${at}/run/systemd`, { recursive: true });
+    rmSync(`${at}/usr/local/sbin/systemctl`);
+    lab("daemon", "fresh");
+  }
+});
+
+test.run();
