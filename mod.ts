@@ -36,6 +36,7 @@ import {
   symlinkSync,
   writeFileSync,
 } from "node:fs";
+import type { Stats } from "node:fs";
 import { createConnection } from "node:net";
 import { hostname, machine as architecture, tmpdir, userInfo } from "node:os";
 import { basename, dirname } from "node:path";
@@ -5976,10 +5977,63 @@ function tellStep(
   log.info(`${machineId(machine)}: ${name}: ${painted}${what}`);
 }
 
-/** What is wrong with the machine file, as if it were a machine. */
-function testOfMachineFile({ problems }: Context): TestReport[] {
+/** The bits of a mode, as of others. */
+const MODE = { read: 4, write: 2, enter: 1 } as const;
+
+/** Whether an account may do what the mode's bits say, with a file that is. */
+function mayUse(file: string, bits: number, account: Stats): boolean {
+  const stat = statSync(file, { throwIfNoEntry: false });
+  if (stat === undefined || account.uid === 0) return true;
+  const { uid, gid, mode } = stat;
+  const shift = uid === account.uid ? 6 : gid === account.gid ? 3 : 0;
+  const above = dirname(file);
+  return (mode >> shift & bits) === bits &&
+    (above === file || mayUse(above, MODE.enter, account));
+}
+
+/**
+ * Checks that guix-daemon's user, who owns the store, gets at what the
+ * hook needs there: root, who runs a command, would not notice.
+ */
+export function checkInstallation(
+  machines: readonly Machine[],
+  context: PluginContext & Pick<Context, "storeDirectory">,
+): Problem[] {
+  const { configDirectory, stateDirectory, storeDirectory } = context;
+  const account = statSync(storeDirectory, { throwIfNoEntry: false });
+  if (account === undefined) return [];
+  const keys = [...new Set(machines.map(({ privateKey }) => privateKey))];
+  const needs: [file: string, bits: number, verb: string][] = [
+    ...["machines.scm", "acl"].map((name) => `${configDirectory}/${name}`),
+    ...keys,
+  ].map((file) => [file, MODE.read, "read"]);
+  const plugins = pluginDirectory(context.environment);
+  needs.push([plugins, MODE.read | MODE.enter, "read"]);
+  const state = `${stateDirectory}/offload`;
+  needs.push([state, MODE.write | MODE.enter, "write to"]);
+  const problems = needs
+    .filter(([file, bits]) => !mayUse(file, bits, account))
+    .map(([file, , verb]): Problem => ({
+      severity: "error",
+      message: `guix-daemon's user, who owns '${storeDirectory}', ` +
+        `can't ${verb} '${file}'`,
+      hint: `run 'chown -R --reference=${storeDirectory} ${file}', and have ` +
+        "it where that user may enter: not in /root",
+    }));
+  const open = keys.filter((file) =>
+    existsSync(file) && statSync(file).mode & 0o77
+  );
+  return problems.concat(open.map((file) => ({
+    severity: "warning",
+    message: `others than its owner may use the SSH private key '${file}'`,
+    hint: `run 'chmod go= ${file}'`,
+  })));
+}
+
+/** What is wrong here, as if it were a machine. */
+function testOf(machine: string, problems: readonly Problem[]): TestReport[] {
   const steps = problems.map(({ severity, message, hint }): Step => ({
-    name: "machine file",
+    name: machine,
     outcome: severity === "error" ? "failed" : "warning",
     detail: message,
     hint,
@@ -5987,7 +6041,6 @@ function testOfMachineFile({ problems }: Context): TestReport[] {
   }));
   const failed = steps.some(({ outcome }) => outcome === "failed");
   const outcome = failed ? "failed" : "warning";
-  const machine = "machine file";
   return steps.length === 0 ? [] : [{ machine, outcome, seconds: 0, steps }];
 }
 
@@ -6080,7 +6133,11 @@ async function testCommand(
   });
   const results = await Promise.all(tests);
   context.signal.throwIfAborted();
-  const reports = [...testOfMachineFile(context), ...results];
+  const reports = [
+    ...testOf("installation", checkInstallation(machines, context)),
+    ...testOf("machine file", context.problems),
+    ...results,
+  ];
   if (options.junit) writeReport(String(options.junit), formatJunit(reports));
   const failed = reports.some(({ outcome }) => outcome === "failed");
   const output = options.json

@@ -13,7 +13,6 @@ import { createHash } from "node:crypto";
 import {
   chmodSync,
   copyFileSync,
-  existsSync,
   mkdirSync,
   readdirSync,
   readFileSync,
@@ -21,6 +20,7 @@ import {
 } from "node:fs";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
+import { manual } from "./manual.ts";
 
 const ROOT = fileURLToPath(new URL("..", import.meta.url));
 
@@ -109,11 +109,15 @@ function release(directory: string): string {
     `${directory}/offload.mjs`,
     `${script}\n${licenses(inputs)}\n`,
   );
+  const changes = readFileSync(`${ROOT}/CHANGELOG.md`, "utf8");
+  const date = /^## \[.*\] - (.*)$/m.exec(changes)![1]!;
+  writeFileSync(`${directory}/offload.1`, manual(date));
   for (const name of PROGRAMS) {
     copyFileSync(`${ROOT}/scripts/${name}`, `${directory}/${name}`);
     chmodSync(`${directory}/${name}`, name === "runtime.sh" ? 0o644 : 0o755);
   }
-  const sums = checksums(directory, ["offload.mjs", ...PROGRAMS]);
+  const files = ["offload.mjs", "offload.1", ...PROGRAMS];
+  const sums = checksums(directory, files);
   writeFileSync(`${directory}/SHA256SUMS`, sums);
   return sums;
 }
@@ -123,10 +127,6 @@ function main(args: readonly string[]): number {
     const asked = args[0] === "--help";
     console[asked ? "log" : "error"](USAGE);
     return asked ? 0 : 2;
-  }
-  if (!existsSync(`${ROOT}/node_modules/esbuild`)) {
-    console.error("bundle: error: esbuild is missing\nhint: run 'npm ci'");
-    return 1;
   }
   console.log(release(args[0] ?? `${ROOT}/dist`).trimEnd());
   return 0;

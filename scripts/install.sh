@@ -160,7 +160,7 @@ get_release() {
         sed -n 's/: FAILED.*//p' | head -n 1)
     [ -z "$wrong" ] || fail "'$from/$wrong' has a wrong checksum" \
         "it was damaged on the way, or is not of the same release: try again"
-    for name in guix install.sh offload offload.mjs runtime.sh; do
+    for name in guix install.sh offload offload.1 offload.mjs runtime.sh; do
         grep -q "^[0-9a-f]\{64\} [ *]$name\$" "$work/release/SHA256SUMS" ||
             fail "'$from/SHA256SUMS' lacks $name" "it is of no complete release"
     done
@@ -281,7 +281,8 @@ check_place() {
 
 install_files() {
     unit=/etc/systemd/system/guix-daemon.service.d/offload.conf
-    for place in "$lib/offload.mjs" "$prefix/bin/offload"; do
+    page=$prefix/share/man/man1/offload.1
+    for place in "$lib/offload.mjs" "$prefix/bin/offload" "$page"; do
         check_place "$place"
     done
     ln -s "$runtime" "$work/runtime"
@@ -291,6 +292,7 @@ install_files() {
     done
     put "$work/runtime" "$lib/runtime"
     put "$work/command" "$prefix/bin/offload"
+    put "$work/release/offload.1" "$page"
     ! has_systemd_unit || {
         check_place "$unit"
         printf '[Service]\nEnvironment=GUIX=%s\n' "$lib/guix" >"$work/unit"

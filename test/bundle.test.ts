@@ -128,7 +128,11 @@ for (const [name, [program, ...options]] of Object.entries(runtimes)) {
       const explained = await offload("explain", `${alone}/b.drv`);
       assert.is(explained.code, 1, explained.stderr);
       const text = explained.stdout.toString();
-      assert.match(text, /^127\.0\.0\.1:1 .*connection refused/m);
+      assert.match(
+        text,
+        /^127\.0\.0\.1:1\b.*connection refused/m,
+        text + explained.stderr,
+      );
       // Whose trace can be read, by the names of its functions.
       const failed = await offload("explain", `${alone}/none.drv`);
       assert.match(failed.stderr, `failed to read '${alone}/none.drv'`);

@@ -67,7 +67,7 @@ test("the npm package has what a release has, and runs from there", async () => 
     // Where `npm pack` makes a release, another test may be at it as well.
     const checkout = `${directory}/checkout`;
     const names = ["mod.ts", "deps.ts", "plugins", "scripts", "package.json"];
-    for (const name of [...names, "LICENSE", "README.md"]) {
+    for (const name of [...names, "LICENSE", "README.md", "CHANGELOG.md"]) {
       cpSync(`${ROOT}/${name}`, `${checkout}/${name}`, { recursive: true });
     }
     symlinkSync(`${ROOT}/node_modules`, `${checkout}/node_modules`);

@@ -28,6 +28,7 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { COMMANDS } from "../../mod.ts";
 import {
   assertOffloaded,
   assertStoreIsSound,
@@ -253,6 +254,27 @@ for (const [host, account] of Object.entries(HOSTS)) {
   }
 }
 
+test("the manual page tells of all commands, in good form", () => {
+  copyRelease("fresh");
+  const page = "/root/release/offload.1";
+  const { stdout, stderr } = run("fresh", "mandoc", "-T", "lint", page);
+  const faults = (stdout + stderr).split("\n")
+    .filter((line) => line && !line.includes("outdated mandoc.db"));
+  assert.equal(faults, []);
+  const text = inHost("fresh", "mandoc", "-T", "ascii", page)
+    .replace(/.[\b]/g, "").replace(/\s+/g, " ");
+  for (const { name, summary, options } of COMMANDS) {
+    assert.match(text, `offload ${name}`);
+    assert.match(text, `${summary}.`);
+    for (const option of options) {
+      const argument = option.value === undefined
+        ? ""
+        : ` ${option.value.name}`;
+      assert.match(text, ` ${option.name}${argument} ${option.summary}.`);
+    }
+  }
+});
+
 /** Answers once: prints the milliseconds from start to answer. */
 const ANSWER_SCRIPT = `
 const { spawn } = require("node:child_process");
@@ -288,6 +310,46 @@ function measureAnswer(host: string): void {
   console.log(`    answers in ${times.map((time) => time.toFixed(0))} ms`);
   assert.ok(times[0]! < 1000, "an answer takes too long"); // 0.1 s when quiet
 }
+
+test("offload test finds what the daemon's account can't use, and mends it", () => {
+  const host = "ufresh";
+  makeFresh(host, "node");
+  copyRelease(host);
+  const at = root(host);
+  const key = "/etc/guix/other_key";
+  copyFileSync(`${at}/root/.ssh/id_ed25519`, at + key);
+  chmodSync(at + key, 0o640);
+  mkdirSync(`${at}/etc/guix/offload`, { mode: 0o700 });
+  rmSync(`${at}/var/guix/offload`, { recursive: true, force: true });
+  mkdirSync(`${at}/var/guix/offload`);
+  useMachines(host, ["w1"], (text) => text.replace(/"[^"]*_key"/, `"${key}"`));
+  const offloadTest = () => run(host, "/root/release/offload", "test");
+  try {
+    const faulty = offloadTest();
+    assert.is(faulty.status, 1, faulty.stderr);
+    assert.match(faulty.stdout, `can't read '${key}'`);
+    assert.match(faulty.stdout, "can't read '/etc/guix/offload'");
+    assert.match(faulty.stdout, "can't write to '/var/guix/offload'");
+    assert.match(faulty.stdout, `may use the SSH private key '${key}'`);
+    const remedies = [...faulty.stdout.matchAll(/hint: run '(.*?)'/g)];
+    for (const [, command] of remedies) inHost(host, "sh", "-c", command!);
+    const mended = offloadTest();
+    assert.is(mended.status, 0, mended.stdout);
+    assert.not.match(mended.stdout, "installation");
+    // Where root's keys usually are.
+    useMachines(host, ["w1"], (text) => {
+      return text.replace(/"[^"]*_key"/, '"/root/.ssh/id_ed25519"');
+    });
+    const closed = offloadTest();
+    assert.is(closed.status, 1);
+    assert.match(closed.stdout, "can't read '/root/.ssh/id_ed25519'");
+  } finally {
+    useMachines(host, ["w1"]);
+    rmSync(at + key);
+    rmSync(`${at}/etc/guix/offload`, { recursive: true });
+    rmSync(`${at}/var/guix/offload`, { recursive: true });
+  }
+});
 
 // ---------------------------------------------------------------------------
 // What may go wrong
