@@ -428,14 +428,17 @@ switch_back() {
     fi
 }
 
-# What the hook keeps beside the slots, which are `guix offload`'s as well.
+# What the hook keeps beside the slots, NAME:PORT, which are also the
+# reference's.
 forget() {
     state=${GUIX_STATE_DIRECTORY:-/var/guix}/offload
-    for name in node-cache deno-cache observations.sqlite \
-        observations.sqlite-shm observations.sqlite-wal; do
-        [ -e "$state/$name" ] || continue
-        [ -n "$dry_run" ] || rm -rf "${state:?}/$name"
-        told removed remove "$state/$name"
+    for kept in "$state"/*; do
+        case $kept in
+        *:[0-9]*) continue ;;
+        esac
+        [ -e "$kept" ] || continue
+        [ -n "$dry_run" ] || rm -rf "$kept"
+        told removed remove "$kept"
     done
     [ -n "$dry_run" ] || rmdir "$state" 2>/dev/null || :
 }

@@ -96,9 +96,10 @@ function settings(): string {
   };
   const items = Object.entries(properties)
     .filter(([, setting]) => setting.description !== undefined)
-    .map(([name, { description, default: usual }]) =>
-      `.It Va ${name}\n${fill(`${description}: ${usual} unless told`)}.`
-    );
+    .map(([name, { description, default: usual }]) => {
+      const text = typeof usual === "string" ? usual : JSON.stringify(usual);
+      return `.It Va ${name}\n${fill(`${description}: ${text} unless told`)}.`;
+    });
   return list(items);
 }
 
