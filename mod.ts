@@ -3153,8 +3153,10 @@ export class Observations {
 type Row = Record<string, SQLOutputValue>;
 
 /** A slot, what it was last used for, and since when. */
-type UsedSlot = {
+export type UsedSlot = {
+  /** The file that was locked. */
   readonly file: string;
+  /** What was built. */
   readonly derivation: string;
   /** In milliseconds since 1970. */
   readonly time: number;
