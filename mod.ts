@@ -3815,7 +3815,8 @@ async function ask(prospect: Prospect, context: Context): Promise<void> {
     prospect.session = session;
     // An account may be unable to run commands and still be of use.
     const facts = await probe(session, context).catch(() => undefined);
-    const lost = session.failure(); // a part of an answer is none
+    // A part of an answer is none, unless it was us who broke it off.
+    const lost = prospect.dismissed ? undefined : session.failure();
     if (lost !== undefined) throw connectionError(machine, lost);
     prospect.facts = facts ?? { time: Date.now() };
     observations.saveFacts(id, prospect.facts);

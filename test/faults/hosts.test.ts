@@ -25,6 +25,7 @@ import {
   start,
   startHook,
   storeNames,
+  SYSTEM,
   up,
   useMachines,
   watch,
@@ -227,6 +228,25 @@ function suiteUnder(runtime: Runtime): void {
       const { status, stderr } = await within("the end", hook.ended);
       assert.is(status, 1);
       assert.match(stderr, `guix-daemon gave up '${derivation}'`);
+    }
+  });
+
+  fault("node", "a hook that asks machines ends at a signal", async () => {
+    const [derivation] = makeWork("head");
+    for (const machine of MACHINES) signal(machine, "STOP", "sshd");
+    try {
+      for (const name of ["TERM", "KILL"] as const) {
+        const hook = startHook("head", { runtime });
+        hook.say(`0 ${SYSTEM} ${derivation} `);
+        await delay(1500); // it takes 3 s, since nobody answers
+        signal("head", name, "hook");
+        const { status, stdout } = await within("the end", hook.ended, 5000);
+        assert.is.not(status, 0);
+        assert.is(stdout, "");
+        useMachines("head", MACHINES);
+      }
+    } finally {
+      for (const machine of MACHINES) signal(machine, "CONT", "sshd");
     }
   });
 
