@@ -1237,7 +1237,7 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
   keepaliveTimeout: {
     ...{ default: 60, minimum: 1, maximum: 3600 },
     description: "seconds without a sign of life after which a connection " +
-      "is given up",
+      "is given up, and the guix-daemon at its end asked for one",
   },
   maximumArchiveSize: {
     ...{ default: 2 ** 36, minimum: 2 ** 20, maximum: 2 ** 50 },
@@ -1257,9 +1257,9 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
     description: "the built-in plugin that scores machines",
   },
   stepTimeout: {
-    ...{ default: 300, minimum: 1, maximum: DAY },
+    ...{ default: 1800, minimum: 1, maximum: DAY },
     description: "seconds for which nothing may move before and after a " +
-      "build, and after which a machine whose build is silent must answer",
+      "build, as where a machine collects garbage first",
   },
   substitutes: {
     default: false,
@@ -3195,6 +3195,8 @@ export interface Session {
   readonly lost: Promise<never>;
   /** How long nothing passed over its channels, in milliseconds. */
   idle(): number;
+  /** Fails where the guix-daemon there gives no sign of life. */
+  ping(): Promise<void>;
   /** Does what may take long and let nothing pass meanwhile. */
   patiently<T>(work: () => Promise<T>): Promise<T>;
   /** Whether that is so now. */
@@ -3489,9 +3491,17 @@ async function connect(
     idle: () => performance.now() - link.used,
     patiently: (work) => {
       patient++;
-      return work().finally(() => patient--);
+      return work().finally(() => {
+        patient--;
+        link.used = performance.now();
+      });
     },
     isPatient: () => patient > 0,
+    ping: async () => {
+      const another = { client, used: 0 }; // it is no use of the session
+      const daemon = openRemoteDaemon(another, machine, connectTimeout);
+      (await daemon).stream.destroy();
+    },
     openDaemon: () => openRemoteDaemon(link, machine, connectTimeout),
     exec: (command) => execute(link, command),
     close: () => client.end(),
@@ -4976,22 +4986,26 @@ async function transferAndOffload(
 }
 
 /**
- * Gives a session up over which nothing passes for too long; where that may
- * be, the daemon there must answer.
+ * Gives a session up over which nothing passes for too long, unless that may
+ * be, or at whose end the daemon is dead.
  */
-function watchSession(session: Session, { stepTimeout }: Settings): () => void {
-  const start = performance.now();
+function watchSession(session: Session, settings: Settings): () => void {
+  const [step, keepalive] = [settings.stepTimeout, settings.keepaliveTimeout];
+  let seen = performance.now();
   let asking = false;
+  const start = seen;
   const check = () => {
-    const idle = Math.min(session.idle(), performance.now() - start);
-    if (idle < stepTimeout * 1000 || asking) return;
-    if (!session.isPatient()) {
-      return session.fail(new Error(`nothing moved for ${stepTimeout} s`));
+    const now = performance.now();
+    const idle = Math.min(session.idle(), now - start);
+    if (idle >= step * 1000 && !session.isPatient()) {
+      return session.fail(new Error(`nothing moved for ${step} s`));
     }
+    if (asking || Math.min(idle, now - seen) < keepalive * 1000) return;
     asking = true;
-    session.openDaemon()
-      .then(({ stream }) => void stream.destroy(), session.fail)
-      .finally(() => asking = false);
+    session.ping().catch(session.fail).finally(() => {
+      asking = false;
+      seen = performance.now();
+    });
   };
   const timer = setInterval(check, 250);
   return () => clearInterval(timer);

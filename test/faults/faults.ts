@@ -111,7 +111,7 @@ export interface Field {
 export const SETTINGS: readonly string[] = [
   "OFFLOAD_CONNECT_TIMEOUT=5",
   "OFFLOAD_KEEPALIVE_TIMEOUT=4",
-  "OFFLOAD_STEP_TIMEOUT=4",
+  "OFFLOAD_STEP_TIMEOUT=15",
   "OFFLOAD_BACKOFF=2",
   "OFFLOAD_OUTAGE_TIMEOUT=20",
   "OFFLOAD_MINIMUM_FREE_SPACE=0",
@@ -281,7 +281,7 @@ const restartedDaemon = {
 };
 
 const LOST = /lost connection to 'w1': /;
-const SILENT = /lost connection to 'w1': (Keepalive timeout|nothing moved)/;
+const SILENT = /lost connection to 'w1': Keepalive timeout/;
 const MIDDLE = ["sending", "building", "retrieving"] as const;
 
 /** Faults of the ways to w1, before a build comes there. */
@@ -351,7 +351,7 @@ const UNREACHABLE: readonly Fault[] = [
     phase: "before",
     ...frozen("daemon"),
     ends: "on w2",
-    says: /'w1': (failed to connect to guix-daemon|nothing moved)/,
+    says: /failed to connect to guix-daemon on 'w1': no answer/,
     seconds: 25,
     compared: true,
   },
@@ -416,7 +416,8 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     phase,
     ...frozen("daemon"),
     ends: "on w2",
-    says: /lost connection to 'w1': (nothing moved|failed to connect to guix-)/,
+    says:
+      /lost connection to 'w1': failed to connect to guix-daemon.*no answer/,
     seconds: 30,
     ...(phase === "building" && { quick: "deno" }),
     compared: true,
@@ -550,8 +551,8 @@ const REFUSED: readonly Fault[] = [
     inject: () => writePlugin(badTransport("return new Promise(() => {});")),
     heal: removePlugin,
     ends: "on w2",
-    says: /lost connection to 'w1': nothing moved for 4 s/,
-    seconds: 25,
+    says: /lost connection to 'w1': nothing moved for 15 s/,
+    seconds: 35,
     quick: "node",
   },
 ];
@@ -649,9 +650,9 @@ async function reach(
 ): Promise<boolean> {
   const begins = {
     before: /^/,
-    sending: /^sending \d/m,
+    sending: /^(guix offload: )?sending \d/m,
     building: /^building work$/m,
-    retrieving: /^retrieving \d/m,
+    retrieving: /^(guix offload: )?retrieving \d/m,
   }[phase];
   let over = false;
   client.ended.then(() => over = true);
