@@ -3152,13 +3152,13 @@ export class Observations {
 /** A row of the database. */
 type Row = Record<string, SQLOutputValue>;
 
-/** A slot, what it was last used for, and since when. */
+/** A slot and what it was last used for. */
 export type UsedSlot = {
-  /** The file that was locked. */
+  /** The file that is locked. */
   readonly file: string;
   /** What was built. */
   readonly derivation: string;
-  /** In milliseconds since 1970. */
+  /** Since when, in milliseconds since 1970. */
   readonly time: number;
 };
 
@@ -3559,13 +3559,13 @@ function execute(link: Link, command: string): Promise<RemoteProcess> {
 }
 
 /** Quotes a word for a shell. */
-function quote(word: string): string {
+function quoteWord(word: string): string {
   return `'${word.replaceAll("'", "'\\''")}'`;
 }
 
 /** Connects standard input and output to the socket of a daemon. */
 function relayCommand(socket: string): string {
-  const quoted = quote(socket);
+  const quoted = quoteWord(socket);
   return `if command -v socat >/dev/null; then exec socat - UNIX-CONNECT:${quoted}; fi
 exec guix repl -- /dev/fd/3 ${quoted} 3<<'END'
 (use-modules (rnrs io ports))
@@ -4439,7 +4439,7 @@ function archiveCommand(
   options: readonly string[],
   level: number | undefined,
 ): string {
-  const archive = `guix archive ${options.map(quote).join(" ")}`;
+  const archive = `guix archive ${options.map(quoteWord).join(" ")}`;
   const compressors = level === undefined ? [] : Object.keys(COMPRESSORS);
   return `
 command -v guix >/dev/null || exit 127
@@ -5201,56 +5201,30 @@ export async function processRequest(
 
 const VERSION = "0.1.0";
 
-/** What can stand where a command expects something. */
-export type Completion = "file" | "shell" | "nothing";
-
-/** An argument or the value of an option, by what it is called. */
-export interface CommandArgument {
-  /** Its name, in capitals. */
-  readonly name: string;
-  /** What to complete it with. */
-  readonly completion: Completion;
-}
-
-/** An option of a command. */
-export interface CommandOption {
-  /** Its long name, with the hyphens. */
-  readonly name: string;
-  /** What is to follow it, if anything. */
-  readonly value?: CommandArgument;
-  /** What it does: a verb first. */
-  readonly summary: string;
-}
-
 /** A command: help, completion and manual page are made of this. */
 export interface Command {
   /** What it is called by. */
   readonly name: string;
-  /** What must follow, in this order. */
-  readonly required: readonly CommandArgument[];
-  /** What may follow then. */
-  readonly optional: readonly CommandArgument[];
+  /** What may follow: `[` begins what needn't. */
+  readonly usage: string;
   /** What it does, in a line: a verb first. */
   readonly summary: string;
-  /** What there is to know about it, a paragraph each. */
+  /** What else there is to know about it, a paragraph each. */
   readonly description: readonly string[];
-  /** Its options. */
-  readonly options: readonly CommandOption[];
+  /** Its options, with the name of the value that one takes; meanings. */
+  readonly options: readonly (readonly [usage: string, meaning: string])[];
   /** Command lines, and what each does. */
   readonly examples: readonly (readonly [line: string, meaning: string])[];
 }
 
-const FILE: CommandArgument = { name: "FILE", completion: "file" };
-const REGEXP: CommandArgument = { name: "REGEXP", completion: "nothing" };
-const JSON_OPTION: CommandOption = { name: "--json", summary: "Print JSON" };
-const TIMEOUT_OPTION: CommandOption = {
-  name: "--timeout",
-  value: { name: "SECONDS", completion: "nothing" },
-  summary: "Wait so long for each machine: the setting 'connectTimeout' " +
-    "unless told",
-};
+const JSON_OPTION = ["--json", "Print JSON"] as const;
+const HELP_OPTION = ["--help", "Show this help"] as const;
+const TIMEOUT_OPTION = [
+  "--timeout SECONDS",
+  "Give each machine so long, not the setting 'connectTimeout'",
+] as const;
 
-const MACHINES_OF_FILE = "The machines are those of FILE, or of " +
+const WHICH_MACHINES = "The machines are those of FILE, or of " +
   "/etc/guix/machines.scm and the plugins, whose name matches REGEXP; " +
   "they are asked side by side.";
 
@@ -5258,11 +5232,10 @@ const MACHINES_OF_FILE = "The machines are those of FILE, or of " +
 export const COMMANDS: readonly Command[] = [
   {
     name: "test",
-    required: [],
-    optional: [FILE, REGEXP],
+    usage: "[FILE [REGEXP]]",
     summary: "Test that machines can be used, step by step",
     description: [
-      MACHINES_OF_FILE,
+      WHICH_MACHINES,
       "Each goes through these steps: connect, host key, authentication, " +
       "daemon, guix, import of a signed store item there, export of a signed " +
       "one back, clock. For each that fails, the cause is told, and what to " +
@@ -5272,11 +5245,7 @@ export const COMMANDS: readonly Command[] = [
     ],
     options: [
       JSON_OPTION,
-      {
-        name: "--junit",
-        value: FILE,
-        summary: "Write the results to FILE, as JUnit's XML",
-      },
+      ["--junit FILE", "Write the results to FILE, too, as JUnit's XML"],
       TIMEOUT_OPTION,
     ],
     examples: [
@@ -5287,11 +5256,10 @@ export const COMMANDS: readonly Command[] = [
   },
   {
     name: "status",
-    required: [],
-    optional: [FILE, REGEXP],
+    usage: "[FILE [REGEXP]]",
     summary: "Show how machines are and what they do",
     description: [
-      MACHINES_OF_FILE,
+      WHICH_MACHINES,
       "Where the output is no terminal, it is in the format of 'guix offload " +
       "status', with more lines. The exit code is 1 when a machine can't be " +
       "reached.",
@@ -5299,7 +5267,7 @@ export const COMMANDS: readonly Command[] = [
     options: [
       JSON_OPTION,
       TIMEOUT_OPTION,
-      { name: "--watch", summary: "Show it anew every 2 s until interrupted" },
+      ["--watch", "Show it anew every 2 s until interrupted"],
     ],
     examples: [
       ["offload status", "shows all machines"],
@@ -5308,8 +5276,7 @@ export const COMMANDS: readonly Command[] = [
   },
   {
     name: "trust",
-    required: [{ name: "USER@HOST[:PORT]", completion: "nothing" }],
-    optional: [],
+    usage: "USER@HOST[:PORT]",
     summary: "Let this machine and a build machine trust each other",
     description: [
       "It shows the host key's fingerprint and asks whether it is right; makes " +
@@ -5321,21 +5288,9 @@ export const COMMANDS: readonly Command[] = [
       "At the end the machine is added to FILE, or its form is printed.",
     ],
     options: [
-      {
-        name: "--file",
-        value: FILE,
-        summary: "Add the machine to this machine file",
-      },
-      {
-        name: "--fingerprint",
-        value: { name: "SHA256:…", completion: "nothing" },
-        summary: "Trust the host key with this fingerprint, unasked",
-      },
-      {
-        name: "--identity",
-        value: FILE,
-        summary: "Log in with this SSH key, which is made if need be",
-      },
+      ["--file FILE", "Add the machine to this machine file"],
+      ["--fingerprint SHA256:…", "Trust the host key that has it, unasked"],
+      ["--identity FILE", "Log in with this SSH key, made if need be"],
       TIMEOUT_OPTION,
     ],
     examples: [
@@ -5347,22 +5302,17 @@ export const COMMANDS: readonly Command[] = [
   },
   {
     name: "explain",
-    required: [{ name: "DERIVATION", completion: "file" }],
-    optional: [],
+    usage: "DERIVATION",
     summary: "Say which machine would build it, and why",
     description: ["The exit code is 1 when no machine would."],
     options: [JSON_OPTION],
     examples: [
-      [
-        'offload explain "$(guix build -d hello)"',
-        "says who would build the package hello",
-      ],
+      ['offload explain "$(guix build -d hello)"', "says who would build it"],
     ],
   },
   {
     name: "machines",
-    required: [],
-    optional: [FILE],
+    usage: "[FILE]",
     summary: "Print the machines that a file lists",
     description: [
       "The file is /etc/guix/machines.scm unless told. What is wrong with it " +
@@ -5373,8 +5323,7 @@ export const COMMANDS: readonly Command[] = [
   },
   {
     name: "completion",
-    required: [{ name: "SHELL", completion: "shell" }],
-    optional: [],
+    usage: "SHELL",
     summary: "Print the completion for bash, zsh or fish",
     description: [],
     options: [],
@@ -5383,8 +5332,6 @@ export const COMMANDS: readonly Command[] = [
     ],
   },
 ];
-
-const SHELLS = ["bash", "zsh", "fish"] as const;
 
 /** The options of a command, as cac names them. */
 type CommandOptions = Readonly<
@@ -5883,7 +5830,7 @@ async function testPrograms(trial: Trial, session: Session): Promise<void> {
     trial.end("guix", "ok", output.split("\n")[0]!);
   } catch (error) {
     const hint = "builds work without, but the load is not known and large " +
-      `transfers fail: see '${sshCommand(machine)} ${command}'`;
+      `transfers take longer: see '${sshCommand(machine)} ${command}'`;
     trial.end("guix", "warning", reason(error), hint);
   }
 }
@@ -6454,12 +6401,12 @@ function runHere(
 
 /** Asks on the terminal, whatever standard input is, without echo or with. */
 const ASK_SCRIPT = `exec 3>&1 </dev/tty >/dev/tty
-printf %s "$1"
 if [ "$2" = secret ]; then
   trap 'stty echo; echo' EXIT
   trap 'exit 1' HUP INT TERM
   stty -echo
 fi
+printf %s "$1"
 IFS= read -r answer
 printf %s "$answer" >&3`;
 
@@ -6958,49 +6905,24 @@ async function trustCommand(
   };
 }
 
-/** What must and may follow a command. */
-function usageOf({ required, optional }: Command): string {
-  const names = required.map(({ name }) => name);
-  const rest = optional.reduceRight(
-    (rest, { name }) => `[${name}${rest && ` ${rest}`}]`,
-    "",
-  );
-  return [...names, rest].filter(Boolean).join(" ");
-}
-
 /** Breaks a paragraph into lines. */
 function fillParagraph(text: string): string {
   return text.replace(/(.{1,76})(?: |$)/g, "$1\n");
 }
 
 /** Lays out names and what they mean. */
-function formatPairs(pairs: readonly (readonly [string, string])[]): string {
+function formatPairs(pairs: Command["options"]): string {
   const width = Math.max(...pairs.map(([name]) => name.length));
-  return pairs.map(([name, meaning]) => `  ${name.padEnd(width)}  ${meaning}\n`)
-    .join("");
-}
-
-const HELP_OPTION: CommandOption = {
-  name: "--help",
-  summary: "Show this help",
-};
-const VERSION_OPTION: CommandOption = {
-  name: "--version",
-  summary: "Print the version",
-};
-
-/** An option, and what follows it. */
-function optionUsage({ name, value }: CommandOption): string {
-  return value === undefined ? name : `${name} ${value.name}`;
+  const lines = pairs.map(([name, it]) => `  ${name.padEnd(width)}  ${it}\n`);
+  return lines.join("");
 }
 
 /** The help on the program. */
 function generalHelp(): string {
-  const options = [HELP_OPTION, VERSION_OPTION];
   return `Usage: offload COMMAND ARGUMENT...
 
 ${formatPairs(COMMANDS.map(({ name, summary }) => [name, summary]))}
-${formatPairs(options.map(({ name, summary }) => [name, summary]))}
+${formatPairs([HELP_OPTION, ["--version", "Print the version"]])}
 'offload COMMAND --help' says more.
 
 As a hook: offload SYSTEM MAX-SILENT-TIME PRINT-BUILD-TRACE? BUILD-TIMEOUT
@@ -7009,33 +6931,34 @@ This is how guix-daemon calls it: requests come in on the standard input.`;
 
 /** The help on a command. */
 function commandHelp(command: Command): string {
-  const { name, summary, description, examples } = command;
-  const options = [...command.options, HELP_OPTION];
+  const { name, usage, summary, description, options, examples } = command;
+  const lines = examples.map(([line, does]) => [line, `# ${does}`] as const);
   return [
-    `Usage: offload ${name} [OPTION]... ${usageOf(command)}`.trimEnd() +
-    `\n${summary}.\n`,
+    `Usage: offload ${name} [OPTION]... ${usage}\n${summary}.\n`,
     ...description.map(fillParagraph),
-    formatPairs(options.map((it) => [optionUsage(it), it.summary])),
-    `Examples:\n${
-      formatPairs(examples.map(([line, does]) => [line, `# ${does}`]))
-    }`,
+    formatPairs([...options, HELP_OPTION]),
+    `Examples:\n${formatPairs(lines)}`,
   ].join("\n").trimEnd();
+}
+
+/** The name of an option, and that of its value. */
+function splitOption([usage]: Command["options"][number]): string[] {
+  return usage.split(" ");
 }
 
 /** The completion for bash; where nothing is listed, it completes files. */
 function bashCompletion(): string {
-  const cases = COMMANDS.map(({ name, options, required }) => {
-    const names = [...options, HELP_OPTION].map((option) => option.name);
-    const shells = required.some(({ completion }) => completion === "shell");
-    return `    ${name}:-*) words='${names.join(" ")}' ;;\n` +
-      (shells ? `    ${name}:*) words='${SHELLS.join(" ")}' ;;\n` : "");
+  const cases = COMMANDS.map(({ name, options }) => {
+    const names = [...options, HELP_OPTION].map((it) => splitOption(it)[0]);
+    return `    ${name}:-*) words='${names.join(" ")}' ;;\n`;
   });
   const names = COMMANDS.map(({ name }) => name).join(" ");
   return `_offload() {
   local word=\${COMP_WORDS[COMP_CWORD]} words=
   if [ "$COMP_CWORD" = 1 ]; then words='${names} --help --version'; fi
   case \${COMP_WORDS[1]}:$word in
-${cases.join("")}  esac
+${cases.join("")}    completion:*) words='bash zsh fish' ;;
+  esac
   COMPREPLY=($(compgen -W "$words" -- "$word"))
 }
 complete -o default -F _offload offload`;
@@ -7051,40 +6974,33 @@ ${bashCompletion()}`;
 
 /** The completion for fish. */
 function fishCompletion(): string {
-  const lines = COMMANDS.flatMap((command) => {
-    const { name, required, optional, summary } = command;
+  const lines = COMMANDS.flatMap(({ name, usage, summary, options }) => {
     const of = `complete -c offload -n '__fish_seen_subcommand_from ${name}'`;
-    const options = [...command.options, HELP_OPTION].map((option) => {
-      const value = { file: " -r -F", shell: "", nothing: " -x" };
-      return `${of} -l ${option.name.slice(2)}` +
-        `${option.value ? value[option.value.completion] : ""} ` +
-        `-d ${quote(option.summary)}`;
+    const described = [...options, HELP_OPTION].map((option) => {
+      const [name, value] = splitOption(option);
+      const follows = value === "FILE" ? "-r -F" : value ? "-x" : "";
+      const meaning = quoteWord(option[1]);
+      return `${of} -l ${name!.slice(2)} ${follows} -d ${meaning}`;
     });
-    const kinds = [...required, ...optional].map((it) => it.completion);
     return [
       `complete -c offload -n __fish_use_subcommand -a ${name} ` +
-      `-d ${quote(summary)}`,
-      ...options,
-      kinds.includes("file") ? `${of} -F` : "",
-      kinds.includes("shell") ? `${of} -a '${SHELLS.join(" ")}'` : "",
+      `-d ${quoteWord(summary)}`,
+      ...described,
+      ...(/FILE|DERIVATION/.test(usage) ? [`${of} -F`] : []),
     ];
   });
-  return ["complete -c offload -f", ...lines.filter(Boolean)].join("\n");
+  const shells = "complete -c offload -n " +
+    "'__fish_seen_subcommand_from completion' -a 'bash zsh fish'";
+  return ["complete -c offload -f", ...lines, shells].join("\n");
 }
 
 /** The completion for a shell, made of the table of commands. */
 export function completion(shell: string): string {
-  const scripts: Readonly<Record<string, () => string>> = {
-    bash: bashCompletion,
-    zsh: zshCompletion,
-    fish: fishCompletion,
-  };
-  const script = Object.hasOwn(scripts, shell) ? scripts[shell] : undefined;
-  if (script !== undefined) return script();
-  throw usageError(
-    `${shell}: unknown shell: expected bash, zsh or fish`,
-    "completion",
-  );
+  if (shell === "bash") return bashCompletion();
+  if (shell === "zsh") return zshCompletion();
+  if (shell === "fish") return fishCompletion();
+  const message = `${shell}: unknown shell: expected bash, zsh or fish`;
+  throw usageError(message, "completion");
 }
 
 /** Runs a command. */
@@ -7118,14 +7034,13 @@ const ACTIONS: Readonly<Record<string, Action>> = {
 function makeCli(run: (command: Command) => Promise<CommandResult>) {
   const cli = cac("offload");
   for (const command of COMMANDS) {
-    const words = [
-      command.name,
-      ...command.required.map(() => "<argument>"),
-      ...command.optional.map(() => "[argument]"),
-    ];
-    const made = cli.command(words.join(" ")).action(() => run(command));
-    for (const { name, value } of command.options) {
-      made.option(value === undefined ? name : `${name} <${value.name}>`, "");
+    const words = command.usage.split(" ")
+      .map((word) => word.startsWith("[") ? "[argument]" : "<argument>");
+    const made = cli.command([command.name, ...words].join(" "))
+      .action(() => run(command));
+    for (const option of command.options) {
+      const [name, value] = splitOption(option);
+      made.option(value === undefined ? name! : `${name} <${value}>`, "");
     }
   }
   cli.option("-h, --help", "").option("-V, --version", "");

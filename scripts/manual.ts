@@ -6,7 +6,7 @@
  */
 
 import { COMMANDS, settingsSchema } from "../mod.ts";
-import type { Command, CommandOption } from "../mod.ts";
+import type { Command } from "../mod.ts";
 
 const DESCRIPTION =
   `Offload is a drop-in replacement for 'guix offload', the build hook with which guix-daemon sends builds to other machines over SSH. It reads the machine file of Guix, uses the same keys and the same slots, and needs nothing on the build machines but sshd and guix-daemon. The section "Using the Offload Facility" of the manual of Guix says how to set up build machines.
@@ -47,19 +47,18 @@ function paragraphs(texts: readonly string[]): string {
 }
 
 /** The macros for a command and what may follow it. */
-function usage({ name, required, optional, options }: Command): string {
-  return [
-    `.Cm ${name}`,
-    options.length > 0 ? "Oo Ar OPTION Oc Ns ..." : "",
-    ...required.map(({ name }) => `Ar ${name}`),
-    ...optional.map(({ name }) => `Oo Ar ${name}`),
-    ...optional.map(() => "Oc"),
-  ].filter(Boolean).join(" ");
+function usage({ name, usage, options }: Command): string {
+  const brackets: Record<string, string> = { "[": "Oo", "]": "Oc" };
+  const words = usage.match(/[^\s[\]]+(\[[^\s\]]+\])?|[[\]]/g)!
+    .map((word) => brackets[word] ?? `Ar ${word}`);
+  const more = options.length > 0 ? ["Oo Ar OPTION Oc Ns ..."] : [];
+  return [`.Cm ${name}`, ...more, ...words].join(" ");
 }
 
-function optionItem({ name, value, summary }: CommandOption): string {
-  const argument = value === undefined ? "" : ` Ar ${value.name}`;
-  return `.It Fl ${name.slice(1)}${argument}\n${fill(summary)}.`;
+function optionItem([usage, meaning]: Command["options"][number]): string {
+  const [name, value] = usage.split(" ");
+  const argument = value === undefined ? "" : ` Ar ${value}`;
+  return `.It Fl ${name!.slice(1)}${argument}\n${fill(meaning)}.`;
 }
 
 function list(items: readonly string[]): string {

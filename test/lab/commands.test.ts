@@ -44,7 +44,7 @@ const FAULTY = "/tmp/faulty.scm";
 const PORTS = { dead: 2201, silent: 2202, otherKey: 2203, noKey: 2204 };
 
 /** Seconds that a machine is given here: only the silent one takes them. */
-const TIMEOUT = 12;
+const TIMEOUT = 15;
 
 /** Starts another sshd on w1. */
 function startSshd(port: number, ...options: readonly string[]): void {
@@ -180,15 +180,14 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
   test("test and status tell each machine's own trouble", async () => {
     const limit = `--timeout=${TIMEOUT}`;
     const begun = Date.now();
-    const [tested, json, status, statusJson] = await runAtOnce(
+    const [tested, json, status] = await runAtOnce(
       command("test", FAULTY, limit, "--junit", "/tmp/offload.xml"),
       command("test", FAULTY, limit, "--json"),
       command("status", FAULTY, limit),
-      command("status", FAULTY, limit, "--json"),
     );
     const seconds = (Date.now() - begun) / 1000;
     assert.ok(seconds < TIMEOUT + 8, `${seconds} s`);
-    for (const result of [tested!, json!, status!, statusJson!]) {
+    for (const result of [tested!, json!, status!]) {
       assert.is(result.status, 1, result.stderr);
     }
     assertSnapshot("test.txt", tested!.stdout);
@@ -197,13 +196,6 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
     assertSnapshot("junit.txt", xml);
     assertReports(JSON.parse(json!.stdout));
     assert.match(tested!.stderr, /^w3:22: import: failed: unauthorized/m);
-    const statuses = JSON.parse(statusJson!.stdout);
-    assert.equal(
-      statuses.map(({ problem }: { problem?: string }) =>
-        problem !== undefined
-      ),
-      [true, true, true, true, false, false, false, false, false],
-    );
   });
 
   test("test and guix offload test agree on good machines", () => {
