@@ -261,7 +261,7 @@ test("the manual page tells of all commands, in good form", () => {
   const faults = (stdout + stderr).split("\n")
     .filter((line) => line && !line.includes("outdated mandoc.db"));
   assert.equal(faults, []);
-  const text = inHost("fresh", "mandoc", "-T", "ascii", page)
+  const text = inHost("fresh", "mandoc", "-T", "utf8", page)
     .replace(/.[\b]/g, "").replace(/\s+/g, " ");
   for (const { name, summary, options } of COMMANDS) {
     assert.match(text, `offload ${name}`);
