@@ -211,6 +211,7 @@ const SYSTEM_ERRORS: Readonly<Record<string, string>> = {
   ECONNREFUSED: "connection refused",
   ECONNRESET: "connection reset by peer",
   EHOSTUNREACH: "no route to host",
+  EISDIR: "it is a directory",
   ENETUNREACH: "network is unreachable",
   ENOENT: "no such file or directory",
   ENOSPC: "no space left on device",
@@ -3640,7 +3641,9 @@ async function openLocalDaemon(path: string): Promise<StoreConnection> {
   await new Promise<void>((resolve, reject) => {
     stream.once("connect", resolve).once("error", (cause) => {
       const message = `failed to connect to '${path}': ${reason(cause)}`;
-      reject(new LocalError(message, { cause }));
+      const hint = "check that guix-daemon runs here, if not run " +
+        "'systemctl start guix-daemon'";
+      reject(new LocalError(message, { cause, hint }));
     });
   });
   return openStore(stream, "guix-daemon");
@@ -3738,7 +3741,7 @@ export function parseFacts(
     store: space("store"),
     build: space("build"),
     clock: clock === undefined ? undefined : clock - time / 1000,
-    uname: answers.get("uname")?.join(" "),
+    uname: answers.get("uname")?.join(" ").replace(/\p{Cc}/gu, ""),
   };
 }
 
@@ -5724,7 +5727,7 @@ class Trial {
   /** Ends a step that failed. */
   fail(name: string, error: unknown): void {
     const hint = remedy(name, this.machine, error);
-    this.end(name, "failed", reason(error).replace(/\s+/g, " "), hint);
+    this.end(name, "failed", inOneLine(reason(error)), hint);
   }
 
   /** Does a step; its result, of which `describe` tells, unless it fails. */
@@ -5761,6 +5764,11 @@ class Trial {
   }
 }
 
+/** Makes of what came from elsewhere a line that no terminal obeys. */
+function inOneLine(text: string): string {
+  return text.replace(/[\s\p{Cc}]+/gu, " ").trim();
+}
+
 /** Says what to do about a step that failed: the command, where one helps. */
 function remedy(
   step: string,
@@ -5772,11 +5780,17 @@ function remedy(
   if (step === "import" && unauthorized) {
     return `run '${ssh} guix archive --authorize </etc/guix/signing-key.pub'`;
   }
-  if (step === "export" && unauthorized) {
+  const isLocal = error instanceof LocalError;
+  if (step === "export" && (unauthorized || isLocal)) {
     return `run '${ssh} cat /etc/guix/signing-key.pub | ` +
       "guix archive --authorize'";
   }
   const hint = error instanceof OffloadError ? error.hint : undefined;
+  if (step === "authentication" && hint === undefined) {
+    const { user, name, port, privateKey } = machine;
+    return `run 'offload trust ${user}@${name}:${port} --identity ` +
+      `${privateKey}', which makes it if need be`;
+  }
   return hint ?? `see how far '${ssh.replace("ssh", "ssh -v")}' gets`;
 }
 
@@ -5798,7 +5812,13 @@ async function testSession(
     trial.end("authentication", "ok", `as '${machine.user}'`);
     return session;
   } catch (error) {
-    trial.fail(STEPS.session[trial.steps.length]!, error);
+    const message = reason(error);
+    const step = /private key/.test(message)
+      ? "authentication"
+      : /host key/.test(message)
+      ? "host key"
+      : STEPS.session[trial.steps.length]!;
+    trial.fail(step, error);
     return undefined;
   }
 }
@@ -5827,11 +5847,11 @@ async function testPrograms(trial: Trial, session: Session): Promise<void> {
   const command = "guix archive --version";
   try {
     const output = await unlessAborted(signal, outputOf(session, command));
-    trial.end("guix", "ok", output.split("\n")[0]!);
+    trial.end("guix", "ok", inOneLine(output.split("\n")[0]!));
   } catch (error) {
     const hint = "builds work without, but the load is not known and large " +
       `transfers take longer: see '${sshCommand(machine)} ${command}'`;
-    trial.end("guix", "warning", reason(error), hint);
+    trial.end("guix", "warning", inOneLine(reason(error)), hint);
   }
 }
 
@@ -5898,7 +5918,7 @@ async function testExport(
 /** Tests a machine. */
 async function testMachine(
   machine: Machine,
-  sample: Promise<Sample>,
+  prepare: () => Promise<Sample>,
   seconds: number,
   context: Context,
   tell: (step: Step) => void,
@@ -5915,7 +5935,7 @@ async function testMachine(
       await testPrograms(trial, session);
       if (remote !== undefined) {
         const itself = (path: string) => path;
-        const send = async () => testImport(remote, await sample);
+        const send = async () => testImport(remote, await prepare());
         await trial.run("import", send, itself);
         const bring = () => testExport(remote, machine, context);
         await trial.run("export", bring, itself);
@@ -6088,12 +6108,12 @@ async function testCommand(
   const seconds = timeoutOf(options, context);
   const machines = await selectMachines(args, context);
   context.log.info(`testing ${machines.length} build machines...`);
-  const sample = makeSample(context);
-  sample.catch(() => {}); // it is told by each machine's import
+  let sample: Promise<Sample> | undefined;
+  const prepare = () => sample ??= makeSample(context);
   const tests = machines.map((machine) => {
     const tell = (step: Step) =>
       options.json || tellStep(machine, step, context, screen);
-    return testMachine(machine, sample, seconds, context, tell);
+    return testMachine(machine, prepare, seconds, context, tell);
   });
   const results = await Promise.all(tests);
   context.signal.throwIfAborted();
@@ -6202,7 +6222,8 @@ async function inspect(
     return { ...describeUse(machine, context), ...describeFacts(facts) };
   } catch (error) {
     context.signal.throwIfAborted();
-    return { ...describeUse(machine, context), problem: reason(error) };
+    const problem = inOneLine(reason(error));
+    return { ...describeUse(machine, context), problem };
   }
 }
 
@@ -6893,7 +6914,13 @@ async function trustCommand(
   const { machine, sample } = await introduce(target, known, options, context);
   const tell = (step: Step) => tellStep(machine, step, context, screen);
   const report = await testMachine(
-    ...[machine, Promise.resolve(sample), seconds, context, tell] as const,
+    ...[
+      machine,
+      () => Promise.resolve(sample),
+      seconds,
+      context,
+      tell,
+    ] as const,
   );
   if (report.outcome === "failed") {
     return { output: formatReports([report], screen), exitCode: 1 };
