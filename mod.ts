@@ -39,7 +39,7 @@ import {
 import type { Stats } from "node:fs";
 import { createConnection } from "node:net";
 import { hostname, machine as architecture, tmpdir, userInfo } from "node:os";
-import { basename, dirname } from "node:path";
+import { basename, dirname, resolve } from "node:path";
 import process from "node:process";
 import { createInterface } from "node:readline";
 import { DatabaseSync } from "node:sqlite";
@@ -5730,12 +5730,16 @@ class Trial {
     this.end(name, "failed", inOneLine(reason(error)), hint);
   }
 
-  /** Does a step; its result, of which `describe` tells, unless it fails. */
+  /**
+   * Does a step, if there is time left; its result, of which `describe` tells,
+   * unless it fails.
+   */
   async run<T>(
     name: string,
     work: () => Promise<T>,
     describe: (result: T) => string,
   ): Promise<T | undefined> {
+    if (this.signal.aborted) return undefined;
     try {
       const result = await unlessAborted(this.signal, work());
       this.end(name, "ok", describe(result));
@@ -5844,6 +5848,7 @@ async function outputOf(
 /** Whether programs can be run there: only bulk and facts need that. */
 async function testPrograms(trial: Trial, session: Session): Promise<void> {
   const { signal, machine } = trial;
+  if (signal.aborted) return;
   const command = "guix archive --version";
   try {
     const output = await unlessAborted(signal, outputOf(session, command));
@@ -6134,7 +6139,9 @@ async function testCommand(
 interface MachineStatus {
   /** NAME:PORT. */
   readonly machine: string;
-  /** Why it can't be reached. */
+  /** Whether it could be logged in to; not there before it was tried. */
+  readonly reachable?: boolean;
+  /** Why not. */
   readonly problem?: string | undefined;
   readonly kernel?: string | undefined;
   readonly architecture?: string | undefined;
@@ -6219,11 +6226,12 @@ async function inspect(
   };
   try {
     const facts = await withTimeout(seconds, context, ask);
-    return { ...describeUse(machine, context), ...describeFacts(facts) };
+    const use = describeUse(machine, context);
+    return { ...use, reachable: true, ...describeFacts(facts) };
   } catch (error) {
     context.signal.throwIfAborted();
     const problem = inOneLine(reason(error));
-    return { ...describeUse(machine, context), problem };
+    return { ...describeUse(machine, context), reachable: false, problem };
   }
 }
 
@@ -6261,28 +6269,39 @@ function describeWork(
   return notes;
 }
 
+/** The numbers among what is known of a machine, to be read. */
+function formatNumbers(status: MachineStatus) {
+  const { freeDiskSpace } = status;
+  return {
+    load: status.normalizedLoad?.toFixed(2),
+    disk: freeDiskSpace === undefined ? undefined : formatSize(freeDiskSpace),
+    clock: status.timeDifference?.toFixed().concat(" s"),
+    latency: status.latency?.toFixed(1).concat(" ms"),
+    slots: `${status.builds.length} of ${status.slots} taken`,
+  };
+}
+
 /** Shows machines as the reference does, with what it does not know. */
 function formatStatus(statuses: readonly MachineStatus[]): string {
-  return statuses.map((status) => {
-    const { normalizedLoad, freeDiskSpace, timeDifference } = status;
-    const fields: Record<string, string | undefined> = {
+  const lines = statuses.flatMap((status) => {
+    const { load, disk, clock, latency, slots } = formatNumbers(status);
+    const fields = Object.entries({
       "unreachable": status.problem,
       "kernel": status.kernel,
       "architecture": status.architecture,
       "host name": status.hostName,
-      "normalized load": normalizedLoad?.toFixed(2),
-      "free disk space": freeDiskSpace?.toFixed() && formatSize(freeDiskSpace),
-      "time difference": timeDifference?.toFixed().concat(" s"),
-      "latency": status.latency?.toFixed(1).concat(" ms"),
-      "slots": `${status.builds.length} of ${status.slots} taken`,
-    };
-    const lines = Object.entries(fields)
-      .filter(([, value]) => value !== undefined)
-      .map(([name, value]) => `  ${name}: ${value}`);
+      "normalized load": load,
+      "free disk space": disk,
+      "time difference": clock,
+      latency,
+      slots,
+    }).filter(([, value]) => value !== undefined)
+      .map(([name, value]) => `${name}: ${value}`);
     const work = describeWork({ ...status, problem: undefined });
     const name = status.machine.replace(/:22$/, "");
-    return [name, ...lines, ...work.map((note) => `  ${note}`)].join("\n");
-  }).join("\n");
+    return [name, ...[...fields, ...work].map((line) => `  ${line}`)];
+  });
+  return lines.join("\n");
 }
 
 /** Shows machines in a table. */
@@ -6291,23 +6310,15 @@ function formatStatusTable(
   screen: Screen,
 ): string {
   const rows = statuses.map((status) => {
-    const { problem, normalizedLoad, freeDiskSpace, latency } = status;
-    const up = status.latency !== undefined;
-    return [
-      status.machine,
-      problem !== undefined
-        ? screen.paint("bad", "down")
-        : screen.paint(up ? "good" : "doubtful", up ? "up" : "?"),
-      `${status.builds.length}/${status.slots}`,
-      normalizedLoad?.toFixed(2) ?? "-",
-      freeDiskSpace === undefined ? "-" : formatSize(freeDiskSpace),
-      status.timeDifference?.toFixed().concat(" s") ?? "-",
-      latency?.toFixed(latency < 10 ? 1 : 0).concat(" ms") ?? "-",
-      status.hostName ?? "-",
-      status.architecture ?? "-",
-      status.kernel ?? "-",
-      describeWork(status).join("; "),
-    ];
+    const { load, disk, clock, latency } = formatNumbers(status);
+    const { machine, reachable, builds, slots } = status;
+    const state = reachable
+      ? screen.paint("good", "up")
+      : screen.paint("bad", reachable === false ? "down" : "?");
+    const numbers = [`${builds.length}/${slots}`, load, disk, clock, latency];
+    const names = [status.hostName, status.architecture, status.kernel];
+    const cells = [...numbers, ...names].map((cell) => cell ?? "-");
+    return [machine, state, ...cells, describeWork(status).join("; ")];
   });
   const header = "machine,,slots,load,disk,clock,latency,host,arch,kernel,";
   return formatTable([header.split(","), ...rows], screen);
@@ -6372,15 +6383,12 @@ async function statusCommand(
   const sessions = new Map<string, Session>();
   const look = (machine: Machine) =>
     inspect(machine, seconds, sessions, context);
-  const describe = (statuses: readonly MachineStatus[]) => {
-    if (options.json) {
-      return JSON.stringify(statuses, null, options.watch ? 0 : 2);
-    }
-    return (screen.isTerminal ? formatStatusTable : formatStatus)(
-      statuses,
-      screen,
-    );
-  };
+  const describe = (statuses: readonly MachineStatus[]) =>
+    options.json
+      ? JSON.stringify(statuses, null, options.watch ? 0 : 2)
+      : screen.isTerminal
+      ? formatStatusTable(statuses, screen)
+      : formatStatus(statuses);
   try {
     if (options.watch) {
       await watchMachines(machines, look, (statuses) => {
@@ -6396,7 +6404,7 @@ async function statusCommand(
       const behind = `${-timeDifference} seconds behind`;
       context.log.warn(`machine '${name}' is ${behind}`);
     }
-    const failed = statuses.some(({ problem }) => problem !== undefined) ||
+    const failed = statuses.some(({ reachable }) => !reachable) ||
       hasErrors(context);
     return { output: describe(statuses), exitCode: failed ? 1 : 0 };
   } finally {
@@ -6470,11 +6478,10 @@ function replaceFile(
     log.warn(new OffloadError(`'${file}' was a link into the store`, { hint }));
   }
   const temporary = `${name}.${randomUUID()}`;
-  writeFileSync(temporary, contents, { mode: 0o644 });
-  if (stat !== undefined && !isStored) {
-    chownSync(temporary, stat.uid, stat.gid);
-    chmodSync(temporary, stat.mode & 0o7777);
-  }
+  writeFileSync(temporary, contents);
+  const kept = isStored ? undefined : stat;
+  chmodSync(temporary, (kept?.mode ?? 0o644) & 0o7777); // whatever the umask
+  if (kept !== undefined) chownSync(temporary, kept.uid, kept.gid);
   renameSync(temporary, name);
 }
 
@@ -6563,7 +6570,9 @@ async function confirmHostKey(
 ): Promise<string> {
   const types = Object.values(HOST_KEY_ALGORITHMS);
   const write = (key: Buffer) => `${sshKeyType(key)} ${key.toString("base64")}`;
-  const first = await fetchHostKey(target, types.flat(), context);
+  const fetch = (types: readonly ServerHostKeyAlgorithm[]) =>
+    unlessAborted(context.signal, fetchHostKey(target, types, context));
+  const first = await fetch(types.flat());
   if (expected === undefined) {
     const question = `The host key of '${target.name}' has the fingerprint\n` +
       `${fingerprint(first)} (${sshKeyType(first)}).\n` +
@@ -6575,7 +6584,7 @@ async function confirmHostKey(
   }
   if (fingerprint(first) === expected) return write(first);
   for (const type of types) {
-    const key = await fetchHostKey(target, type, context).catch(() => first);
+    const key = await fetch(type).catch(() => first);
     if (fingerprint(key) === expected) return write(key);
   }
   throw new OffloadError(
@@ -6620,7 +6629,12 @@ async function connectAsAdministrator(
   const options = { authHandler, readyTimeout: 0 };
   return await connect(machine, context, undefined, options)
     .catch((error) => {
-      throw problem ?? error;
+      if (problem !== undefined) throw problem;
+      if (error.cause?.level !== "client-authentication") throw error;
+      const message = `failed to log in to '${name}' as '${username}'`;
+      const hint = "add a key that may log in there to the SSH agent; root's " +
+        "password, for one, is often not accepted";
+      throw new OffloadError(message, { cause: error, hint });
     });
 }
 
@@ -6811,7 +6825,7 @@ function parseTarget(text: string): Pick<Machine, "user" | "name" | "port"> {
   const pattern =
     /^([^@\s]+)@(?:\[([\da-fA-F:.]+)\]|([^:@\s]+))(?::(\d{1,5}))?$/;
   const [, user, address, name, port = "22"] = pattern.exec(text) ?? [];
-  if (user !== undefined) {
+  if (user !== undefined && isWithin(Number(port), 1, 65535)) {
     return { user, name: address ?? name!, port: Number(port) };
   }
   throw usageError(`${text}: expected USER@HOST or USER@HOST:PORT`, "trust");
@@ -6831,8 +6845,11 @@ function systemOf(architecture: string): string {
 function makeMachine(fields: Partial<Machine>, context: Context): Machine {
   const host = machineFileHost(context.environment);
   const form = machineForm(fields);
-  const { machines } = evaluateMachineFile(`(list ${form})`, "", host);
-  return machines[0]!;
+  const { machines: [machine], problems: [problem] } = evaluateMachineFile(
+    ...[`(list ${form})`, "", host] as const,
+  );
+  if (machine !== undefined) return machine;
+  throw usageError(problem!.message.replace(/^.*?: /, ""), "trust");
 }
 
 /** Finds what a file already says of a machine. */
@@ -6880,7 +6897,9 @@ async function introduce(
   const expected = fingerprint === undefined ? undefined : String(fingerprint);
   const hostKey = known?.hostKey ??
     await confirmHostKey(target, expected, context);
-  const given = identity === undefined ? known?.privateKey : String(identity);
+  const given = identity === undefined
+    ? known?.privateKey
+    : resolve(String(identity));
   const privateKey = await findSshKey(given, context);
   const systems = [systemOf(architecture())];
   const fields = { ...target, hostKey, privateKey, systems };
@@ -6891,7 +6910,8 @@ async function introduce(
     const sample = await makeSample(context);
     await authorizeHere(session, context);
     await authorizeThere(session, sample, context);
-    const { uname } = await probe(session, context);
+    const { uname } = await probe(session, context)
+      .catch((): Partial<Facts> => ({}));
     const there = uname?.split(" ")[3];
     if (known || there === undefined) return { machine, sample };
     return { machine: { ...machine, systems: [systemOf(there)] }, sample };

@@ -87,6 +87,8 @@ test("wrong arguments are told in Guix's words", async () => {
       [["test", file, "--timeout", "soon"], /invalid .* seconds: 'soon'$/m],
       [["test", file, "--timeout"], /--timeout: its value is missing$/m],
       [["test", "--jnuit", "x"], /--jnuit: unrecognized option$/m],
+      [["trust", "w1"], /w1: expected USER@HOST or USER@HOST:PORT$/m],
+      [["trust", "root@w1:65536"], /w1:65536: expected USER@HOST or/],
       [["completion", "csh"], /csh: unknown shell: expected bash, zsh or fish/],
     ];
     for (const [args, message] of wrong) {

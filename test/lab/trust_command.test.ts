@@ -174,6 +174,16 @@ function suiteUnder(runtime: Runtime): void {
     );
     assert.equal(stateOf("m1", "s1"), state);
     assert.is(run("m1", "ls", "/etc/guix/signing-key.sec").status, 2);
+    const fingerprint = ["--fingerprint", fingerprintOf("s1")];
+    const login = command("root@s1", ...fingerprint);
+    const locked = run("m1", "setsid", "-w", ...login);
+    assert.is(locked.status, 1);
+    assert.match(locked.stderr, "error: there is no terminal to ask for an");
+    assert.match(locked.stderr, "add a key that may log in to the SSH agent");
+    startSshd("PasswordAuthentication=no");
+    const refusal = run("m1", ...login);
+    assert.is(refusal.status, 1);
+    assert.match(refusal.stderr, "failed to log in to 's1' as 'root'");
   });
 
   test("a key of another type is pinned by its fingerprint", () => {
