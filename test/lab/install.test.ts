@@ -380,7 +380,13 @@ test("an upgrade replaces what changed, and running it again nothing", () => {
   ]);
   const [file] = changes(first, listing("fresh"));
   assert.is(`/${file}`, `${LIBRARY}/offload.mjs`);
-  const removed = run("fresh", `${LIBRARY}/install.sh`, "--uninstall");
+  const during = listing("fresh");
+  const uninstall = ["fresh", `${LIBRARY}/install.sh`, "--uninstall"] as const;
+  const would = run(...uninstall, "--dry-run");
+  assert.is(would.status, 0, would.stderr);
+  assert.match(would.stdout, `would remove ${LIBRARY}/offload.mjs\n`);
+  assert.equal(changes(during, listing("fresh")), []);
+  const removed = run(...uninstall);
   assert.is(removed.status, 0, removed.stderr);
   assert.equal(changes(before, listing("fresh")), []);
 });
@@ -471,8 +477,45 @@ test("what fails half-way leaves all as it was", () => {
 });
 
 // ---------------------------------------------------------------------------
-// systemd
+// What starts guix-daemon
 // ---------------------------------------------------------------------------
+
+/** Prints the environment that Guix System would give its daemon. */
+const SYSTEM_SCRIPT = (services: string) => `
+(use-modules (gnu services) (gnu services base) (srfi srfi-1))
+(define config
+  (service-value (find (lambda (service)
+                         (eq? (service-kind service) guix-service-type))
+                       ${services})))
+(display ((@@ (gnu services base) guix-configuration-environment) config))
+`;
+
+test("without systemd it prints the lines to add, for each init system", () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  const at = root("fresh");
+  const printed = () => {
+    const { status, stdout, stderr } = install("fresh", "--dry-run");
+    assert.is(status, 0, stderr);
+    assert.match(stdout, `\n    env GUIX=${SHIM} guix-daemon --build-users-`);
+    return stdout;
+  };
+  assert.match(printed(), "/etc/init.d/guix-daemon");
+  assert.match(printed(), `\n    export GUIX=${SHIM}\n`);
+  mkdirSync(`${at}/run/openrc`);
+  assert.match(printed(), "/etc/conf.d/guix-daemon");
+  assert.match(printed(), `\n    export GUIX=${SHIM}\n`);
+  mkdirSync(`${at}/run/current-system/profile`, { recursive: true });
+  try {
+    const services = /^ {4}\(modify-services[^]*?\n\n/m.exec(printed())![0];
+    writeFileSync(`${at}/tmp/system.scm`, SYSTEM_SCRIPT(services));
+    const text = inHost("fresh", "guix", "repl", "--", "/tmp/system.scm");
+    assert.is(text, `(GUIX=${SHIM})`);
+  } finally {
+    rmSync(`${at}/run/openrc`, { recursive: true });
+    rmSync(`${at}/run/current-system`, { recursive: true });
+  }
+});
 
 /** Records how it is called; `restart` fails where a file says so. */
 const SYSTEMCTL = `#!/bin/sh
