@@ -125,7 +125,8 @@ download() {
     if command -v curl >/dev/null; then curl -fsSL -o "$2" "$1"
     elif command -v wget >/dev/null; then wget -q -O "$2" "$1"
     else fail "neither curl nor wget is there" "install one of them"
-    fi || fail "failed to fetch '$1'"
+    fi || fail "failed to fetch '$1'" \
+        "--from names the URL of the directory that the release's files are in"
 }
 
 fetch() {
@@ -500,7 +501,8 @@ main() {
     fi
     prefix=${prefix:-/usr/local}
     case $prefix in
-    [!/]* | *[!A-Za-z0-9_./+@-]*) fail "--prefix: expected an absolute file name without odd characters" ;;
+    [!/]* | *[!A-Za-z0-9_./+@-]*) fail "--prefix: expected an absolute file name without odd characters" \
+        "take one such as /opt/offload" ;;
     esac
     lib=$prefix/lib/offload
     [ -n "$dry_run" ] || [ "$(id -u)" = 0 ] ||

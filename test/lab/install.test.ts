@@ -37,11 +37,13 @@ import {
   inHost,
   lab,
   makeWork,
+  onTerminal,
   ROOT,
   root,
   run,
   start,
   SYSTEM,
+  until,
   up,
   useMachines,
   watch,
@@ -523,7 +525,7 @@ echo "$*" >>/tmp/systemctl.log
 [ "$1" != restart ] || [ ! -e /tmp/restart-fails ]
 `;
 
-test("under systemd, a drop-in switches the daemon, which --yes restarts", () => {
+test("under systemd, a drop-in switches the daemon, which --yes restarts", async () => {
   makeFresh("fresh", "node");
   copyRelease("fresh");
   const at = root("fresh");
@@ -557,6 +559,15 @@ test("under systemd, a drop-in switches the daemon, which --yes restarts", () =>
       `[Service]\nEnvironment=GUIX=${SHIM}\n`,
     );
     assert.equal(calls(), [reload]);
+    for (const [answer, made] of [["n", [reload]], ["y", [reload, restart]]]) {
+      const command = ["sh", "/root/release/install.sh"];
+      const terminal = onTerminal("fresh", command);
+      await until("the question", () => /\[y\/N\] /.test(terminal.text()));
+      terminal.child.stdin!.write(`${answer}\r`);
+      const { status, stdout } = await within("the end", terminal.ended);
+      assert.is(status, 0, stdout);
+      assert.equal(calls(), made);
+    }
     const restarted = install("fresh", "--yes");
     assert.match(restarted.stdout, "restarted guix-daemon\n");
     assert.equal(calls(), [reload, restart]);
