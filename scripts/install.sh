@@ -3,7 +3,8 @@
 #
 # It changes all or nothing: whatever is put in place or taken away is noted in
 # a journal, and undone where something fails before the end.  A manifest under
-# the prefix says what was installed, and which directories were made for it.
+# the prefix says what is installed, and which directories were made for it; it
+# comes first, so that after a power cut both ways are still open.
 set -eu
 umask 022
 
@@ -71,6 +72,7 @@ put() {
     make_directory "$(dirname "$2")"
     ! same "$1" "$2" || return 0
     if [ -z "$dry_run" ]; then
+        rm -f "$2.new"
         cp -Pp "$1" "$2.new"
         keep "$2"
         mv -f "$2.new" "$2"
@@ -281,31 +283,21 @@ check_place() {
 }
 
 install_files() {
-    unit=/etc/systemd/system/guix-daemon.service.d/offload.conf
-    page=$prefix/share/man/man1/offload.1
-    for place in "$lib/offload.mjs" "$prefix/bin/offload" "$page"; do
-        check_place "$place"
-    done
-    ln -s "$runtime" "$work/runtime"
-    ln -s ../lib/offload/offload "$work/command"
     for name in runtime.sh offload.mjs guix offload install.sh; do
         put "$work/release/$name" "$lib/$name"
     done
     put "$work/runtime" "$lib/runtime"
     put "$work/command" "$prefix/bin/offload"
     put "$work/release/offload.1" "$page"
-    ! has_systemd_unit || {
-        check_place "$unit"
-        printf '[Service]\nEnvironment=GUIX=%s\n' "$lib/guix" >"$work/unit"
-        put "$work/unit" "$unit"
-    }
-    write_manifest
+    ! has_systemd_unit || put "$work/unit" "$unit"
 }
 
-# What an earlier installation had and this one has not goes; directories that
-# were made for it are remembered.
-write_manifest() {
+# Puts the manifest in place, of what install_files would do.  What an earlier
+# installation had and this one has not goes; directories that were made for it
+# are remembered.
+install_manifest() {
     echo "file $lib/manifest" >>"$work/manifest"
+    (dry_run=yes && install_files >/dev/null)
     if [ -e "$lib/manifest" ]; then
         while read -r kind place; do
             grep -qxF "$kind $place" "$work/manifest" && continue
@@ -399,6 +391,15 @@ install_offload() {
     find_account
     choose_runtime
     told using use "$runtime, to run Offload as $account"
+    page=$prefix/share/man/man1/offload.1
+    unit=/etc/systemd/system/guix-daemon.service.d/offload.conf
+    for place in "$lib/offload.mjs" "$prefix/bin/offload" "$page" "$unit"; do
+        check_place "$place"
+    done
+    ln -s "$runtime" "$work/runtime"
+    ln -s ../lib/offload/offload "$work/command"
+    printf '[Service]\nEnvironment=GUIX=%s\n' "$lib/guix" >"$work/unit"
+    install_manifest
     install_files
     daemon=$(find_daemon)
     if has_systemd_unit; then switch_systemd
@@ -455,7 +456,10 @@ uninstall_offload() {
     for pattern in "^/etc/" "^$prefix/"; do
         grep "$pattern" "$work/files" >"$work/some" || continue
         [ "$pattern" = "^/etc/" ] || switch_back
-        while read -r place; do take_away "$place"; done <"$work/some"
+        while read -r place; do
+            take_away "$place"
+            [ -n "$dry_run" ] || rm -f "$place.new"
+        done <"$work/some"
     done
     committed=yes
     # The longest names are the innermost ones.

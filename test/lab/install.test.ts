@@ -478,6 +478,32 @@ test("what fails half-way leaves all as it was", () => {
   assert.equal(changes(before, listing("fresh")), []);
 });
 
+/** Ends who calls it for the fifth time, at once. */
+const DEADLY_MV = `#!/bin/sh
+echo >>/tmp/moves
+[ $(wc -l </tmp/moves) -lt 5 ] || kill -9 $PPID
+exec /bin/mv "$@"
+`;
+
+test("what is killed half-way can be finished, or taken away", () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  const before = listing("fresh");
+  const mv = `${root("fresh")}/usr/local/sbin/mv`;
+  for (const way of ["finished", "taken away"]) {
+    writeFileSync(mv, DEADLY_MV, { mode: 0o755 });
+    assert.ok(install("fresh").status !== 0);
+    rmSync(mv);
+    rmSync(`${root("fresh")}/tmp/moves`);
+    assert.ok(changes(before, listing("fresh")).length > 5);
+    if (way === "finished") assert.is(install("fresh").status, 0);
+    const script = "/root/release/install.sh";
+    const { status, stderr } = run("fresh", "sh", script, "--uninstall");
+    assert.is(status, 0, stderr);
+    assert.equal(changes(before, listing("fresh")), []);
+  }
+});
+
 // ---------------------------------------------------------------------------
 // What starts guix-daemon
 // ---------------------------------------------------------------------------
