@@ -236,6 +236,20 @@ function mebibytes(bytes: number): string {
   return (bytes / 2 ** 20).toFixed(1);
 }
 
+/** Longest message that is shown whole, in characters. */
+const LONGEST_MESSAGE = 65536;
+
+/**
+ * Text from outside as messages may contain it: what controls a terminal is
+ * taken out, and no further line begins as an answer to guix-daemon would.
+ */
+function printable(text: string): string {
+  return text.slice(0, LONGEST_MESSAGE).replace(
+    /\p{Cc}/gu,
+    (it) => it === "\n" ? "\n  " : it === "\t" ? it : "?",
+  );
+}
+
 // Here the runtimes differ: file names that are no UTF-8 need bytes, which
 // Deno has no call for but the C library's.
 
@@ -1827,6 +1841,7 @@ const LIMITS = {
   message: 1 << 20,
   chunk: 16 << 20,
   list: 1 << 20,
+  listSize: 32 << 20,
   signature: 16384,
 } as const;
 
@@ -1859,6 +1874,9 @@ export function encode(...values: readonly WireValue[]): Buffer {
 function padding(size: number): number {
   return (8 - size % 8) % 8;
 }
+
+/** Shorter chunks are put together, in bytes. */
+const SMALL_CHUNK = 512;
 
 /**
  * Reads exact amounts from a stream of chunks, pulling no more than it needs,
@@ -1967,8 +1985,12 @@ export class ByteReader {
   /** Reads a list of store paths. */
   async strings(): Promise<string[]> {
     const strings = [];
+    let size = 0;
     for (let left = await this.number(LIMITS.list); left > 0; left--) {
-      strings.push(await this.string(LIMITS.storePath));
+      const bytes = await this.bytes(LIMITS.storePath);
+      size += bytes.length;
+      if (size > LIMITS.listSize) throw this.error("a list that is too long");
+      strings.push(bytes.toString());
     }
     return strings;
   }
@@ -1987,9 +2009,12 @@ export class ByteReader {
     const { value, done } = await this.#next();
     if (done) return false;
     if (value.length === 0) return true;
-    this.#chunks.push(
-      Buffer.from(value.buffer, value.byteOffset, value.length),
-    );
+    const chunk = Buffer.from(value.buffer, value.byteOffset, value.length);
+    const last = this.#chunks.at(-1);
+    // A peer that sends byte by byte must not cost an object for each.
+    const both = last !== undefined && last.length + chunk.length < SMALL_CHUNK;
+    if (both) this.#chunks.push(Buffer.concat([this.#chunks.pop()!, chunk]));
+    else this.#chunks.push(chunk);
     this.#size += value.length;
     return true;
   }
@@ -2069,7 +2094,7 @@ const STDERR = {
 
 /** Writes with back-pressure; what fails, fails the next read as well. */
 async function write(stream: Duplex, bytes: Uint8Array): Promise<void> {
-  if (stream.write(bytes)) return;
+  if (!stream.writable || stream.write(bytes)) return;
   await new Promise<void>((resolve, reject) => {
     const done = (error?: Error | null) => {
       stream.off("drain", done).off("close", done).off("error", done);
@@ -2095,7 +2120,7 @@ async function nextData(
   { log, source }: OperationStreams = {},
 ): Promise<Buffer | undefined> {
   const { reader } = store;
-  for (;;) {
+  for (let heard = 0;;) {
     const code = await reader.number();
     if (code === STDERR.last) return undefined;
     if (code === STDERR.write) return reader.bytes(LIMITS.chunk);
@@ -2103,6 +2128,10 @@ async function nextData(
     if (code === STDERR.next) {
       const text = await reader.bytes(LIMITS.message);
       log?.(text);
+      heard += 64 + text.length;
+      if (log === undefined && heard > LIMITS.chunk) {
+        throw reader.error("too many messages");
+      }
     } else if (code === STDERR.read && source !== undefined) {
       const limit = Math.min(await reader.number(), LIMITS.chunk);
       await write(store.stream, encode(await source.readFull(limit)));
@@ -2348,10 +2377,14 @@ export async function restoreNar(
   await restoreNode(reader, target);
 }
 
-async function restoreNode(reader: ByteReader, target: string): Promise<void> {
-  if (Buffer.byteLength(target) > LONGEST_TARGET) {
+function checkLength(reader: ByteReader, length: number): void {
+  if (length > LONGEST_TARGET) {
     throw reader.error("invalid nar: a file name is too long");
   }
+}
+
+async function restoreNode(reader: ByteReader, target: string): Promise<void> {
+  checkLength(reader, Buffer.byteLength(target));
   await expectTokens(reader, "(", "type");
   const type = await reader.string(LONGEST_NAME);
   if (type === "regular") await restoreRegular(reader, target);
@@ -2447,6 +2480,7 @@ async function restoreEntry(
   name: Buffer,
 ): Promise<void> {
   if (isUtf8(name)) return restoreNode(reader, `${directory}/${name}`);
+  checkLength(reader, Buffer.byteLength(directory) + 1 + name.length);
   const temporary = `${directory}/${randomUUID()}`;
   await restoreNode(reader, temporary);
   renameToBytes(temporary, Buffer.concat([Buffer.from(`${directory}/`), name]));
@@ -2605,7 +2639,8 @@ export function parseAcl(text: string, file: string): Acl {
   for (const entry of acl.slice(1)) {
     const key = findToken(entry, "public-key");
     const tag = findToken(entry, "tag");
-    if (key === undefined || tag === undefined) throw invalid;
+    const isEntry = findToken(entry, "entry") === entry;
+    if (!isEntry || key === undefined || tag === undefined) throw invalid;
     if (sexpKey(tag) === importTag) keys.add(sexpKey(key));
   }
   return keys;
@@ -3452,8 +3487,8 @@ async function connect(
   others: Partial<ConnectConfig> = {},
 ): Promise<Session> {
   signal.throwIfAborted();
-  const link: Link = { client: new ssh2.Client(), used: performance.now() };
-  const { client } = link;
+  const client = new ssh2.Client();
+  const link: Link = { name: machine.name, client, used: performance.now() };
   const { connectTimeout } = settings;
   const lost = Promise.withResolvers<never>();
   lost.promise.catch(() => {});
@@ -3476,7 +3511,8 @@ async function connect(
     // Its first message after the host key was found to be right.
     client.on("handshake", () => reached?.("host key"));
     client.on("ready", resolve);
-    client.on("error", note);
+    // Left to itself, it would wait for the other side to close.
+    client.on("error", fail);
     client.on("close", () => {
       signal.removeEventListener("abort", abort);
       note(new Error("connection closed"));
@@ -3499,7 +3535,7 @@ async function connect(
     },
     isPatient: () => patient > 0,
     ping: async () => {
-      const another = { client, used: 0 }; // it is no use of the session
+      const another = { ...link }; // it is no use of the session
       const daemon = openRemoteDaemon(another, machine, connectTimeout);
       (await daemon).stream.destroy();
     },
@@ -3514,12 +3550,29 @@ const LOST_DELAY = 1000;
 
 /** A connection, and when something last passed over one of its channels. */
 interface Link {
+  /** The machine's name. */
+  readonly name: string;
   readonly client: Client;
   used: number;
 }
 
-/** Takes note of what passes over a channel, either way. */
+/** What may come over a channel before it is read, in bytes: ssh2's window. */
+const WINDOW = 2 ** 21;
+
+/** Ends a connection over which more comes than may: ssh2 lets it pass. */
+function limitUnread(channel: Duplex, client: Client): void {
+  const push = channel.push;
+  channel.push = (chunk) => {
+    const isMuch = chunk !== null && channel.readableLength > 2 * WINDOW;
+    if (!isMuch) return push.call(channel, chunk);
+    client.emit("error", new Error("it sends more than was asked for"));
+    return false;
+  };
+}
+
+/** Takes note of what passes over a channel, either way, and bounds it. */
 function noteUse<T extends Duplex>(channel: T, link: Link): T {
+  limitUnread(channel, link.client);
   for (const name of ["push", "write"] as const) {
     const pass = channel[name] as (...args: unknown[]) => boolean;
     const noted = (...args: unknown[]) => {
@@ -3542,7 +3595,11 @@ const LONGEST_COMPLAINT = 4096;
 function execute(link: Link, command: string): Promise<RemoteProcess> {
   return new Promise((resolve, reject) => {
     link.client.exec(`${REMOTE_PATH}\n${command}`, (cause, channel) => {
-      if (cause !== undefined) return reject(cause);
+      if (cause !== undefined) {
+        const message = `failed to run a command on '${link.name}'`;
+        reject(new OffloadError(`${message}: ${reason(cause)}`, { cause }));
+        return;
+      }
       noteUse(channel, link);
       let errors = "";
       // Unread, it would block the rest.
@@ -3607,18 +3664,24 @@ async function openRemoteDaemon(
   });
   let refusal: Error | undefined;
   let relay: RemoteProcess | undefined;
-  const stream = await forward.catch(async (cause) => {
+  const stream = forward.catch(async (cause) => {
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
     refusal = cause;
     relay = await execute(link, relayCommand(daemonSocket));
     return relay.channel;
   });
-  // sshd may answer while the daemon behind it does not.
-  const late = () => stream.destroy(new Error("no answer"));
-  const timer = setTimeout(late, connectTimeout * 1000);
+  // The server may answer while the daemon behind it does not, or neither.
+  const late = Promise.withResolvers<never>();
+  const timer = setTimeout(() => {
+    late.reject(new Error("no answer"));
+    stream.then((stream) => stream.destroy(), () => {});
+  }, connectTimeout * 1000);
+  const open = stream.then((stream) =>
+    openStore(noteUse(stream, link), called)
+  );
   try {
-    return await openStore(noteUse(stream, link), called);
+    return await Promise.race([open, late.promise]);
   } catch (error) {
     const ended = await Promise.race([relay?.ended, delay(1000)]);
     const why = ended?.errors.trim().split(": ").at(-1)?.toLowerCase();
@@ -3752,13 +3815,19 @@ export function normalizedLoad({ load, cores }: Facts): number | undefined {
     : Math.min(1, load / cores);
 }
 
+/** How much of what the probe prints is read, in characters. */
+const LONGEST_FACTS = 16384;
+
 /** Asks a machine for its facts, all by one command. */
 async function probe(session: Session, context: Context): Promise<Facts> {
   const start = performance.now();
   const { channel } = await session.exec(probeCommand(context.storeDirectory));
   const roundTrip = performance.now() - start;
   let text = "";
-  for await (const chunk of channel) text += chunk;
+  for await (const chunk of channel) {
+    text += chunk;
+    if (text.length > LONGEST_FACTS) break; // and hear no more of it
+  }
   const middle = Date.now() - (performance.now() - start - roundTrip) / 2;
   return parseFacts(text, middle, roundTrip);
 }
@@ -4611,7 +4680,7 @@ function daemonTransport(context: TransportContext): Transport {
     prepare: (derivation) => {
       // Signing takes a while to start, and the build takes a while anyway.
       exporter = openDaemon().then(async (store) => {
-        await discard(exportPath(store, derivation));
+        await discard(bounded(exportPath(store, derivation), LIMITS.chunk));
         return store;
       });
       exporter.catch(() => {});
@@ -4708,16 +4777,25 @@ async function substitute(
   }
 }
 
+/** Those of `paths` that a machine lacks; what else it asks for, it won't get. */
+async function lackingItems(
+  paths: readonly string[],
+  transport: Transport,
+): Promise<readonly string[]> {
+  const missing = new Set(await transport.missing(paths));
+  return paths.filter((path) => missing.has(path));
+}
+
 /** Those of `paths` that are to be sent. */
 async function missingItems(
   paths: readonly string[],
   transport: Transport,
   context: TransportContext,
 ): Promise<readonly string[]> {
-  const missing = await transport.missing(paths);
+  const missing = await lackingItems(paths, transport);
   if (missing.length === 0 || !context.settings.substitutes) return missing;
   await substitute(missing, context);
-  return transport.missing(missing);
+  return lackingItems(missing, transport);
 }
 
 /** Sends items that the machine lacks; returns how many bytes that was. */
@@ -4737,8 +4815,8 @@ async function sendItems(
   try {
     if (lock !== undefined) {
       // Another process may just have sent some of it.
-      const missing = new Set(await transport.missing([...items.keys()]));
-      items = new Map([...items].filter(([path]) => missing.has(path)));
+      const missing = await lackingItems([...items.keys()], transport);
+      items = new Map(missing.map((path) => [path, items.get(path)!]));
     }
     const size = sizeOf(items);
     log.info(
@@ -4787,7 +4865,7 @@ function checkItem(
 }
 
 /** Restores and checks what a bundle holds; returns where each output is. */
-async function restoreOutputs(
+export async function restoreOutputs(
   reader: ByteReader,
   outputs: readonly string[],
   acl: Acl,
@@ -4934,7 +5012,7 @@ async function sendAndBuild(
       return (performance.now() - start) / 1000;
     } catch (error) {
       if (isAgain || isFinal(error)) throw error;
-      const lacking = await Promise.resolve(transport.missing(needed))
+      const lacking = await lackingItems(needed, transport)
         .catch((): string[] => []);
       const lost = lacking.filter((path) => !missing.includes(path));
       if (lost.length === 0) throw error;
@@ -7153,7 +7231,7 @@ function writeLine(file: number, text: string): void {
 
 /** Makes a log on standard error, which the daemon shows to the client. */
 function makeLog(environment: Variables): Log {
-  const line = (text: string) => writeLine(STANDARD_ERROR, text);
+  const line = (text: string) => writeLine(STANDARD_ERROR, printable(text));
   const report = (kind: string, problem: unknown) => {
     line(`offload: ${kind}: ${reason(problem)}`);
     if (problem instanceof OffloadError && problem.hint !== undefined) {
@@ -7379,7 +7457,7 @@ async function main(args: readonly string[]): Promise<number> {
       // What a plugin prints, or throws out of turn, must not answer the
       // daemon, which listens to both outputs, or end the build.
       const print = (...values: unknown[]) =>
-        log.info(`plugin: ${format(...values)}`.replaceAll("\n", "\n  "));
+        log.info(`plugin: ${format(...values)}`);
       Object.assign(console, { log: print, info: print, error: print });
       process.on("unhandledRejection", (error) => log.warn(error));
       const start = () => makeContext(hook, environment, log, signal);

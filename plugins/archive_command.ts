@@ -52,8 +52,13 @@ const plugin = {
     async missing(paths) {
       let text = "";
       const lines = paths.map((path) => `${path}\n`);
+      const most = lines.join("").length;
       for await (const chunk of runArchive(context, ["--missing"], lines)) {
         text += chunk;
+        if (text.length > most) {
+          const { name } = context.machine;
+          throw new Error(`'${name}' lacks more than it was asked about`);
+        }
       }
       return text.split("\n").filter((path) => path !== "");
     },

@@ -93,6 +93,7 @@ test("parseAcl() refuses what is no access-control list", () => {
   texts.push("(acl x)", "(acl ())", `(acl (entry ${ecdsa.key}))`);
   texts.push("(acl (entry (tag (guix import))))", `(acl ${ecdsa.key})`);
   texts.push(`(acl ; a comment\n${entry})`);
+  texts.push(`(acl ${entry.replace("entry", "exit")})`, `(acl (${entry}))`);
   for (const text of texts) {
     const pattern = /^\/etc\/guix\/acl: invalid access-control list$/;
     throws(() => parseAcl(text, "/etc/guix/acl"), pattern);

@@ -221,6 +221,12 @@ test("restoreNar() bounds how deep directories nest", async () => {
     depth === 0 ? directory() : directory([name, nest(depth - 1)]);
   await restores(nar(nest(10)));
   await refuses(nar(nest(20)), /^archive: /);
+  // Its name is only given to it at the end, when it is too late to refuse.
+  const high = (depth: number): Node =>
+    depth === 0
+      ? directory([Buffer.alloc(255, 0xff), file()])
+      : directory(["d".repeat(199), high(depth - 1)]);
+  await refuses(nar(high(20)), /^archive: invalid nar: a file name is too/);
 });
 
 test("restoreNar() survives archives that are damaged", async () => {

@@ -76,6 +76,24 @@ test("operations refuse absurd lengths and counts", async () => {
   await rejects(openStore(stream, "peer").then(paths), /unexpected number/);
 });
 
+test("operations refuse more than makes sense in all", async () => {
+  const root = (store: StoreConnection) => addTempRoot(store, MISSING);
+  const log = Array<string>(17).fill("x".repeat(2 ** 20))
+    .flatMap((text) => [NEXT, text]);
+  await rejects(hostile(...log, LAST, 1).then(root), /too many messages$/);
+  const paths = Array<string>(9000).fill("x".repeat(4096));
+  const all = (store: StoreConnection) => queryValidPaths(store, []);
+  await rejects(hostile(LAST, paths).then(all), /a list that is too long$/);
+});
+
+test("ByteReader reads byte by byte what comes so", async () => {
+  const bytes = Buffer.alloc(100_000, "0123456789");
+  const parts = Array.from(bytes, (_, at) => bytes.subarray(at, at + 1));
+  const reader = new ByteReader(chunks(...parts), "peer");
+  assert.ok(bytes.equals(await reader.read(bytes.length)));
+  assert.not(await reader.more());
+});
+
 test("operations refuse what they didn't ask for", async () => {
   const root = (store: StoreConnection) => addTempRoot(store, MISSING);
   const data = (store: StoreConnection) => buffer(exportPath(store, MISSING));
