@@ -187,11 +187,38 @@ export async function withDirectory<T>(
 }
 
 /** Makes numbers from 0 to 1, always the same ones. */
-export function makeRandom(seed: number): () => number {
+export function makeRandom(seed: number): Random {
   return () => {
     seed = (seed * 1664525 + 1013904223) % 2 ** 32;
     return seed / 2 ** 32;
   };
+}
+
+/** Makes numbers from 0 to 1. */
+export type Random = () => number;
+
+/**
+ * Calls `work` in rounds, each with random numbers of its own: so many, always
+ * the same ones, or where OFFLOAD_FUZZ is set, others for so many seconds.
+ */
+export async function fuzz(
+  rounds: number,
+  work: (random: Random) => unknown,
+): Promise<void> {
+  const seconds = Number(process.env.OFFLOAD_FUZZ ?? 0);
+  const end = performance.now() + 1000 * seconds;
+  const first = seconds > 0 ? Math.floor(Math.random() * 2 ** 31) : 1;
+  for (let round = 0; round < rounds || performance.now() < end; round++) {
+    const seed = (first + round) * 2654435761 % 2 ** 32;
+    try {
+      const start = performance.now();
+      await work(makeRandom(seed));
+      const took = performance.now() - start;
+      if (took > 10_000) throw new Error(`it took ${took} ms`);
+    } catch (cause) {
+      throw new Error(`with makeRandom(${seed}): ${cause}`, { cause });
+    }
+  }
 }
 
 /** What became of a child process. */

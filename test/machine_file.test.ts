@@ -22,7 +22,7 @@ import {
   playedHead,
   recorded,
 } from "./lab_machine_file.ts";
-import { ownRuntime, ROOT } from "./helpers.ts";
+import { fuzz, ownRuntime, ROOT } from "./helpers.ts";
 
 const key =
   "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp";
@@ -585,17 +585,7 @@ speed("reads 100 machines in some milliseconds", () => {
 
 speed.run();
 
-const fuzz = suite("machine file: fuzz");
-
-/** Makes random numbers below 1, the same ones for the same seed. */
-function randomNumbers(seed: number): () => number {
-  return () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
+const fuzzed = suite("machine file: fuzz");
 
 const pieces = [
   "(",
@@ -723,39 +713,34 @@ function survive(text: string): void {
   assert.ok(performance.now() - start < 5000, text);
 }
 
-fuzz("survives mutations of the corpus", () => {
-  const random = randomNumbers(3);
+fuzzed("survives mutations of the corpus", () => {
   const texts = corpusNames().map((name) =>
     readFileSync(join(corpus, `${name}.scm`), "utf8")
   );
-  for (let round = 0; round < 20; round++) {
+  return fuzz(20, (random) => {
     for (const text of texts) survive(mutate(text, random));
-  }
+  });
 });
 
-fuzz("survives what a grammar makes", () => {
-  const random = randomNumbers(5);
-  for (let round = 0; round < 3000; round++) {
+fuzzed("survives what a grammar makes", () =>
+  fuzz(3000, (random) => {
     survive(
       `(define (f x) ${generate(random, 0)}) (define x ${
         generate(random, 2)
       }) (f ${generate(random, 1)})`,
     );
-  }
-});
+  }));
 
-fuzz("survives noise", () => {
-  const random = randomNumbers(7);
-  for (let round = 0; round < 3000; round++) {
+fuzzed("survives noise", () =>
+  fuzz(3000, (random) => {
     const length = Math.floor(random() * 40);
     survive(
       Array.from({ length }, () => pieces[Math.floor(random() * pieces.length)])
         .join(random() < 0.5 ? " " : ""),
     );
-  }
-});
+  }));
 
-fuzz.run();
+fuzzed.run();
 
 // Where the corpus is in the lab is part of what was recorded.
 assert.match(readFileSync(join(corpus, "expected.json"), "utf8"), corpusInLab);
