@@ -26,10 +26,10 @@ import type { Runtime } from "./lab.ts";
 const readme = readFileSync(`${ROOT}README.md`, "utf8");
 
 /** The options that README puts before a key in authorized_keys. */
-const [, options] = /^ +(restrict,\S+) ssh-ed25519 /m.exec(readme) ?? [];
+const [, options] = /^(restrict,\S+) ssh-ed25519 /m.exec(readme) ?? [];
 
 /** What README adds to sshd_config. */
-const [, configuration] = /^ +(Match User offload\n(?: +\S.*\n)+)/m
+const [, configuration] = /^(Match User offload\n(?: +\S.*\n)+)/m
   .exec(readme) ?? [];
 
 const CLIENT = ["ssh", "-n", "-F", "none", "-i", "/root/.ssh/id_ed25519"]
