@@ -5873,7 +5873,11 @@ function remedy(
     return `run 'offload trust ${user}@${name}:${port} --identity ` +
       `${privateKey}', which makes it if need be`;
   }
-  return hint ?? `see how far '${ssh.replace("ssh", "ssh -v")}' gets`;
+  if (hint !== undefined) return hint;
+  return (STEPS.session as readonly string[]).includes(step)
+    ? `see how far '${ssh.replace("ssh", "ssh -v")}' gets`
+    : "where guix-daemon hangs, there or here, run 'systemctl restart " +
+      "guix-daemon' ('herd restart guix-daemon' on Guix System)";
 }
 
 /** The steps until it is logged in. */
