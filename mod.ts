@@ -3673,16 +3673,16 @@ async function openRemoteDaemon(
   });
   // The server may answer while the daemon behind it does not, or neither.
   const late = Promise.withResolvers<never>();
-  const timer = setTimeout(() => {
-    late.reject(new Error("no answer"));
-    stream.then((stream) => stream.destroy(), () => {});
-  }, connectTimeout * 1000);
+  const error = new Error("no answer");
+  const timer = setTimeout(late.reject, connectTimeout * 1000, error);
   const open = stream.then((stream) =>
     openStore(noteUse(stream, link), called)
   );
   try {
     return await Promise.race([open, late.promise]);
   } catch (error) {
+    // Of a channel, that looks like its end.
+    stream.then((stream) => stream.destroy(), () => {});
     const ended = await Promise.race([relay?.ended, delay(1000)]);
     const why = ended?.errors.trim().split(": ").at(-1)?.toLowerCase();
     const cause = refusal ?? error;

@@ -129,6 +129,7 @@ export async function makeField(hook: HookKind): Promise<Field> {
   // Few may wait for one that is stopped.
   const relay = await startRelay("w1", `--rate=${SLOW}`, "--backlog=1");
   useHook(hook);
+  makeWork("head"); // else a new host has no database of its store
   return { hook, relay };
 }
 

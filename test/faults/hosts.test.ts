@@ -87,6 +87,7 @@ function suiteUnder(runtime: Runtime): void {
   test.before(() => {
     up("head", ...MACHINES);
     useHook(runtime);
+    makeWork("head"); // else a new host has no database of its store
   });
   test.before.each(() => useMachines("head", MACHINES));
 
