@@ -435,7 +435,7 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
 /** Faults that are none of the network's. */
 const REFUSED: readonly Fault[] = [
   {
-    name: "builder killed, as for lack of memory",
+    name: "builder killed",
     phase: "building",
     inject: () => signal("w1", "KILL", "builder"),
     ends: "on w2",
@@ -506,7 +506,7 @@ const REFUSED: readonly Fault[] = [
     quick: "node",
   },
   {
-    name: "machine file broken while the build runs",
+    name: "machine file broken",
     phase: "building",
     inject: () => writeFileSync(`${root("head")}/etc/guix/machines.scm`, "(("),
     heal: useBoth,
