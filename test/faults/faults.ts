@@ -536,6 +536,7 @@ const REFUSED: readonly Fault[] = [
     ends: "on w1",
     says: /plugin 'bad': score: no answer within 1 s/,
     seconds: 15,
+    quick: "node",
   },
   {
     name: "a plugin's transport throws",
@@ -554,7 +555,6 @@ const REFUSED: readonly Fault[] = [
     ends: "on w2",
     says: /lost connection to 'w1': nothing moved for 15 s/,
     seconds: 35,
-    quick: "node",
   },
 ];
 
