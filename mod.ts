@@ -44,6 +44,7 @@ import process from "node:process";
 import { createInterface } from "node:readline";
 import { DatabaseSync } from "node:sqlite";
 import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
+import { finished } from "node:stream";
 import type { Duplex, Transform } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
@@ -1878,6 +1879,33 @@ function padding(size: number): number {
 /** Shorter chunks are put together, in bytes. */
 const SMALL_CHUNK = 512;
 
+/** The chunks of a stream as they came; its own iterator would join them. */
+async function* chunksOf(stream: Duplex): AsyncGenerator<Uint8Array, void> {
+  const chunks: Uint8Array[] = [];
+  let wake = () => {};
+  let ended = false;
+  let failure: Error | undefined;
+  const end = (error?: Error | null) => {
+    failure ??= error ?? undefined;
+    ended = true;
+    wake();
+  };
+  stream.on("data", (chunk) => {
+    chunks.push(chunk);
+    stream.pause();
+    wake();
+  });
+  finished(stream, { writable: false }, end);
+  for (;;) {
+    for (let chunk; (chunk = chunks.shift()) !== undefined;) yield chunk;
+    if (failure !== undefined) throw failure;
+    if (ended) return;
+    const woken = new Promise<void>((resolve) => wake = resolve);
+    stream.resume();
+    await woken;
+  }
+}
+
 /**
  * Reads exact amounts from a stream of chunks, pulling no more than it needs,
  * and hashes what it hands out where asked to.
@@ -1894,8 +1922,10 @@ export class ByteReader {
   #hash: Hash | undefined;
 
   /** Reads from `source`, which messages call `name`. */
-  constructor(source: AsyncIterable<Uint8Array>, name: string) {
-    this.#source = source[Symbol.asyncIterator]();
+  constructor(source: AsyncIterable<Uint8Array> | Duplex, name: string) {
+    this.#source = "pipe" in source
+      ? chunksOf(source)
+      : source[Symbol.asyncIterator]();
     this.name = name;
   }
 
