@@ -1191,6 +1191,7 @@ export type Settings = Readonly<{
   backoff: number;
   backoffLimit: number;
   buildLocally: boolean;
+  connect: string;
   connectTimeout: number;
   decisionTimeout: number;
   factsLifetime: number;
@@ -1203,13 +1204,21 @@ export type Settings = Readonly<{
   stepTimeout: number;
   substitutes: boolean;
   transport: string;
+  use: Readonly<Record<string, Partial<Options>>>;
 }>;
 
-/** A setting, in the words of JSON Schema. */
-interface Setting {
+/** The options of a plugin: what the settings say over their defaults. */
+export type Options = Readonly<Record<string, number | boolean | string>>;
+
+/** A setting, or an option of a plugin, in the words of JSON Schema. */
+export interface Setting {
+  /** What it means, and in which unit. */
   readonly description: string;
-  readonly default: number | boolean | string;
+  /** What it is unless told; what is told must be of the same type. */
+  readonly default: number | boolean | string | Readonly<Record<string, never>>;
+  /** The least number. */
   readonly minimum?: number;
+  /** The largest number. */
   readonly maximum?: number;
 }
 
@@ -1233,6 +1242,10 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
     default: true,
     description: "whether guix-daemon may build what no machine can be " +
       "reached for",
+  },
+  connect: {
+    default: "guix",
+    description: "the built-in plugin that connects to machines",
   },
   connectTimeout: {
     ...{ default: 30, minimum: 1, maximum: 600 },
@@ -1286,22 +1299,38 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
     default: "guix",
     description: "the built-in plugin that moves archives",
   },
+  use: {
+    default: {},
+    description: "further built-in plugins, and the options of plugins",
+  },
 };
+
+/** The JSON Schema of an object of settings. */
+function objectSchema(table: Readonly<Record<string, Setting>>) {
+  const properties = Object.entries(table).map(([name, setting]) =>
+    [name, { type: typeof setting.default, ...setting }] as const
+  );
+  return {
+    type: "object",
+    additionalProperties: false,
+    properties: Object.fromEntries(properties),
+  };
+}
 
 /** The JSON Schema of settings.json. */
 export function settingsSchema(): Record<string, unknown> {
-  const properties = Object.entries(SETTINGS).map(([name, setting]) => [name, {
-    type: typeof setting.default,
-    ...setting,
-  }]);
+  const { properties, ...schema } = objectSchema(SETTINGS);
+  const options = builtinPlugins.map(({ name, options = {} }) =>
+    [name, objectSchema(options)] as const
+  );
   return {
     $schema: "https://json-schema.org/draft/2020-12/schema",
     title: "Settings of Offload: settings.json beside its plugins",
-    type: "object",
-    additionalProperties: false,
+    ...schema,
     properties: {
       $schema: { type: "string" },
-      ...Object.fromEntries(properties),
+      ...properties,
+      use: { ...properties.use, properties: Object.fromEntries(options) },
     },
   };
 }
@@ -1312,10 +1341,10 @@ function settingVariable(name: string): string {
 }
 
 /** Checks the value of a setting, which `where` names. */
-function checkSetting(name: string, value: unknown, where: string): unknown {
-  const setting = SETTINGS[name as keyof Settings];
+function checkSetting<T>(setting: Setting, value: T, where: string): T {
   const { default: usual, minimum = -Infinity, maximum = Infinity } = setting;
-  if (typeof value !== typeof usual) {
+  const isObject = value?.constructor === Object;
+  if (typeof value !== typeof usual || (value instanceof Object && !isObject)) {
     const got = JSON.stringify(value);
     throw new OffloadError(`${where}: expected a ${typeof usual}, got ${got}`);
   }
@@ -1328,12 +1357,28 @@ function checkSetting(name: string, value: unknown, where: string): unknown {
   return value;
 }
 
+/** Checks an object of settings, in `where`, against what there is. */
+function checkSettings(
+  table: Readonly<Record<string, Setting>>,
+  values: Readonly<Record<string, unknown>>,
+  where: string,
+): void {
+  for (const [name, value] of Object.entries(values)) {
+    if (!Object.hasOwn(table, name)) {
+      throw new OffloadError(`${where}: unknown setting '${name}'`, {
+        hint: `the settings are ${Object.keys(table).join(", ")}`,
+      });
+    }
+    checkSetting(table[name]!, value, `${where}: '${name}'`);
+  }
+}
+
 /** Reads a setting from an environment variable's text. */
-function parseSetting(name: string, text: string): unknown {
-  const type = typeof SETTINGS[name as keyof Settings].default;
+function parseSetting({ default: usual }: Setting, text: string): unknown {
+  const type = typeof usual;
   if (type === "number" && text.trim() !== "") return Number(text);
   if (type === "boolean" && /^(true|false)$/.test(text)) return text === "true";
-  return text;
+  return type === "object" && /^\s*\{/.test(text) ? JSON.parse(text) : text;
 }
 
 /** Reads the object in settings.json, where there is one. */
@@ -1359,22 +1404,15 @@ export function readSettings(
   environment: Variables,
 ): Settings {
   const file = `${directory}/settings.json`;
-  const settings: Record<string, unknown> = {};
-  for (const [name, value] of Object.entries(readSettingsFile(file))) {
-    if (name === "$schema") continue;
-    if (!Object.hasOwn(SETTINGS, name)) {
-      throw new OffloadError(`${file}: unknown setting '${name}'`, {
-        hint: `the settings are ${Object.keys(SETTINGS).join(", ")}`,
-      });
-    }
-    settings[name] = checkSetting(name, value, `${file}: '${name}'`);
-  }
+  const { $schema: _, ...settings } = readSettingsFile(file);
+  checkSettings(SETTINGS, settings, file);
   for (const [name, setting] of Object.entries(SETTINGS)) {
     const variable = settingVariable(name);
     const text = environment[variable];
     settings[name] ??= setting.default;
     if (text === undefined) continue;
-    settings[name] = checkSetting(name, parseSetting(name, text), variable);
+    const value = parseSetting(setting, text);
+    settings[name] = checkSetting(setting, value, variable);
   }
   return settings as unknown as Settings;
 }
@@ -1443,6 +1481,8 @@ export interface Candidate {
   holds(paths: readonly string[]): readonly string[];
   /** Bytes a second that it was seen to receive, if it was. */
   readonly bandwidth: number | undefined;
+  /** When it last began a build of ours, in milliseconds since 1970. */
+  readonly lastUsed: number | undefined;
 }
 
 /** A build to score machines for. */
@@ -1463,6 +1503,8 @@ export interface PluginContext {
   readonly signal: AbortSignal;
   /** The settings. */
   readonly settings: Settings;
+  /** The plugin's own options. */
+  readonly options: Options;
   /** The environment's variables. */
   readonly environment: Variables;
   /** Where Guix keeps its configuration: /etc/guix. */
@@ -1513,6 +1555,30 @@ export interface RemoteProcess {
   readonly ended: Promise<{ readonly code: number; readonly errors: string }>;
 }
 
+/** A connection to a build machine, over which all goes there and back. */
+export interface Connection {
+  /** Why it ended, if it did. */
+  failure(): Error | undefined;
+  /** Settles when it has ended, where that is noticed. */
+  readonly ended?: Promise<void>;
+  /** Connects to a Unix-domain socket there; rejects where that can't be. */
+  openSocket(file: string): Promise<Duplex>;
+  /** Runs a shell command there. */
+  exec(command: string): Promise<RemoteProcess>;
+  /** Ends it and all that runs over it; because of an error, at once. */
+  close(error?: Error): void;
+}
+
+/** Why a machine gets no build now. */
+export interface Exclusion {
+  /** The reason, as users read it. */
+  readonly why: string;
+  /** Whether builds had better wait for it than be built locally. */
+  readonly isBusy: boolean;
+  /** Makes it ready, in the background: a build has no other place. */
+  start?(): Awaitable<void>;
+}
+
 /**
  * Moves archives between the stores. What it brings is checked here, whatever
  * brought it.
@@ -1532,12 +1598,31 @@ export interface Transport {
 export interface Hooks {
   /** Lists machines; of all plugins' lists, the first NAME:PORT wins. */
   machines(context: PluginContext): Awaitable<readonly Machine[]>;
+  /** Says why a machine is not even to be asked; the first answer wins. */
+  exclude(
+    machine: Machine,
+    context: PluginContext,
+  ): Awaitable<Exclusion | undefined>;
+  /**
+   * Connects to a machine with the pinned host key; the first answer wins. It
+   * may tell `reached` when a server is there, and that it is the right one.
+   */
+  connect(
+    machine: Machine,
+    context: PluginContext,
+    reached?: (what: "connect" | "host key") => void,
+  ): Awaitable<Connection | undefined>;
   /** Scores a machine; summed. `undefined` abstains, -Infinity vetoes. */
   score(
     candidate: Candidate,
     request: ScoredRequest,
     context: PluginContext,
   ): Awaitable<number | undefined>;
+  /** Takes leave to build there until the connection ends; `false`: none. */
+  admit(
+    machine: Machine,
+    context: TransportContext,
+  ): Awaitable<boolean | undefined>;
   /** Moves archives to and from a machine; the first answer wins. */
   transport(
     machine: Machine,
@@ -1549,6 +1634,8 @@ export interface Hooks {
 export interface Plugin extends Partial<Hooks> {
   /** Names it in messages and settings. */
   readonly name: string;
+  /** What the setting `use` may say of it. */
+  readonly options?: Readonly<Record<string, Setting>>;
 }
 
 /** What serving a request needs of the world. */
@@ -1571,21 +1658,25 @@ export interface Context extends PluginContext {
   readonly observations: Observations;
 }
 
-const HOOKS = ["machines", "score", "transport"] as const;
+const HOOKS: readonly string[] = [
+  ...["machines", "exclude", "connect", "score", "admit", "transport"],
+];
+
+/** The hooks of which the settings choose one built-in plugin's. */
+const CHOICES = ["connect", "score", "transport"] as const;
 
 /** Says what is wrong with a plugin, if anything is. */
 function pluginProblem(plugin: unknown): string | undefined {
   if (typeof plugin !== "object" || plugin === null) {
     return "its default export is no plugin";
   }
-  const { name, ...hooks } = plugin as Record<string, unknown>;
+  const { name, options = {}, ...hooks } = plugin as Record<string, unknown>;
   if (typeof name !== "string" || name === "") return "it has no 'name'";
   const keys = Object.keys(hooks);
-  const unknown = keys.find((key) =>
-    !(HOOKS as readonly string[]).includes(key)
-  );
+  const unknown = keys.find((key) => !HOOKS.includes(key));
   if (unknown !== undefined) return `unknown key '${unknown}'`;
   if (keys.length === 0) return "it has no hook";
+  if (options?.constructor !== Object) return "'options' is no object";
   const odd = keys.find((key) => typeof hooks[key] !== "function");
   return odd && `'${odd}' is no function`;
 }
@@ -1635,7 +1726,7 @@ export async function loadPlugins(
   log: Log,
 ): Promise<readonly Plugin[]> {
   const builtins = [guixPlugin, ...builtinPlugins];
-  for (const hook of ["score", "transport"] as const) {
+  for (const hook of CHOICES) {
     const names = builtins.filter((plugin) => plugin[hook] !== undefined)
       .map(({ name }) => name);
     if (names.includes(settings[hook])) continue;
@@ -1645,17 +1736,32 @@ export async function loadPlugins(
     );
   }
   const plugins: Plugin[] = [];
+  let failures = 0;
   for (const file of await findPlugins(directory)) {
     try {
       plugins.push(
         await loadPlugin(file, [...plugins, ...builtins], settings.hookTimeout),
       );
     } catch (error) {
+      failures++;
       const known = error instanceof OffloadError;
       log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
     }
   }
-  return [...plugins, ...builtins];
+  plugins.push(...builtins);
+  for (const [name, options] of Object.entries(settings.use)) {
+    const plugin = plugins.find((plugin) => plugin.name === name);
+    if (plugin === undefined && failures > 0) continue; // it may be that one
+    if (plugin === undefined) {
+      throw new OffloadError(`setting 'use': there is no plugin '${name}'`, {
+        hint: `the plugins are ${plugins.map(({ name }) => name).join(", ")}`,
+      });
+    }
+    const isObject = options?.constructor === Object;
+    if (!isObject) throw new OffloadError(`setting 'use.${name}': no object`);
+    checkSettings(plugin.options ?? {}, options, `setting 'use.${name}'`);
+  }
+  return plugins;
 }
 
 async function findPlugins(directory: string): Promise<string[]> {
@@ -1680,11 +1786,12 @@ async function callHook<T>(
   try {
     return await Promise.race([(async () => await call())(), timeout.promise]);
   } catch (cause) {
-    if (isBuiltin(plugin) && hook === "machines") throw cause;
-    const message = `plugin '${plugin.name}': ${hook}: ${reason(cause)}`;
-    throw new OffloadError(message, {
+    const isOurs = isBuiltin(plugin) && /machines|connect/.test(hook);
+    if (isOurs && cause instanceof OffloadError) throw cause;
+    const prefix = isOurs ? "" : `plugin '${plugin.name}': ${hook}: `;
+    throw new OffloadError(prefix + reason(cause), {
       cause,
-      hint: cause instanceof OffloadError ? cause.hint : undefined,
+      hint: (cause as Partial<OffloadError> | undefined)?.hint,
     });
   } finally {
     clearTimeout(timer);
@@ -1709,21 +1816,52 @@ function isBuiltin(plugin: Plugin): boolean {
   return plugin === guixPlugin || builtinPlugins.includes(plugin);
 }
 
-/** Whether a plugin's score or transport counts: of the built-in ones, one. */
-function isChosen(plugin: Plugin, builtin: string): boolean {
-  return !isBuiltin(plugin) || plugin.name === builtin;
+/** Whether it is a built-in one that needs no setting: the machine file's. */
+function isDefault(plugin: Plugin): boolean {
+  return isBuiltin(plugin) && plugin.options === undefined;
+}
+
+/**
+ * The plugins whose hook counts: a site's own always, of the built-in ones
+ * those that the settings name, and what has nothing to be told.
+ */
+function pluginsWith<K extends keyof Hooks>(
+  hook: K,
+  { plugins, settings }: Pick<Context, "plugins" | "settings">,
+): (Plugin & Pick<Hooks, K>)[] {
+  const isUsed = (plugin: Plugin) => {
+    if (!isBuiltin(plugin) || plugin.name in settings.use) return true;
+    const choice = CHOICES.find((choice) => choice === hook);
+    if (choice !== undefined) return plugin.name === settings[choice];
+    return isDefault(plugin);
+  };
+  return plugins.filter((plugin): plugin is Plugin & Pick<Hooks, K> =>
+    plugin[hook] !== undefined && isUsed(plugin)
+  );
+}
+
+/** Gives a plugin's hooks their context: with the plugin's own options. */
+export function contextFor<T extends Omit<PluginContext, "options">>(
+  plugin: Plugin,
+  context: T,
+): T & Pick<PluginContext, "options"> {
+  const options: Record<string, unknown> = {};
+  for (const [name, option] of Object.entries(plugin.options ?? {})) {
+    options[name] = context.settings.use[plugin.name]?.[name] ?? option.default;
+  }
+  return { ...context, options: options as Options };
 }
 
 /** Asks a plugin for machines; one that fails is told, and lists none. */
 async function askForMachines(
-  plugin: Plugin,
+  plugin: Plugin & Pick<Hooks, "machines">,
   context: Context,
 ): Promise<readonly Machine[]> {
   // Guile alone takes a while to start, and has a bound of its own.
   const seconds = isBuiltin(plugin) ? 60 : context.settings.hookTimeout;
   try {
     return await callHook(plugin, "machines", seconds, async () => {
-      const list = await plugin.machines?.(context) ?? [];
+      const list = await plugin.machines(contextFor(plugin, context));
       return isBuiltin(plugin) ? list : checkMachines(list, context);
     });
   } catch (error) {
@@ -1739,7 +1877,8 @@ async function askForMachines(
 /** Asks all plugins for machines; of each NAME:PORT, the first plugin's. */
 export async function listMachines(context: Context): Promise<Machine[]> {
   const lists = await Promise.all(
-    context.plugins.map((plugin) => askForMachines(plugin, context)),
+    pluginsWith("machines", context)
+      .map((plugin) => askForMachines(plugin, context)),
   );
   const machines: Machine[] = [];
   for (const list of lists) {
@@ -1763,21 +1902,25 @@ function checkScore(score: unknown): number | undefined {
   throw new Error(`expected a number, got ${String(score)}`);
 }
 
-/** Asks a plugin for scores; one that fails is told, and abstains. */
-async function askForScores(
-  plugin: Plugin,
+/** Checks what a plugin says of a machine that it excludes. */
+function checkExclusion(answer: Exclusion | undefined): typeof answer {
+  if (answer === undefined || typeof answer?.why === "string") return answer;
+  throw new Error(`expected { why, isBusy }, got ${JSON.stringify(answer)}`);
+}
+
+/** Asks a plugin about candidates; one that fails is told, and abstains. */
+async function askAbout<T>(
   candidates: readonly Candidate[],
-  request: ScoredRequest,
+  plugin: Plugin,
+  hook: keyof Hooks,
   context: Context,
-): Promise<readonly (number | undefined)[]> {
-  const { hookTimeout } = context.settings;
+  ask: (candidate: Candidate) => Awaitable<T>,
+): Promise<readonly (T | undefined)[]> {
   try {
-    return await callHook(plugin, "score", hookTimeout, async () => {
-      const answers = candidates.map(async (candidate) =>
-        await plugin.score!(candidate, request, context)
-      );
-      return (await Promise.all(answers)).map(checkScore);
-    });
+    return await callHook(
+      ...[plugin, hook, context.settings.hookTimeout] as const,
+      () => Promise.all(candidates.map(async (it) => await ask(it))),
+    );
   } catch (error) {
     context.signal.throwIfAborted();
     context.log.warn(error);
@@ -1791,12 +1934,13 @@ export async function scoreCandidates(
   request: ScoredRequest,
   context: Context,
 ): Promise<Scores[]> {
-  const plugins = context.plugins.filter((plugin) =>
-    plugin.score !== undefined && isChosen(plugin, context.settings.score)
-  );
-  const answers = await Promise.all(
-    plugins.map((plugin) => askForScores(plugin, candidates, request, context)),
-  );
+  const plugins = pluginsWith("score", context);
+  const answers = await Promise.all(plugins.map((plugin) => {
+    const own = contextFor(plugin, context);
+    const ask = async (candidate: Candidate) =>
+      checkScore(await plugin.score(candidate, request, own));
+    return askAbout(candidates, plugin, "score", context, ask);
+  }));
   return candidates.map((_, index) => {
     const byPlugin: Record<string, number> = {};
     plugins.forEach(({ name }, i) => {
@@ -1808,6 +1952,24 @@ export async function scoreCandidates(
   });
 }
 
+/** Asks all plugins which candidates not to ask, and why. */
+async function findExclusions(
+  candidates: readonly Candidate[],
+  context: Context,
+): Promise<(Exclusion | undefined)[]> {
+  const answers = await Promise.all(
+    pluginsWith("exclude", context).map((plugin) => {
+      const own = contextFor(plugin, context);
+      const ask = async ({ machine }: Candidate) =>
+        checkExclusion(await plugin.exclude(machine, own));
+      return askAbout(candidates, plugin, "exclude", context, ask);
+    }),
+  );
+  return candidates.map((_, index) =>
+    answers.map((answer) => answer[index]).find((it) => it !== undefined)
+  );
+}
+
 /** The defaults: machine file, order and transport of the reference. */
 const guixPlugin: Plugin = {
   name: "guix",
@@ -1816,6 +1978,7 @@ const guixPlugin: Plugin = {
     problems.forEach(context.report);
     return machines;
   },
+  connect: openConnection,
   score: ({ machine }) => machine.speed,
   transport: (_, context) => daemonTransport(context),
 };
@@ -3036,6 +3199,7 @@ const OBSERVATIONS_SCHEMA = `
     WITHOUT ROWID;
   CREATE TABLE IF NOT EXISTS slot (
     file TEXT PRIMARY KEY, derivation TEXT, time REAL);
+  CREATE TABLE IF NOT EXISTS used (machine TEXT PRIMARY KEY, time REAL);
   CREATE TABLE IF NOT EXISTS wait (
     id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
   INSERT OR IGNORE INTO wait VALUES (0, 0, 0);
@@ -3190,11 +3354,20 @@ export class Observations {
     return this.#query("SELECT file, derivation, time FROM slot") as UsedSlot[];
   }
 
-  /** Notes what a slot is used for from now on. */
-  useSlot(file: string, derivation: string): void {
+  /** Notes what a machine's slot is used for from now on. */
+  useSlot(id: string, file: string, derivation: string): void {
     this.#query(
       "INSERT OR REPLACE INTO slot VALUES (?, ?, ?)",
       ...[file, derivation, Date.now()],
+    );
+    this.#query("INSERT OR REPLACE INTO used VALUES (?, ?)", id, Date.now());
+  }
+
+  /** When machines last began a build, by NAME:PORT. */
+  lastUsed(): Map<string, number> {
+    const rows = this.#query("SELECT * FROM used");
+    return new Map(
+      rows.map(({ machine, time }) => [machine as string, time as number]),
     );
   }
 
@@ -3246,12 +3419,10 @@ const HOST_KEY_ALGORITHMS: Readonly<
   "ecdsa-sha2-nistp521": ["ecdsa-sha2-nistp521"],
 };
 
-/** An SSH connection to a build machine. */
-export interface Session {
+/** A connection to a build machine, and what is reached by it. */
+export interface Session extends Omit<Connection, "openSocket" | "ended"> {
   /** The machine at the other end. */
   readonly machine: Machine;
-  /** Why it ended, if it did. */
-  failure(): Error | undefined;
   /** Ends it because of an error. */
   fail(error: Error): void;
   /**
@@ -3269,10 +3440,6 @@ export interface Session {
   isPatient(): boolean;
   /** Connects to the guix-daemon there. */
   openDaemon(): Promise<StoreConnection>;
-  /** Runs a shell command there. */
-  exec(command: string): Promise<RemoteProcess>;
-  /** Ends the connection and all that runs over it. */
-  close(): void;
 }
 
 /** Splits a host key such as `ssh-ed25519 AAAA… comment`. */
@@ -3480,16 +3647,79 @@ function sshOptions(
 }
 
 /**
- * Connects to a build machine, whose host key is pinned, and logs in. It tells
- * `reached` that the server is there, and then that it is the right one.
+ * Connects to a build machine, by the first plugin that does. It tells `reached`
+ * that the server is there, and then that it is the right one.
  *
  * @throws {OffloadError} that says at which step it failed and what to do.
  */
 export async function openSession(
   machine: Machine,
-  context: Pick<Context, "signal" | "settings">,
+  context: Omit<PluginContext, "options"> & Pick<Context, "plugins">,
   reached?: (what: "connect" | "host key") => void,
 ): Promise<Session> {
+  const { connectTimeout } = context.settings;
+  for (const plugin of pluginsWith("connect", context)) {
+    const connection = await callHook(
+      // By itself it says better what is late.
+      ...[plugin, "connect", 1.5 * connectTimeout] as const,
+      () => plugin.connect(machine, contextFor(plugin, context), reached),
+    );
+    if (connection === undefined) continue;
+    return makeSession(machine, connection, connectTimeout);
+  }
+  throw new OffloadError(`no plugin connects to '${machine.name}'`);
+}
+
+/** Makes a session of a connection. */
+function makeSession(
+  machine: Machine,
+  connection: Connection,
+  connectTimeout: number,
+): Session {
+  const { name } = machine;
+  const link: Link = { name, connection, used: performance.now() };
+  const lost = Promise.withResolvers<never>();
+  lost.promise.catch(() => {});
+  let patient = 0;
+  let problem: Error | undefined;
+  const failure = () => problem ?? connection.failure();
+  const lose = () => {
+    setTimeout(() => lost.reject(failure()), LOST_DELAY).unref();
+  };
+  connection.ended?.then(lose);
+  return {
+    ...{ machine, failure, lost: lost.promise },
+    fail: (error) => {
+      problem ??= connection.failure() ?? error;
+      connection.close(error);
+      lose();
+    },
+    idle: () => performance.now() - link.used,
+    patiently: (work) => {
+      patient++;
+      return work().finally(() => {
+        patient--;
+        link.used = performance.now();
+      });
+    },
+    isPatient: () => patient > 0,
+    ping: async () => {
+      const another = { ...link }; // it is no use of the session
+      const daemon = openRemoteDaemon(another, machine, connectTimeout);
+      (await daemon).stream.destroy();
+    },
+    openDaemon: () => openRemoteDaemon(link, machine, connectTimeout),
+    exec: (command) => executeThere(link, command),
+    close: () => connection.close(),
+  };
+}
+
+/** Logs in to a build machine over SSH; a server that is crowded, later. */
+async function openConnection(
+  machine: Machine,
+  context: PluginContext,
+  reached?: (what: "connect" | "host key") => void,
+): Promise<Connection> {
   for (let retries = 0;; retries++) {
     try {
       return await connect(machine, context, reached);
@@ -3512,16 +3742,13 @@ const CROWDED = {
 
 async function connect(
   machine: Machine,
-  { signal, settings }: Pick<Context, "signal" | "settings">,
+  { signal, settings }: PluginContext,
   reached?: (what: "connect" | "host key") => void,
   others: Partial<ConnectConfig> = {},
-): Promise<Session> {
+): Promise<Connection> {
   signal.throwIfAborted();
   const client = new ssh2.Client();
-  const link: Link = { name: machine.name, client, used: performance.now() };
-  const { connectTimeout } = settings;
-  const lost = Promise.withResolvers<never>();
-  lost.promise.catch(() => {});
+  const ended = Promise.withResolvers<void>();
   let failure: Error | undefined;
   const note = (error: Error) => {
     failure ??= error;
@@ -3547,31 +3774,16 @@ async function connect(
       signal.removeEventListener("abort", abort);
       note(new Error("connection closed"));
       reject(connectionError(machine, failure!));
-      setTimeout(lost.reject, LOST_DELAY, failure).unref();
+      ended.resolve();
     });
     client.connect({ ...options, ...others });
   });
-  let patient = 0;
   return {
-    machine,
-    ...{ failure: () => failure, fail, lost: lost.promise },
-    idle: () => performance.now() - link.used,
-    patiently: (work) => {
-      patient++;
-      return work().finally(() => {
-        patient--;
-        link.used = performance.now();
-      });
-    },
-    isPatient: () => patient > 0,
-    ping: async () => {
-      const another = { ...link }; // it is no use of the session
-      const daemon = openRemoteDaemon(another, machine, connectTimeout);
-      (await daemon).stream.destroy();
-    },
-    openDaemon: () => openRemoteDaemon(link, machine, connectTimeout),
-    exec: (command) => execute(link, command),
-    close: () => client.end(),
+    failure: () => failure,
+    ended: ended.promise,
+    openSocket: (file) => openSocket(client, file),
+    exec: (command) => execute(client, command),
+    close: (error) => error === undefined ? client.end() : fail(error),
   };
 }
 
@@ -3582,7 +3794,7 @@ const LOST_DELAY = 1000;
 interface Link {
   /** The machine's name. */
   readonly name: string;
-  readonly client: Client;
+  readonly connection: Connection;
   used: number;
 }
 
@@ -3600,9 +3812,8 @@ function limitUnread(channel: Duplex, client: Client): void {
   };
 }
 
-/** Takes note of what passes over a channel, either way, and bounds it. */
+/** Takes note of what passes over a channel, either way. */
 function noteUse<T extends Duplex>(channel: T, link: Link): T {
-  limitUnread(channel, link.client);
   for (const name of ["push", "write"] as const) {
     const pass = channel[name] as (...args: unknown[]) => boolean;
     const noted = (...args: unknown[]) => {
@@ -3619,18 +3830,40 @@ const REMOTE_PATH = "PATH=$PATH:/run/current-system/profile/bin" +
   ":/var/guix/profiles/per-user/root/current-guix/bin" +
   ":$HOME/.config/guix/current/bin:/usr/local/bin:/usr/bin:/bin";
 
+/** Runs a command, which finds programs, on a machine. */
+async function executeThere(
+  link: Link,
+  command: string,
+): Promise<RemoteProcess> {
+  const text = `${REMOTE_PATH}\n${command}`;
+  const process = await link.connection.exec(text).catch((cause) => {
+    const message = `failed to run a command on '${link.name}'`;
+    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
+  });
+  // Who reads learns of it; unheard, it would end this process.
+  noteUse(process.channel, link).on("error", () => {});
+  return process;
+}
+
+/** Connects to a Unix-domain socket there. */
+function openSocket(client: Client, file: string): Promise<Duplex> {
+  return new Promise((resolve, reject) => {
+    client.openssh_forwardOutStreamLocal(file, (cause, stream) => {
+      if (cause !== undefined) return reject(cause);
+      limitUnread(stream, client);
+      resolve(stream);
+    });
+  });
+}
+
 /** How much of a command's complaints is kept, in bytes. */
 const LONGEST_COMPLAINT = 4096;
 
-function execute(link: Link, command: string): Promise<RemoteProcess> {
+function execute(client: Client, command: string): Promise<RemoteProcess> {
   return new Promise((resolve, reject) => {
-    link.client.exec(`${REMOTE_PATH}\n${command}`, (cause, channel) => {
-      if (cause !== undefined) {
-        const message = `failed to run a command on '${link.name}'`;
-        reject(new OffloadError(`${message}: ${reason(cause)}`, { cause }));
-        return;
-      }
-      noteUse(channel, link);
+    client.exec(command, (cause, channel) => {
+      if (cause !== undefined) return reject(cause);
+      limitUnread(channel, client);
       let errors = "";
       // Unread, it would block the rest.
       channel.stderr.on("data", (chunk) => {
@@ -3686,36 +3919,38 @@ async function openRemoteDaemon(
   connectTimeout: number,
 ): Promise<StoreConnection> {
   const called = `guix-daemon on '${name}'`;
-  const forward = new Promise<Duplex>((resolve, reject) => {
-    link.client.openssh_forwardOutStreamLocal(
-      daemonSocket,
-      (cause, stream) => cause === undefined ? resolve(stream) : reject(cause),
-    );
-  });
-  let refusal: Error | undefined;
+  let isLate = false;
+  const greet = async (stream: Promise<Duplex>) => {
+    // The server may answer while the daemon behind it does not, or neither.
+    const late = Promise.withResolvers<never>();
+    const timer = setTimeout(() => {
+      isLate = true;
+      late.reject(new Error("no answer"));
+      stream.then((stream) => stream.destroy(), () => {});
+    }, connectTimeout * 1000);
+    const open = stream.then((stream) => {
+      stream.on("error", () => {}); // who reads learns of it
+      return openStore(noteUse(stream, link), called);
+    });
+    return await Promise.race([open, late.promise])
+      .finally(() => clearTimeout(timer));
+  };
   let relay: RemoteProcess | undefined;
-  const stream = forward.catch(async (cause) => {
+  let cause: unknown;
+  try {
+    return await greet(link.connection.openSocket(daemonSocket));
+  } catch (error) {
+    cause = error;
+  }
+  try {
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
-    refusal = cause;
-    relay = await execute(link, relayCommand(daemonSocket));
-    return relay.channel;
-  });
-  // The server may answer while the daemon behind it does not, or neither.
-  const late = Promise.withResolvers<never>();
-  const error = new Error("no answer");
-  const timer = setTimeout(late.reject, connectTimeout * 1000, error);
-  const open = stream.then((stream) =>
-    openStore(noteUse(stream, link), called)
-  );
-  try {
-    return await Promise.race([open, late.promise]);
-  } catch (error) {
-    // Of a channel, that looks like its end.
-    stream.then((stream) => stream.destroy(), () => {});
+    if (isLate) throw cause;
+    relay = await executeThere(link, relayCommand(daemonSocket));
+    return await greet(Promise.resolve(relay.channel));
+  } catch {
     const ended = await Promise.race([relay?.ended, delay(1000)]);
     const why = ended?.errors.trim().split(": ").at(-1)?.toLowerCase();
-    const cause = refusal ?? error;
     const message = `failed to connect to ${called}: ${why || reason(cause)}`;
     throw new OffloadError(message, {
       cause,
@@ -3723,8 +3958,6 @@ async function openRemoteDaemon(
         "start guix-daemon' ('herd start guix-daemon' on Guix System), " +
         `and that '${user}' may use '${daemonSocket}'`,
     });
-  } finally {
-    clearTimeout(timer);
   }
 }
 
@@ -3788,7 +4021,7 @@ echo "uname $(uname -snrm)"
 echo "cores $(nproc || grep -c ^processor /proc/cpuinfo)"
 echo "load $(cat /proc/loadavg)"
 echo "memory $(grep ^MemAvailable: /proc/meminfo)"
-for i in cpu io memory; do echo "$i $(head -n 1 /proc/pressure/$i)"; done
+for i in cpu io memory; do echo "$i-stall $(head -n 1 /proc/pressure/$i)"; done
 space store '${storeDirectory}'
 build=/var/guix/builds; [ -d $build ] || build=/tmp
 space build $build
@@ -3817,8 +4050,10 @@ export function parseFacts(
     const inodes = number(`${name}-inodes`, 3) ?? Infinity;
     return bytes === undefined ? undefined : { bytes, inodes };
   };
+  // Not every kernel tells.
+  const stalled = answers.get("memory-stall")?.[1] !== undefined;
   const pressure = (name: string) =>
-    parseFloat(answers.get(name)?.[1]?.replace("avg10=", "") ?? "0") || 0;
+    parseFloat(answers.get(`${name}-stall`)?.[1]?.slice(6) ?? "0") || 0;
   const clock = number("clock", 0);
   return {
     time,
@@ -3826,11 +4061,13 @@ export function parseFacts(
     load: number("load", 0),
     cores: number("cores", 0),
     memory: number("memory", 1, 1024),
-    pressure: {
-      cpu: pressure("cpu"),
-      io: pressure("io"),
-      memory: pressure("memory"),
-    },
+    pressure: stalled
+      ? {
+        cpu: pressure("cpu"),
+        io: pressure("io"),
+        memory: pressure("memory"),
+      }
+      : undefined,
     store: space("store"),
     build: space("build"),
     clock: clock === undefined ? undefined : clock - time / 1000,
@@ -3868,6 +4105,8 @@ export interface Prospect extends Candidate {
   facts: Facts | undefined;
   /** Why it can't be reached, or is left alone. */
   problem: string | undefined;
+  /** Why it is not even to be asked. */
+  excluded: Exclusion | undefined;
   /** How often it failed since a build last succeeded there. */
   readonly failures: number;
   /** Until when it is left alone for that, in milliseconds since 1970. */
@@ -3891,6 +4130,7 @@ function makeProspect(
   machine: Machine,
   record: MachineRecord | undefined,
   context: Context,
+  lastUsed?: number,
 ): Prospect {
   const { observations, settings, stateDirectory } = context;
   const { backoff, backoffLimit, factsLifetime } = settings;
@@ -3908,11 +4148,13 @@ function makeProspect(
     id,
     facts: isFresh ? facts : undefined,
     problem: until > now ? record?.problem : undefined,
+    excluded: undefined,
     failures: same ? record.failures : 0,
     until,
     session: undefined,
     dismissed: false,
     bandwidth: record?.bandwidth,
+    lastUsed,
     freeSlots: () => countFreeSlots(machine, stateDirectory),
     holds: (paths) => observations.held(id, paths),
   };
@@ -3998,13 +4240,15 @@ async function survey(
   context: Context,
 ): Promise<Prospect[]> {
   const records = context.observations.machines();
-  const prospects = machines.map((machine) =>
-    makeProspect(machine, records.get(machineId(machine)), context)
-  );
+  const lastUsed = context.observations.lastUsed();
+  const prospects = machines.map((machine) => {
+    const id = machineId(machine);
+    return makeProspect(machine, records.get(id), context, lastUsed.get(id));
+  });
+  const exclusions = await findExclusions(prospects, context);
+  prospects.forEach((it, index) => it.excluded = exclusions[index]);
   const unknown = prospects
-    .filter(({ facts, problem }) =>
-      facts === undefined && problem === undefined
-    )
+    .filter(({ facts, problem, excluded }) => !facts && !problem && !excluded)
     .filter((prospect) => prospect.freeSlots() > 0)
     .sort((a, b) => b.machine.speed - a.machine.speed);
   if (unknown.length > 0) {
@@ -4015,18 +4259,12 @@ async function survey(
   return prospects;
 }
 
-/** Why a machine gets no build now. */
-interface Exclusion {
-  readonly why: string;
-  /** Whether builds that end there are likely to change that. */
-  readonly isBusy: boolean;
-}
-
 /** Says why a machine gets no build now, if it gets none. */
 function exclusion(
-  { machine, facts, problem, until }: Prospect,
+  { machine, facts, problem, until, excluded }: Prospect,
   { settings }: Context,
 ): Exclusion | undefined {
+  if (excluded !== undefined) return excluded;
   if (problem !== undefined) {
     const seconds = Math.ceil((until - Date.now()) / 1000);
     const left = seconds > 0 ? `left alone for ${seconds} s: ` : "";
@@ -4133,6 +4371,23 @@ async function waitForSlot(
   return false;
 }
 
+/** Has a machine started, where one can be and none is being. */
+async function startMachine(
+  prospects: readonly Prospect[],
+  { log }: Context,
+): Promise<void> {
+  const off = prospects.filter(({ excluded }) => excluded?.isBusy)
+    .sort((a, b) => b.machine.speed - a.machine.speed);
+  const [first] = off;
+  if (!off.every(({ excluded }) => excluded?.start) || !first) return;
+  log.info(`starting '${first.machine.name}'...`);
+  try {
+    await first.excluded!.start!();
+  } catch (error) {
+    log.warn(error);
+  }
+}
+
 /** Chooses who takes a build, or says why nobody does. */
 export async function chooseBuildMachine(
   machines: readonly Machine[],
@@ -4151,6 +4406,7 @@ export async function chooseBuildMachine(
       exclusion(prospect, context)?.isBusy
     );
     if (able.length === 0) return "unreachable";
+    await startMachine(prospects, context);
     const busy = able.filter((prospect) => prospect.freeSlots() === 0);
     if (!await waitForSlot(busy, context, end)) return "busy";
   }
@@ -4728,18 +4984,32 @@ function daemonTransport(context: TransportContext): Transport {
   };
 }
 
+/** Thrown where others build on a machine as much as it may. */
+class NotAdmitted extends OffloadError {}
+
+/** Takes leave of all plugins to build on the machine. */
+async function admit(context: TransportContext & Context): Promise<void> {
+  const { machine, settings } = context;
+  for (const plugin of pluginsWith("admit", context)) {
+    const admitted = await callHook(
+      ...[plugin, "admit", settings.connectTimeout] as const,
+      () => plugin.admit(machine, contextFor(plugin, context)),
+    );
+    if (admitted === false) {
+      throw new NotAdmitted(`others use all slots of '${machine.name}'`);
+    }
+  }
+}
+
 /** The transport of the first plugin that has one for the machine. */
 async function chooseTransport(
-  machine: Machine,
-  context: TransportContext,
-  plugins: readonly Plugin[],
+  context: TransportContext & Context,
 ): Promise<Transport> {
-  const { hookTimeout, transport: builtin } = context.settings;
-  for (const plugin of plugins) {
-    if (!isChosen(plugin, builtin)) continue;
+  const { machine, settings } = context;
+  for (const plugin of pluginsWith("transport", context)) {
     const transport = await callHook(
-      ...[plugin, "transport", hookTimeout] as const,
-      () => plugin.transport?.(machine, context),
+      ...[plugin, "transport", settings.hookTimeout] as const,
+      () => plugin.transport(machine, contextFor(plugin, context)),
     );
     if (transport === undefined) continue;
     const methods = ["missing", "send", "retrieve"] as const;
@@ -5069,16 +5339,16 @@ async function transferAndOffload(
     await addTempRoot(remote, derivation);
     const roundTrip = performance.now() - before;
     const store = await local;
-    const connections: TransportContext = {
-      ...context,
+    const connections: TransportContext & Context = {
+      ...contextFor(guixPlugin, context),
       ...{ machine, remote, roundTrip, local: store },
       openDaemon: session.openDaemon,
       exec: session.exec,
       patiently: session.patiently,
       exportBundle: (paths) => exportBundle(store, paths),
     };
-    const { plugins } = context;
-    const transport = await chooseTransport(machine, connections, plugins);
+    await admit(connections);
+    const transport = await chooseTransport(connections);
     const needed = [...new Set([derivation, ...inputs])];
     const seconds = await sendAndBuild(
       ...[needed, derivation, transport, connections, context] as const,
@@ -5130,7 +5400,7 @@ async function attempt(
 ): Promise<void> {
   const { observations } = context;
   clearLeftovers(slot, context);
-  observations.useSlot(slot.file, work.derivation);
+  observations.useSlot(prospect.id, slot.file, work.derivation);
   let session = prospect.session;
   let unwatch = () => {};
   try {
@@ -5228,16 +5498,19 @@ async function offload(
     } catch (error) {
       context.signal.throwIfAborted();
       if (isFinal(error)) throw error;
-      observations.saveFailure(machine, reason(error), settings);
-      causes.push(reason(error));
-      if (causes.length >= settings.attempts) {
-        throw new OffloadError(causes.join("; "), { cause: error });
+      if (error instanceof NotAdmitted) log.info(error.message);
+      else {
+        observations.saveFailure(machine, reason(error), settings);
+        causes.push(reason(error));
+        if (causes.length >= settings.attempts) {
+          throw new OffloadError(causes.join("; "), { cause: error });
+        }
+        if (error instanceof ProtocolError) {
+          others = others.filter((other) => other !== machine);
+        }
+        log.warn(error);
+        log.info(`'${machine.name}' failed: trying another machine...`);
       }
-      if (error instanceof ProtocolError) {
-        others = others.filter((other) => other !== machine);
-      }
-      log.warn(error);
-      log.info(`'${machine.name}' failed: trying another machine...`);
       assignment = await chooseAnother(others, request, context);
     }
   }
@@ -5519,7 +5792,7 @@ async function machinesCommand(
   context: Context,
   screen: Screen,
 ): Promise<CommandResult> {
-  const plugins = context.plugins.filter(isBuiltin);
+  const plugins = context.plugins.filter(isDefault);
   const machines = await listMachines({ ...context, plugins });
   const rows = machines.map((machine) => [
     machineId(machine),
@@ -5722,7 +5995,7 @@ async function selectMachines(
   }
   const plugins = file === undefined
     ? context.plugins
-    : context.plugins.filter(isBuiltin);
+    : context.plugins.filter(isDefault);
   const machines = new Map<string, Machine>();
   for (const machine of await listMachines({ ...context, plugins })) {
     const id = machineId(machine);
@@ -5913,9 +6186,9 @@ function remedy(
 /** The steps until it is logged in. */
 async function testSession(
   trial: Trial,
-  settings: Settings,
+  context: Context,
 ): Promise<Session | undefined> {
-  const { machine, signal } = trial;
+  const { machine } = trial;
   const reached = (name: string) => {
     // A server that is crowded is tried again.
     if (trial.steps.some((step) => step.name === name)) return;
@@ -5923,7 +6196,6 @@ async function testSession(
     trial.end(name, "ok", name === "connect" ? "" : key());
   };
   try {
-    const context = { signal, settings };
     const session = await openSession(machine, context, reached);
     trial.end("authentication", "ok", `as '${machine.user}'`);
     return session;
@@ -6042,7 +6314,7 @@ async function testMachine(
 ): Promise<TestReport> {
   return await withTimeout(seconds, context, async ({ signal, settings }) => {
     const trial = new Trial(machine, signal, tell);
-    const session = await testSession(trial, settings);
+    const session = await testSession(trial, { ...context, signal, settings });
     if (session === undefined) return trial.report();
     try {
       const remote = await trial.run(
@@ -6325,7 +6597,8 @@ async function inspect(
 ): Promise<MachineStatus> {
   const id = machineId(machine);
   const ask = async (bounds: Pick<Context, "signal" | "settings">) => {
-    const session = sessions.get(id) ?? await openSession(machine, bounds);
+    const session = sessions.get(id) ??
+      await openSession(machine, { ...context, ...bounds });
     sessions.set(id, session);
     const facts = unlessAborted(bounds.signal, probe(session, context));
     return facts.catch((error) => {
@@ -6739,15 +7012,18 @@ async function connectAsAdministrator(
     );
   };
   const options = { authHandler, readyTimeout: 0 };
-  return await connect(machine, context, undefined, options)
-    .catch((error) => {
+  const { connectTimeout } = context.settings;
+  return await connect(machine, context, undefined, options).then(
+    (connection) => makeSession(machine, connection, connectTimeout),
+    (error) => {
       if (problem !== undefined) throw problem;
       if (error.cause?.level !== "client-authentication") throw error;
       const message = `failed to log in to '${name}' as '${username}'`;
       const hint = "add a key that may log in there to the SSH agent; root's " +
         "password, for one, is often not accepted";
       throw new OffloadError(message, { cause: error, hint });
-    });
+    },
+  );
 }
 
 /** Logs in with our key, which is made known there where it is not. */
@@ -6971,7 +7247,7 @@ async function findMachine(
   context: Context,
 ): Promise<Machine | undefined> {
   if (file === undefined) return undefined;
-  const plugins = context.plugins.filter(isBuiltin);
+  const plugins = context.plugins.filter(isDefault);
   const found = (await listMachines({ ...context, plugins }))
     .find((machine) => machine.name === name && machine.port === port);
   if (hasErrors(context)) {
@@ -7401,6 +7677,7 @@ async function makeContext(
     log,
     signal,
     settings,
+    options: {}, // each plugin gets its own
     environment,
     configDirectory: configDirectory(environment),
     stateDirectory,

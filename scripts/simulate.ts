@@ -19,6 +19,7 @@ import process from "node:process";
 import { pathToFileURL } from "node:url";
 import { cac } from "../deps.ts";
 import {
+  contextFor,
   loadPlugins,
   machineFromFields,
   machineMatches,
@@ -233,6 +234,7 @@ class Host implements Candidate {
   measured = Infinity;
   /** What it was seen to hold: what its builds needed and made. */
   readonly seen = new Set<string>();
+  lastUsed: number | undefined = undefined;
   running = 0;
   builds = 0;
   slotSeconds = 0;
@@ -565,6 +567,7 @@ export class Farm {
       log,
       signal: new AbortController().signal,
       settings,
+      options: {},
       environment: process.env,
       configDirectory: "/etc/guix",
       stateDirectory: "/var/guix",
@@ -625,8 +628,9 @@ export class Farm {
     };
     for (const plugin of plugins) {
       try {
+        const own = contextFor(plugin, context);
         const answers: unknown[] = hosts.map((host) =>
-          plugin.score!(host, asked, context)
+          plugin.score!(host, asked, own)
         );
         const promised = answers.some((answer) => typeof answer === "object");
         const scores = promised
@@ -654,6 +658,7 @@ export class Farm {
     if (bytes > 2 ** 20) host.measured = Math.min(host.measured, sent);
     job.host = host;
     job.end = sent + job.build.seconds / speed + job.output.size / bandwidth;
+    host.lastUsed = now * 1000;
     host.bytesMoved += bytes + job.output.size;
     host.slotSeconds += job.end - now;
     host.running++;
@@ -785,10 +790,13 @@ async function compare(options: Options): Promise<number> {
     `${GUIX_CONFIGURATION_DIRECTORY}/offload`;
   const told = readSettings(directory, process.env);
   const settings = { ...told, score: String(options.score ?? told.score) };
-  const builtins = await loadPlugins("", settings, console);
+  // What the settings say of a site's own plugins is of no interest here.
+  const builtins = await loadPlugins("", { ...settings, use: {} }, console);
   const builtin = (name: string) =>
     builtins.find((plugin) => plugin.name === name)!;
-  const plugins = [builtin(settings.score)];
+  const plugins = builtins.filter(({ name, score }) =>
+    score !== undefined && (name === settings.score || name in settings.use)
+  );
   if (options.plugin) plugins.unshift(await loadPlugin(String(options.plugin)));
   const seed = readCount(options, "seed", 1);
   const workload = findWorkload(options, seed);

@@ -49,6 +49,7 @@ export function candidate(fields: Partial<Machine> = {}): Candidate {
     freeSlots: () => 1,
     holds: () => [],
     bandwidth: undefined,
+    lastUsed: undefined,
   };
 }
 
@@ -86,6 +87,7 @@ export function makeContext(
     log,
     signal: new AbortController().signal,
     settings: { ...readSettings("/nonexistent", {}), hookTimeout: 0.1 },
+    options: {},
     environment: {},
     configDirectory: "/nonexistent",
     stateDirectory,

@@ -56,9 +56,9 @@ test("parseFacts() reads what the probe prints", () => {
       "cores 8",
       "load 2.00 1.00 0.50 1/234 5678",
       "memory MemAvailable:    2048 kB",
-      "cpu some avg10=12.50 avg60=1.00 avg300=0.10 total=1",
-      "io some avg10=0.00 avg60=0.00 avg300=0.00 total=1",
-      "memory-pressure",
+      "cpu-stall some avg10=12.50 avg60=1.00 avg300=0.10 total=1",
+      "io-stall some avg10=0.00 avg60=0.00 avg300=0.00 total=1",
+      "memory-stall some avg10=1.25 avg60=0.00 avg300=0.00 total=1",
       "store-bytes /dev/vda1 1000 400 600 40% /",
       "store-inodes /dev/vda1 100 40 60 40% /",
       "clock 1700000002.500000000",
@@ -72,13 +72,15 @@ test("parseFacts() reads what the probe prints", () => {
   assert.is(facts.memory, 2048 * 1024);
   assert.equal(facts.store, { bytes: 600 * 1024, inodes: 60 });
   assert.is(facts.build, undefined);
-  assert.is(facts.pressure?.cpu, 12.5);
+  assert.equal(facts.pressure, { cpu: 12.5, io: 0, memory: 1.25 });
   assert.is(facts.clock, 2.5);
   assert.is(facts.uname, "Linux w1 6.1.0 x86_64");
 });
 
 test("parseFacts() leaves out what was not said", () => {
-  const facts = parseFacts("This account is not available.\n", 1, 1);
+  const said = "This account is not available.\nmemory-stall\n";
+  const facts = parseFacts(said, 1, 1);
+  assert.is(facts.pressure, undefined);
   assert.is(facts.load, undefined);
   assert.is(facts.store, undefined);
   assert.is(normalizedLoad(facts), undefined);

@@ -78,9 +78,9 @@ test("README lists every setting with its default", () => {
   };
   for (const [name, setting] of Object.entries(properties)) {
     if (name === "$schema") continue;
-    const value = typeof setting.default === "string"
-      ? `\`${setting.default}\``
-      : setting.default;
+    const { default: usual } = setting;
+    const text = typeof usual === "object" ? JSON.stringify(usual) : usual;
+    const value = /string|object/.test(typeof usual) ? `\`${text}\`` : text;
     assert.ok(readme.includes(`| \`${name}\` | ${value} |`), name);
   }
 });
