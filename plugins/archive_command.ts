@@ -6,11 +6,7 @@
  */
 
 import type { Plugin, TransportContext } from "../mod.ts";
-
-/** Quotes a word for the shell. */
-function quote(word: string): string {
-  return `'${word.replaceAll("'", "'\\''")}'`;
-}
+import { quote } from "./programs.ts";
 
 /** Runs `guix archive` there on `input`; returns what it prints. */
 async function* runArchive(

@@ -7,10 +7,12 @@
 import type { Plugin } from "../mod.ts";
 import archiveCommand from "./archive_command.ts";
 import guileMachines from "./guile_machines.ts";
+import jsonMachines from "./json_machines.ts";
 import locality from "./locality.ts";
 
 const plugins: readonly Plugin[] = [
   guileMachines,
+  jsonMachines,
   locality,
   archiveCommand,
 ];

@@ -1,0 +1,174 @@
+/**
+ * Starts machines that builds wait for, and stops them when they are idle, for
+ * plugins whose lists say how. It is no plugin.
+ *
+ * A script in the background, the keeper, does it: one for each machine, for
+ * as long as that is on. It learns from the locks on the machine's slots
+ * whether builds of this master run there. The state is in files beside those:
+ *
+ *     power    WORD TIME: booting, up, stopping or failed; missing: off
+ *     keeper   process id of the keeper
+ *     log      what the commands print
+ *
+ * @module
+ */
+
+import {
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { createConnection } from "node:net";
+import type { Exclusion, Machine, PluginContext } from "../mod.ts";
+import { runDetached } from "./programs.ts";
+
+/** What a list says of a machine that is started on demand. */
+export interface Demand {
+  /** Shell command that starts it; it may end before the machine answers. */
+  readonly start: string;
+  /** Shell command that stops it. */
+  readonly stop: string;
+  /** Seconds within which SSH must answer there. */
+  readonly "boot-timeout": number;
+  /** Seconds without a build after which it is stopped. */
+  readonly "idle-time": number;
+}
+
+/** For how many milliseconds a booting machine is listened to. */
+const PATIENCE = 200;
+
+/** For how many seconds a machine that failed to start is left at that. */
+const RETRY = 60;
+
+const KEEPER = `
+directory=$1 mode=$2 start=$3 stop=$4 boot=$5 idle=$6
+exec </dev/null >>"$directory/log" 2>&1
+now() { date +%s; }
+state() {
+    echo "$1 $(now)" >"$directory/power.new"
+    mv "$directory/power.new" "$directory/power"
+}
+is() { read -r word rest <"$directory/power" && [ "$word" = "$1" ]; }
+busy() {
+    for slot in "$directory"/[0-9]*; do
+        [ -e "$slot" ] || continue
+        set -- $(ls -i "$slot")
+        ! grep -q ":$1 " /proc/locks || return 0
+    done
+    return 1
+}
+run() { timeout "$boot" /bin/sh -c "$1"; }
+fail() {
+    echo "$1"
+    state stopping
+    run "$stop"
+    state failed
+    exit 1
+}
+
+# Of two that were started at the same time, one goes on.
+echo $$ >"$directory/keeper"
+sleep 0.2
+[ "$(cat "$directory/keeper")" = $$ ] || exit 0
+
+since=$(now)
+if [ "$mode" = start ]; then
+    run "$start" || fail "'$start' failed: exit code $?"
+    while is booting; do
+        [ $(($(now) - since)) -lt "$boot" ] || fail "no answer within $boot s"
+        sleep 1
+    done
+    since=$(now)
+fi
+while is up; do
+    sleep $((idle / 20 + 1))
+    if busy; then
+        since=$(now)
+    elif [ $(($(now) - since)) -ge "$idle" ]; then
+        state stopping
+        busy || break
+        state up
+    fi
+done
+run "$stop"
+rm -f "$directory/power" "$directory/keeper"
+`;
+
+function readWords(file: string): string[] {
+  try {
+    return readFileSync(file, "utf8").trim().split(" ");
+  } catch {
+    return [];
+  }
+}
+
+/** Whether the keeper of the machine with this directory is there. */
+function isKept(directory: string): boolean {
+  const [pid = "none"] = readWords(`${directory}/keeper`);
+  const text = readWords(`/proc/${pid}/cmdline`).join(" ");
+  return text.split("\0").includes(directory);
+}
+
+/** Whether an SSH server greets. */
+function isReachable({ name, port }: Machine): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = createConnection({ host: name, port, timeout: PATIENCE });
+    const timer = setTimeout(() => socket.destroy(), PATIENCE);
+    socket.on("error", () => {});
+    socket.on("data", (data) => {
+      resolve(String(data).startsWith("SSH-"));
+      socket.destroy();
+    });
+    socket.on("close", () => {
+      clearTimeout(timer);
+      resolve(false);
+    });
+  });
+}
+
+/**
+ * Excludes a machine while it is off, and lets it be started. It is no use to
+ * ask it then, but builds should wait for it.
+ */
+export async function excludeOff(
+  machine: Machine,
+  demand: Demand | undefined,
+  { stateDirectory }: PluginContext,
+): Promise<Exclusion | undefined> {
+  if (demand === undefined) return undefined;
+  const directory = `${stateDirectory}/offload/${machine.name}:${machine.port}`;
+  const [word = "off", time] = readWords(`${directory}/power`);
+  const write = (word: string) => {
+    const seconds = Math.floor(Date.now() / 1000);
+    writeFileSync(`${directory}/power.hook`, `${word} ${seconds}\n`);
+    renameSync(`${directory}/power.hook`, `${directory}/power`);
+  };
+  const keep = (mode: "start" | "watch") => {
+    const { start, stop, "boot-timeout": boot, "idle-time": idle } = demand;
+    const limits = [String(boot), String(idle)];
+    runDetached(KEEPER, [directory, mode, start, stop, ...limits]);
+  };
+  const kept = isKept(directory);
+  if (word === "failed" && Date.now() / 1000 - Number(time) < RETRY) {
+    return { why: `failed to start: see ${directory}/log`, isBusy: false };
+  }
+  if (word === "booting" && kept) {
+    if (!await isReachable(machine)) return { why: "starting", isBusy: true };
+    write("up");
+    return undefined;
+  }
+  if (word === "stopping" && kept) return { why: "stopping", isBusy: true };
+  if (word === "up") {
+    if (!kept) keep("watch"); // this master was restarted
+    return undefined;
+  }
+  const start = () => {
+    mkdirSync(directory, { recursive: true });
+    rmSync(`${directory}/log`, { force: true });
+    write("booting");
+    keep("start");
+  };
+  return { why: "off, until a build needs it", isBusy: true, start };
+}

@@ -1,0 +1,109 @@
+/**
+ * What plugins that run programs share. It is no plugin.
+ *
+ * @module
+ */
+
+import { spawn } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import process from "node:process";
+import type { PluginContext } from "../mod.ts";
+
+/** Quotes a word for the shell. */
+export function quote(word: string): string {
+  return `'${word.replaceAll("'", "'\\''")}'`;
+}
+
+/**
+ * Runs a script that outlives the hook. What it would inherit is closed: the
+ * daemon waits until nobody has the log of the build open.
+ */
+export function runDetached(
+  script: string,
+  args: readonly string[],
+): ChildProcess {
+  const prelude = "exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-\n" +
+    "PATH=$PATH:/run/current-system/profile/bin:/usr/bin:/bin\n";
+  const child = spawn("/bin/sh", ["-c", prelude + script, "offload", ...args], {
+    detached: true,
+    stdio: "ignore",
+  });
+  child.unref();
+  return child;
+}
+
+/** Reads a file; an error names it. */
+export function readText(file: string): string {
+  try {
+    return readFileSync(file, "utf8");
+  } catch (cause) {
+    const { message } = cause as Error;
+    const reason = message.replace(/^E[A-Z]+: |, \w+( '.*')?$/g, "");
+    throw new Error(`failed to read '${file}': ${reason}`, { cause });
+  }
+}
+
+/** A directory of the state that is the account's alone. */
+export function privateDirectory(
+  name: string,
+  { stateDirectory }: Pick<PluginContext, "stateDirectory">,
+): string {
+  // Whoever else runs commands, such as root, has another one.
+  const uid = process.getuid?.();
+  const directory = `${stateDirectory}/offload/${name}-${uid}`;
+  mkdirSync(directory, { recursive: true, mode: 0o700 });
+  return directory;
+}
+
+/** Seconds since a file was written; Infinity where it is missing. */
+function ageOf(file: string): number {
+  const time = statSync(file, { throwIfNoEntry: false })?.mtimeMs;
+  return time === undefined ? Infinity : (Date.now() - time) / 1000;
+}
+
+/** Keeps what a command prints, or its complaint, in the file `$1`. */
+const REFRESH = `
+file=$1 new=$1.$$
+timeout "$3" /bin/sh -c "$2" </dev/null >"$new" 2>"$new.error"
+status=$?
+if [ $status = 0 ]; then
+    mv "$new" "$file"
+    rm -f "$file.error" "$new.error"
+else
+    [ $status != 124 ] || echo "it took more than $3 s" >>"$new.error"
+    [ -s "$new.error" ] || echo "exit code $status" >"$new.error"
+    rm -f "$new"
+    mv "$new.error" "$file.error"
+fi
+rm -f "$file.asked"
+`;
+
+/**
+ * What a command prints, kept for `lifetime` seconds. An older answer is given
+ * once more while the command runs in the background, so that only the first
+ * one is waited for.
+ *
+ * @throws {Error} with the command's complaint where it never succeeded.
+ */
+export async function cachedOutput(
+  command: string,
+  context: PluginContext,
+): Promise<string> {
+  const [lifetime, timeout] = ["lifetime", "timeout"].map((name) =>
+    Number(context.options[name])
+  );
+  const hash = createHash("sha256").update(command).digest("hex");
+  const file = `${privateDirectory("programs", context)}/${hash.slice(0, 16)}`;
+  const isMissing = ageOf(file) === Infinity;
+  const mustRun = Math.min(ageOf(file), ageOf(`${file}.error`)) >= lifetime!;
+  if (mustRun && (isMissing || ageOf(`${file}.asked`) > timeout!)) {
+    writeFileSync(`${file}.asked`, "");
+    const child = runDetached(REFRESH, [file, command, String(timeout)]);
+    if (isMissing) await new Promise((resolve) => child.on("exit", resolve));
+  }
+  if (ageOf(file) < Infinity) return readFileSync(file, "utf8");
+  const complaint = readFileSync(`${file}.error`, "utf8").trim();
+  throw new Error(`'${command}' failed: ${complaint}`);
+}
