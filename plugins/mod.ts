@@ -6,6 +6,7 @@
 
 import type { Plugin } from "../mod.ts";
 import archiveCommand from "./archive_command.ts";
+import command from "./command.ts";
 import guileMachines from "./guile_machines.ts";
 import jsonMachines from "./json_machines.ts";
 import locality from "./locality.ts";
@@ -13,6 +14,7 @@ import locality from "./locality.ts";
 const plugins: readonly Plugin[] = [
   guileMachines,
   jsonMachines,
+  command,
   locality,
   archiveCommand,
 ];

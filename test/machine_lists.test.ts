@@ -1,0 +1,240 @@
+/** Machines that JSON files and commands list, and their JSON Schema. */
+
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { setTimeout as delay } from "node:timers/promises";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { contextFor, listMachines, machineToJson } from "../mod.ts";
+import type { Plugin, Settings } from "../mod.ts";
+import command from "../plugins/command.ts";
+import jsonMachines from "../plugins/json_machines.ts";
+import { parseMachines } from "../plugins/machine_list.ts";
+import { HOST_KEY, machine, makeContext } from "./context.ts";
+
+const test = suite("machine lists");
+let directory = "";
+
+test.before.each(() => {
+  directory = mkdtempSync(`${tmpdir()}/offload-`);
+});
+test.after.each(() => rmSync(directory, { recursive: true }));
+
+/** A machine with all that is required, and more. */
+function fields(more: Record<string, unknown> = {}): Record<string, unknown> {
+  return {
+    ...{ name: "w1", systems: ["x86_64-linux"], user: "offload" },
+    ...{ "private-key": "/etc/guix/key", "host-key": HOST_KEY, ...more },
+  };
+}
+
+/** A context in which a plugin has these options. */
+function contextWith(plugin: Plugin, options: Settings["use"][string]) {
+  const { context, warnings } = makeContext({ plugins: [plugin] });
+  const settings = { ...context.settings, use: { [plugin.name]: options } };
+  return { context: { ...context, settings }, warnings };
+}
+
+/** Parses a list; returns the machines' names and what was reported. */
+function parse(list: unknown) {
+  const { context, warnings } = makeContext();
+  const text = JSON.stringify(list);
+  const machines = parseMachines(text, "list", context, new Map());
+  return { machines, names: machines.map(({ name }) => name), warnings };
+}
+
+const schemaFile = new URL("../plugins/machines.schema.json", import.meta.url);
+const schema = JSON.parse(readFileSync(schemaFile, "utf8"));
+
+/** Whether a value is as a schema says, as far as this one goes. */
+// deno-lint-ignore no-explicit-any
+function conforms(value: any, rule: any): boolean {
+  if (rule.$ref) return conforms(value, schema.$defs[rule.$ref.slice(8)]);
+  // deno-lint-ignore no-explicit-any
+  if (rule.anyOf) return rule.anyOf.some((it: any) => conforms(value, it));
+  if ("const" in rule) return value === rule.const;
+  if (rule.type === "string") {
+    return typeof value === "string" && value.length >= (rule.minLength ?? 0) &&
+      new RegExp(rule.pattern ?? "").test(value);
+  }
+  if (rule.type === "array") {
+    return Array.isArray(value) &&
+      value.every((item) => conforms(item, rule.items));
+  }
+  if (rule.type === "object") {
+    const needed = Object.entries(rule.dependentRequired ?? {})
+      .flatMap(([name, others]) => name in Object(value) ? others : []);
+    return value?.constructor === Object &&
+      [...rule.required, ...needed].every((name) => name in value) &&
+      Object.entries(value).every(([name, part]) =>
+        Object.hasOwn(rule.properties, name) &&
+        conforms(part, rule.properties[name])
+      );
+  }
+  return typeof value === "number" && value <= (rule.maximum ?? Infinity) &&
+    value >= rule.minimum && (rule.type === "number" || value % 1 === 0);
+}
+
+test("parseMachines() has the defaults of the machine file", () => {
+  const { machines, warnings } = parse([fields()]);
+  assert.equal(warnings, []);
+  const compression = "zlib@openssh.com,zlib";
+  assert.equal(machines, [
+    machine({ name: "w1", privateKey: "/etc/guix/key", compression }),
+  ]);
+});
+
+test("parseMachines() reads what 'offload machines --json' prints", () => {
+  const made = machine({ speed: 2.5, overloadThreshold: false });
+  assert.equal(parse([machineToJson(made)]).machines, [made]);
+  assert.equal(parse({ machines: [machineToJson(made)] }).machines, [made]);
+});
+
+/** What is no machine, and why. */
+const BAD: readonly [object | string, RegExp][] = [
+  [fields({ speeds: 1 }), /list: machine 'w1': unknown field 'speeds'/],
+  [fields({ "host-key": undefined }), /'w1': field 'host-key' must be a key/],
+  [fields({ "host-key": "ssh-ed448 AAAA" }), /'host-key' must be a key/],
+  [fields({ systems: "x86_64-linux" }), /'systems' must be a list of systems/],
+  [fields({ systems: ["linux"] }), /'systems' must be a list of systems/],
+  [fields({ port: 0 }), /'port' must be an integer from 1 to 65535, not 0/],
+  [fields({ port: 22.5 }), /'port' must be an integer/],
+  [fields({ speed: "2" }), /'speed' must be a positive number/],
+  [fields({ "overload-threshold": 2 }), /must be a number from 0 to 1, or #f/],
+  [fields({ "parallel-builds": 0 }), /'parallel-builds' must be an integer/],
+  [fields({ name: "a b" }), /machine 'a b': field 'name' must be a host name/],
+  [fields({ user: "" }), /'user' must be an account name/],
+  [fields({ features: [1] }), /'features' must be a list of strings/],
+  [fields({ "private-key": "" }), /'private-key' must be a file name/],
+  [fields({ "compression-level": 10 }), /'compression-level' must be an int/],
+  [fields({ start: "on" }), /'w1': field 'stop' must be a command/],
+  [fields({ stop: "off" }), /'w1': field 'start' must be a command/],
+  [fields({ start: "", stop: "off" }), /field 'start' must be a command/],
+  [
+    fields({ start: "on", stop: "off", "idle-time": 1.5 }),
+    /field 'idle-time' must be whole seconds/,
+  ],
+  ["w1", /list: machine 1: expected an object/],
+];
+
+const GOOD = [
+  fields({}),
+  fields({ port: 2222, speed: 0.5, "overload-threshold": false }),
+  fields({ features: ["kvm"], "parallel-builds": 4, compression: "none" }),
+  fields({ start: "on", stop: "off", "boot-timeout": 5, "idle-time": 60 }),
+  fields({ "host-key": `${HOST_KEY} root@w1` }),
+];
+
+test("parseMachines() reports what is wrong with a machine", () => {
+  for (const [bad, message] of BAD) {
+    const { names, warnings } = parse([bad, fields({ name: "good" })]);
+    assert.equal(names, ["good"]);
+    assert.is(warnings.length, 1);
+    assert.match(warnings[0]!, message);
+  }
+});
+
+test("machines.schema.json says the same", () => {
+  for (const good of GOOD) {
+    assert.equal(parse([good]).warnings, []);
+    assert.ok(conforms([good], schema), JSON.stringify(good));
+    assert.ok(conforms({ $schema: "x", machines: [good] }, schema));
+  }
+  for (const [bad] of BAD) {
+    const plain = JSON.parse(JSON.stringify(bad));
+    assert.not.ok(conforms([plain], schema), JSON.stringify(bad));
+  }
+  const { properties } = schema.$defs.machine;
+  const [usual] = parse([fields({ "private-key": "x" })]).machines;
+  for (const [name, value] of Object.entries(machineToJson(usual!))) {
+    const { default: said = value } = properties[name];
+    assert.equal(said, value, name);
+  }
+});
+
+test("json-machines names the file and what is wrong with it", async () => {
+  const file = `${directory}/machines.json`;
+  const { context, warnings } = contextWith(jsonMachines, { file });
+  const expected: [string | undefined, RegExp][] = [
+    [undefined, /^failed to read '.*machines\.json': no such file/],
+    ['[{"name": ]', /^.*machines\.json: .*JSON.*/],
+    ['"w1"', /^.*machines\.json: expected a list of machines$/],
+    ['{"machine": []}', /^.*machines\.json: expected a list of machines$/],
+  ];
+  for (const [text, message] of expected) {
+    if (text !== undefined) writeFileSync(file, text);
+    assert.equal(await listMachines(context), []);
+    assert.match(warnings.pop()!, message);
+  }
+  writeFileSync(file, JSON.stringify({ machines: [fields()] }));
+  assert.is((await listMachines(context)).length, 1);
+  assert.equal(warnings, []);
+});
+
+/** Runs the plugin 'command'; returns names and warnings. */
+async function listBy(options: Settings["use"][string], stateDirectory = "") {
+  const { context, warnings } = contextWith(command, options);
+  const own = stateDirectory === "" ? context : { ...context, stateDirectory };
+  const machines = await listMachines(own);
+  return { names: machines.map(({ name }) => name), warnings };
+}
+
+test("command lists what is printed, and keeps it", async () => {
+  const list = JSON.stringify([fields()]);
+  const options = {
+    command: `echo run >>${directory}/runs; echo '${list}'`,
+    lifetime: 1,
+  };
+  const runs = () => readFileSync(`${directory}/runs`, "utf8").length / 4;
+  assert.equal(await listBy(options, directory), {
+    names: ["w1"],
+    warnings: [],
+  });
+  await listBy(options, directory);
+  assert.is(runs(), 1);
+  // An old answer is given once more, at once, and then there is a new one.
+  await delay(1100);
+  assert.equal((await listBy(options, directory)).names, ["w1"]);
+  for (let tries = 0; runs() < 2 && tries < 100; tries++) await delay(50);
+  assert.is(runs(), 2);
+});
+
+test("command tells how the command failed, and runs it no more", async () => {
+  const cases: [string, RegExp][] = [
+    ["echo broken >&2; exit 3", /^'echo.*' failed: broken$/],
+    ["exit 3", /failed: exit code 3$/],
+    ["sleep 30", /^'sleep 30' failed: it took more than 1 s$/],
+  ];
+  for (const [text, message] of cases) {
+    const counted = `echo run >>${directory}/runs; ${text}`;
+    for (const command of [text, counted, counted]) {
+      const options = { command, timeout: 1 };
+      const { names, warnings } = await listBy(options, directory);
+      assert.equal(names, []);
+      if (command === text) assert.match(warnings.join(), message);
+    }
+  }
+  assert.is(readFileSync(`${directory}/runs`, "utf8"), "run\n".repeat(3));
+});
+
+test("command does not wait for a command where it has an answer", async () => {
+  const marker = `${directory}/slow`;
+  const list = JSON.stringify([fields()]);
+  const text = `[ ! -e ${marker} ] || sleep 20; echo '${list}'`;
+  const options = { command: text, lifetime: 1, timeout: 5 };
+  await listBy(options, directory);
+  writeFileSync(marker, "");
+  await delay(1100);
+  const before = performance.now();
+  assert.equal((await listBy(options, directory)).names, ["w1"]);
+  assert.ok(performance.now() - before < 1000);
+});
+
+test("contextFor() gives a plugin its options", () => {
+  const { context } = contextWith(command, { timeout: 3 });
+  const { options } = contextFor(command, context);
+  assert.is(options.timeout, 3);
+  assert.is(options.lifetime, 60);
+});
+
+test.run();
