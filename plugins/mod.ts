@@ -7,6 +7,7 @@
 import type { Plugin } from "../mod.ts";
 import archiveCommand from "./archive_command.ts";
 import command from "./command.ts";
+import drain from "./drain.ts";
 import guileMachines from "./guile_machines.ts";
 import jsonMachines from "./json_machines.ts";
 import locality from "./locality.ts";
@@ -15,6 +16,7 @@ const plugins: readonly Plugin[] = [
   guileMachines,
   jsonMachines,
   command,
+  drain,
   locality,
   archiveCommand,
 ];
