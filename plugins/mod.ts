@@ -11,6 +11,7 @@ import drain from "./drain.ts";
 import guileMachines from "./guile_machines.ts";
 import jsonMachines from "./json_machines.ts";
 import locality from "./locality.ts";
+import roundRobin from "./round_robin.ts";
 
 const plugins: readonly Plugin[] = [
   guileMachines,
@@ -18,6 +19,7 @@ const plugins: readonly Plugin[] = [
   command,
   drain,
   locality,
+  roundRobin,
   archiveCommand,
 ];
 export default plugins;
