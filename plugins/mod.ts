@@ -11,6 +11,7 @@ import drain from "./drain.ts";
 import guileMachines from "./guile_machines.ts";
 import jsonMachines from "./json_machines.ts";
 import locality from "./locality.ts";
+import pressure from "./pressure.ts";
 import roundRobin from "./round_robin.ts";
 
 const plugins: readonly Plugin[] = [
@@ -20,6 +21,7 @@ const plugins: readonly Plugin[] = [
   drain,
   locality,
   roundRobin,
+  pressure,
   archiveCommand,
 ];
 export default plugins;
