@@ -11,6 +11,7 @@ import drain from "./drain.ts";
 import guileMachines from "./guile_machines.ts";
 import jsonMachines from "./json_machines.ts";
 import locality from "./locality.ts";
+import openssh from "./openssh.ts";
 import pressure from "./pressure.ts";
 import roundRobin from "./round_robin.ts";
 
@@ -19,6 +20,7 @@ const plugins: readonly Plugin[] = [
   jsonMachines,
   command,
   drain,
+  openssh,
   locality,
   roundRobin,
   pressure,

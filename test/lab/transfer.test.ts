@@ -27,9 +27,9 @@ import type { Result, Runtime } from "./lab.ts";
 
 for (const runtime of RUNTIMES) {
   suiteUnder(runtime);
-  for (const transport of ["guix", "archive-command"]) {
-    contract(runtime, transport);
-  }
+  contract(runtime, "OFFLOAD_TRANSPORT=guix");
+  contract(runtime, "OFFLOAD_TRANSPORT=archive-command");
+  contract(runtime, "OFFLOAD_CONNECT=openssh");
 }
 
 /** Makes work, builds it through one of the machines, and gives the log. */
@@ -38,13 +38,13 @@ function buildWork(...options: string[]): [derivation: string, Result] {
   return [derivation!, build("head", derivation!)];
 }
 
-/** What every transport must do. */
-function contract(runtime: Runtime, transport: string): void {
-  const test = suite(`transport '${transport}' under ${runtime}`);
+/** What every transport, and every connection, must do. */
+function contract(runtime: Runtime, variable: string): void {
+  const test = suite(`${variable} under ${runtime}`);
 
   test.before(() => {
     up("head", "w1", "w2");
-    useOffload("head", runtime, `OFFLOAD_TRANSPORT=${transport}`);
+    useOffload("head", runtime, variable);
   });
   test.before.each(() => useMachines("head", ["w1"]));
 
@@ -104,11 +104,8 @@ function contract(runtime: Runtime, transport: string): void {
 
   test("more than the limit is refused", () => {
     useMachines("head", ["w1"]);
-    const variables = [`OFFLOAD_MAXIMUM_ARCHIVE_SIZE=${2 ** 20}`];
-    useOffload(
-      ...["head", runtime, `OFFLOAD_TRANSPORT=${transport}`] as const,
-      ...variables,
-    );
+    const limit = `OFFLOAD_MAXIMUM_ARCHIVE_SIZE=${2 ** 20}`;
+    useOffload("head", runtime, variable, limit);
     try {
       const [derivation, result] = buildWork(`--output-size=${2 ** 21}`);
       assert.is(result.status, 1);
@@ -119,7 +116,7 @@ function contract(runtime: Runtime, transport: string): void {
       );
       assert.equal(names.filter((name) => !name.endsWith(".lock")), []);
     } finally {
-      useOffload("head", runtime, `OFFLOAD_TRANSPORT=${transport}`);
+      useOffload("head", runtime, variable);
     }
   });
 
