@@ -10,6 +10,7 @@ import command from "./command.ts";
 import drain from "./drain.ts";
 import guileMachines from "./guile_machines.ts";
 import jsonMachines from "./json_machines.ts";
+import leases from "./leases.ts";
 import locality from "./locality.ts";
 import openssh from "./openssh.ts";
 import pressure from "./pressure.ts";
@@ -24,6 +25,7 @@ const plugins: readonly Plugin[] = [
   locality,
   roundRobin,
   pressure,
+  leases,
   archiveCommand,
 ];
 export default plugins;

@@ -128,10 +128,11 @@ async function openMaster(
   writeFileSync(`${path}.known_hosts`, `${ALIAS} ${key}\n`, { mode: 0o600 });
   const errors = `${path}.${process.pid}`;
   const check = () => ssh(control(path, "check"), errors, signal);
-  const open = ["-f", "-N", "-M", "-o", "ControlPersist=60", ...args];
+  // Of two processes that do this at once, one makes the connection that stays.
+  const stay = ["-o", "ControlMaster=auto", "-o", "ControlPersist=60"];
   await check().catch(() =>
-    ssh(open, errors, signal)
-      // Another process may have been the first.
+    ssh([...stay, ...args, "exit"], errors, signal)
+      // The account may be unable to run commands.
       .catch((error) => check().catch(() => Promise.reject(error)))
   );
 }
