@@ -7,6 +7,7 @@
 import type { Plugin } from "../mod.ts";
 import archiveCommand from "./archive_command.ts";
 import command from "./command.ts";
+import dnsSd from "./dns_sd.ts";
 import drain from "./drain.ts";
 import guileMachines from "./guile_machines.ts";
 import jsonMachines from "./json_machines.ts";
@@ -20,6 +21,7 @@ const plugins: readonly Plugin[] = [
   guileMachines,
   jsonMachines,
   command,
+  dnsSd,
   drain,
   openssh,
   locality,

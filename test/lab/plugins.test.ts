@@ -1,0 +1,431 @@
+/** Plugins and their real counterparts: Avahi, OpenSSH, a second master. */
+
+import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { setTimeout as delay } from "node:timers/promises";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  assertOffloaded,
+  build,
+  buildCommand,
+  forget,
+  inHost,
+  lab,
+  makeWork,
+  root,
+  run,
+  RUNTIMES,
+  start,
+  startHook,
+  SYSTEM,
+  until,
+  up,
+  useMachines,
+  useOffload,
+  watch,
+  within,
+  wrongKey,
+} from "./lab.ts";
+import type { Result, Runtime } from "./lab.ts";
+
+for (const runtime of RUNTIMES) suiteUnder(runtime);
+
+/** Restarts a master's daemon with these settings of plugins. */
+function use(
+  master: string,
+  runtime: Runtime,
+  plugins: Readonly<Record<string, object>>,
+  ...variables: readonly string[]
+): void {
+  const text = `OFFLOAD_USE=${JSON.stringify(plugins)}`;
+  useOffload(master, runtime, text, ...variables);
+}
+
+/** What the daemon calls a machine's own builds: each has a user. */
+function builds(machine: string): number {
+  const { stdout } = run(machine, "ps", "-e", "-o", "user:32=");
+  return new Set(stdout.match(/^guixbuilder\d+/gm)).size;
+}
+
+/** Builds on masters at the same time; returns how many ran at most on w1. */
+async function mostBuilds(masters: readonly string[]): Promise<number> {
+  const clients = masters.flatMap((master) => {
+    const work = makeWork(master, "--count=3", "--seconds=1");
+    return watch(start(master, ...buildCommand(work)));
+  });
+  let over = false;
+  const all = Promise.all(clients.map(({ ended }) => ended));
+  const ended = within("the end of the builds", all);
+  ended.finally(() => over = true);
+  let most = 0;
+  while (!over) {
+    most = Math.max(most, builds("w1"));
+    await delay(20);
+  }
+  for (const { status, stderr } of await ended) assert.is(status, 0, stderr);
+  return most;
+}
+
+/** Asks a new hook once; returns its answer and what it wrote. */
+async function ask(
+  derivation: string,
+  runtime: Runtime,
+  plugins: Readonly<Record<string, object>>,
+  ...variables: readonly string[]
+) {
+  const text = `OFFLOAD_USE='${JSON.stringify(plugins)}'`;
+  const hook = startHook("head", {
+    runtime,
+    wantsLocal: true,
+    variables: [text, ...variables],
+  });
+  const before = performance.now();
+  const answer = await hook.ask(derivation);
+  const took = performance.now() - before;
+  hook.close();
+  const { stderr } = await within("the end of the hook", hook.ended);
+  return { answer, took, stderr };
+}
+
+function buildWork(...options: string[]): [derivation: string, Result] {
+  const [derivation] = makeWork("head", ...options);
+  return [derivation!, build("head", derivation!)];
+}
+
+/** Publishes build machines by Avahi while `work` runs, all inside head. */
+async function whilePublished(
+  services: readonly (readonly [host: string, ...words: string[]])[],
+  work: () => Promise<void> | void,
+): Promise<void> {
+  const file = `${root("head")}/etc/avahi/avahi-daemon.conf`;
+  // It looks at no loopback interface unless told.
+  writeFileSync(
+    file,
+    "[server]\nuse-ipv6=no\nallow-interfaces=lo\n[publish]\n" +
+      "publish-workstation=no\npublish-hinfo=no\n[rlimits]\n",
+  );
+  inHost(
+    "head",
+    "sh",
+    "-c",
+    "mkdir -p /run/dbus; rm -f /run/dbus/pid; " +
+      "dbus-daemon --system --fork && avahi-daemon --daemonize --no-chroot",
+  );
+  const published = services.map(([host, name, ...words]) =>
+    watch(start(
+      "head",
+      ...["avahi-publish-service", "--host", `${host}.local`, name!],
+      ...["_guix-build._tcp", "22", ...words],
+    ))
+  );
+  try {
+    await until(
+      "the services are published",
+      () => published.every(({ text }) => text().includes("Established")),
+    );
+    await work();
+  } finally {
+    for (const { child } of published) child.kill();
+    inHost(
+      "head",
+      "sh",
+      "-c",
+      "avahi-daemon --kill; kill $(cat /run/dbus/pid)",
+    );
+  }
+}
+
+function hostKey(machine: string): string {
+  const file = `${root(machine)}/etc/ssh/ssh_host_ed25519_key.pub`;
+  return readFileSync(file, "utf8").split(" ").slice(0, 2).join(" ");
+}
+
+function suiteUnder(runtime: Runtime): void {
+  const test = suite(`plugins under ${runtime}`);
+
+  test.before(() => {
+    up("head", "w1", "w2", "head2:master");
+    for (const directory of ["programs-0", "w1:22", "w1:2222"]) {
+      const path = `/var/guix/offload/${directory}`;
+      rmSync(root("head") + path, { recursive: true, force: true });
+    }
+  });
+  test.before.each(() => {
+    useMachines("head", ["w1"]);
+    useOffload("head", runtime);
+  });
+
+  test("json-machines and command list machines", () => {
+    const fields = {
+      ...{ systems: [SYSTEM], user: "root", "overload-threshold": false },
+      "private-key": "/root/.ssh/id_ed25519",
+    };
+    const list = (name: string) =>
+      JSON.stringify([{ ...fields, name, "host-key": hostKey(name) }]);
+    writeFileSync(`${root("head")}/etc/guix/machines.json`, list("w1"));
+    writeFileSync(`${root("head")}/etc/guix/other.json`, list("w2"));
+    useMachines("head", ["w1"], () => "(list)");
+    use("head", runtime, { "json-machines": {} });
+    const [first, result] = buildWork();
+    assertOffloaded(first, result, ["w1"]);
+    use("head", runtime, { command: { command: "cat /etc/guix/other.json" } });
+    const [second, other] = buildWork();
+    assertOffloaded(second, other, ["w2"]);
+  });
+
+  test("drain takes effect at once, and asks no machine", async () => {
+    useMachines("head", ["w1", "w2"]);
+    const [derivation] = makeWork("head");
+    const file = `${root("head")}/tmp/drain`;
+    const plugins = { drain: { file: "/tmp/drain" } };
+    const explain = () => {
+      const { stdout } = run(
+        "head",
+        ...["env", `OFFLOAD_RUNTIME=${runtime}`],
+        `OFFLOAD_USE=${JSON.stringify(plugins)}`,
+        ...["/offload/scripts/guix", "offload", "explain", derivation!],
+      );
+      return stdout;
+    };
+    writeFileSync(file, "w1 # new disk\n");
+    const text = explain();
+    assert.match(text, /^w1:22 .* drained by '\/tmp\/drain': new disk$/m);
+    assert.match(text, /^w1:22 +2 of 2 +- /m);
+    assert.match(text, /^w2:22 .* takes it$/m);
+    writeFileSync(file, "w1\nw2\n");
+    assert.is((await ask(derivation!, runtime, plugins)).answer, "decline");
+    writeFileSync(file, "");
+    assert.is((await ask(derivation!, runtime, plugins)).answer, "accept");
+  });
+
+  test("round-robin takes turns", () => {
+    useMachines(
+      "head",
+      ["w1", "w2"],
+      (text) => text.replace('(name "w1")', '(name "w1") (speed 9.)'),
+    );
+    useOffload("head", runtime, "OFFLOAD_SCORE=round-robin");
+    const used = [1, 2, 3, 4].map(() => {
+      const [derivation, result] = buildWork();
+      return assertOffloaded(derivation, result, ["w1", "w2"]);
+    });
+    assert.is.not(used[0], used[1]);
+    assert.equal(used, [used[0], used[1], used[0], used[1]]);
+  });
+
+  test("pressure learns what waits on a machine", () => {
+    forget("head");
+    const [derivation] = makeWork("head");
+    const { stdout } = run(
+      "head",
+      ...["env", `OFFLOAD_RUNTIME=${runtime}`, 'OFFLOAD_USE={"pressure": {}}'],
+      ...["/offload/scripts/guix", "offload", "explain", derivation!, "--json"],
+    );
+    const [{ facts, scores }] = JSON.parse(stdout);
+    assert.ok(facts.memory > 0);
+    assert.ok(existsSync("/proc/pressure") === (facts.pressure !== undefined));
+    const { pressure } = scores.byPlugin;
+    assert.ok(pressure <= 0 && pressure >= -1, String(pressure));
+  });
+
+  test("machines without leases build more than they have slots", async () => {
+    for (const master of ["head", "head2"]) {
+      useMachines(master, ["w1"]);
+      useOffload(master, runtime);
+    }
+    const most = await mostBuilds(["head", "head2"]);
+    assert.ok(most > 2, `${most} builds on w1`);
+  });
+
+  test("masters that take leases never build more than that", async () => {
+    for (const master of ["head", "head2"]) {
+      use(master, runtime, { leases: {} });
+    }
+    const most = await mostBuilds(["head", "head2"]);
+    assert.is(most, 2);
+  });
+
+  test("nor where the machine has no flock", async () => {
+    inHost("w1", "mv", "/usr/bin/flock", "/usr/bin/away");
+    try {
+      for (const master of ["head", "head2"]) {
+        use(master, runtime, { leases: {} });
+      }
+      assert.is(await mostBuilds(["head", "head2"]), 2);
+    } finally {
+      inHost("w1", "mv", "/usr/bin/away", "/usr/bin/flock");
+    }
+  });
+
+  test("the leases of a master that dies are free again", async () => {
+    useMachines(
+      "head",
+      ["w1"],
+      (text) => text.replace("(parallel-builds 2)", "(parallel-builds 1)"),
+    );
+    useMachines(
+      "head2",
+      ["w1"],
+      (text) => text.replace("(parallel-builds 2)", "(parallel-builds 1)"),
+    );
+    for (const master of ["head", "head2"]) {
+      use(master, runtime, { leases: {} });
+    }
+    const [long] = makeWork("head2", "--seconds=30");
+    const dying = watch(start("head2", ...buildCommand([long!])));
+    await until("it is built", () => builds("w1") === 1);
+    const [derivation] = makeWork("head");
+    const waiting = watch(start("head", ...buildCommand([derivation!])));
+    await until(
+      "the lease is found to be taken",
+      () => waiting.text().includes("others use all slots of 'w1'"),
+    );
+    inHost("head2", "sh", "-c", "kill -KILL $(pgrep -f 'mod[.]ts')");
+    assertOffloaded(derivation!, await within("it", waiting.ended), ["w1"]);
+    dying.child.kill();
+    await within("the other", dying.ended);
+  });
+
+  test("openssh minds ~/.ssh/config, and jumps", () => {
+    // Nothing answers at that name and port; ssh knows better.
+    useMachines(
+      "head",
+      ["w1"],
+      (text) => text.replace('(name "w1")', '(name "hidden") (port 2200)'),
+    );
+    const known = `w2 ${hostKey("w2")}\n`;
+    writeFileSync(`${root("head")}/root/.ssh/known_hosts`, known);
+    writeFileSync(
+      `${root("head")}/root/.ssh/config`,
+      "Host hidden\n  HostName 127.0.0.1\n  ProxyCommand ssh -W w1:22 w2\n",
+    );
+    useOffload("head", runtime, "OFFLOAD_CONNECT=openssh");
+    try {
+      const [derivation, result] = buildWork("--inputs=3");
+      assert.is(result.status, 0, result.stderr);
+      assert.match(result.stderr, `offloading '${derivation}' to 'hidden'`);
+    } finally {
+      for (const name of ["config", "known_hosts"]) {
+        rmSync(`${root("head")}/root/.ssh/${name}`);
+      }
+    }
+  });
+
+  test("openssh believes the pinned host key alone", async () => {
+    useMachines("head", ["w1"], wrongKey);
+    // Whatever the account has come to believe.
+    const known = `w1 ${hostKey("w1")}\nmachine ${hostKey("w1")}\n`;
+    writeFileSync(`${root("head")}/root/.ssh/known_hosts`, known);
+    const [derivation] = makeWork("head");
+    const { answer, stderr } = await ask(
+      ...[derivation!, runtime, {}, "OFFLOAD_CONNECT=openssh"] as const,
+    );
+    rmSync(`${root("head")}/root/.ssh/known_hosts`);
+    assert.is(answer, "decline");
+    assert.match(stderr, /failed to connect to 'w1': .*[Hh]ost key/);
+    assert.match(stderr, "hint: if it was changed on purpose");
+  });
+
+  test("dns-sd uses what is pinned of what it finds", async () => {
+    useMachines("head", [], () => "(list)");
+    const address = (host: string) =>
+      lab("list").split("\n").find((line) => line.startsWith(`${host} `))!
+        .split(" ")[1]!;
+    const hosts = ["w1", "w2"].map((host) => `${address(host)} ${host}.local\n`)
+      .join("");
+    const file = `${root("head")}/etc/hosts`;
+    const before = readFileSync(file, "utf8");
+    writeFileSync(file, before + hosts);
+    writeFileSync(`${root("head")}/etc/avahi/hosts`, hosts);
+    const pins = `w1.local ${hostKey("w1")}\n`;
+    writeFileSync(`${root("head")}/tmp/known_hosts`, pins);
+    const records = [`systems=${SYSTEM}`, "slots=3", "speed=1.5"];
+    try {
+      await whilePublished([
+        ["w1", "one", ...records],
+        ["w2", "two", ...records, "features=any"],
+      ], () => {
+        const options = { knownHosts: "/tmp/known_hosts" };
+        use("head", runtime, { "dns-sd": options });
+        const [derivation, result] = buildWork();
+        assert.is(result.status, 0, result.stderr);
+        assert.match(result.stderr, `offloading '${derivation}' to 'w1.local'`);
+        const { stdout } = run(
+          "head",
+          ...["env", `OFFLOAD_RUNTIME=${runtime}`],
+          `OFFLOAD_USE=${JSON.stringify({ "dns-sd": options })}`,
+          ...["/offload/scripts/guix", "offload", "explain", derivation],
+          "--json",
+        );
+        const machines = JSON.parse(stdout) as Record<string, unknown>[];
+        assert.equal(
+          machines.map(({ machine, slots }) => [machine, slots]),
+          [["w1.local:22", 3]],
+        );
+      });
+    } finally {
+      writeFileSync(file, before);
+    }
+  });
+
+  test("a machine on demand is started, used and stopped", async () => {
+    const pid = "/run/sshd-2222.pid";
+    const login = "ssh -o StrictHostKeyChecking=no -o LogLevel=ERROR w1";
+    const fields = {
+      ...{ name: "w1", port: 2222, systems: [SYSTEM], user: "root" },
+      "private-key": "/root/.ssh/id_ed25519",
+      ...{ "overload-threshold": false, "host-key": hostKey("w1") },
+      start: `sleep 1; ${login} /usr/sbin/sshd -p 2222 -o PidFile=${pid}`,
+      stop: `${login} 'kill $(cat ${pid})'`,
+      ...{ "boot-timeout": 30, "idle-time": 2 },
+    };
+    const list = JSON.stringify([fields]);
+    writeFileSync(`${root("head")}/etc/guix/machines.json`, list);
+    useMachines("head", [], () => "(list)");
+    const plugins = { "json-machines": {} };
+    const [derivation] = makeWork("head");
+    const { answer, took, stderr } = await ask(derivation!, runtime, plugins);
+    assert.is(answer, "postpone");
+    assert.match(stderr, "starting 'w1'...");
+    assert.ok(took < 3000, `${took} ms`);
+    const isOn = () => existsSync(root("w1") + pid);
+    await until("it is started", isOn);
+    use("head", runtime, plugins);
+    const result = build("head", derivation!);
+    assert.is(result.status, 0, result.stderr);
+    assert.match(result.stderr, `offloading '${derivation}' to 'w1'`);
+    await until("it is stopped", () => !isOn());
+    const power = `${root("head")}/var/guix/offload/w1:2222/power`;
+    await until("it is off", () => !existsSync(power));
+  });
+
+  test("a machine that fails to start is told", async () => {
+    const fields = {
+      ...{ name: "w1", port: 2222, systems: [SYSTEM], user: "root" },
+      "private-key": "/root/.ssh/id_ed25519",
+      ...{ "host-key": hostKey("w1"), start: "echo no power; exit 1" },
+      stop: "echo stopped",
+    };
+    const list = JSON.stringify([fields]);
+    writeFileSync(`${root("head")}/etc/guix/machines.json`, list);
+    useMachines("head", [], () => "(list)");
+    const plugins = { "json-machines": {} };
+    const [derivation] = makeWork("head");
+    const first = await ask(derivation!, runtime, plugins);
+    assert.is(first.answer, "postpone");
+    const directory = `${root("head")}/var/guix/offload/w1:2222`;
+    await until(
+      "it failed",
+      () => /^failed/.test(readFileSync(`${directory}/power`, "utf8")),
+    );
+    assert.match(readFileSync(`${directory}/log`, "utf8"), /no power\n.*\nsto/);
+    assert.is((await ask(derivation!, runtime, plugins)).answer, "decline");
+    rmSync(directory, { recursive: true });
+  });
+
+  test.after(() => {
+    useMachines("head", ["w1", "w2"]);
+    useOffload("head", runtime);
+  });
+  test.run();
+}
