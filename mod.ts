@@ -1666,7 +1666,7 @@ const HOOKS: readonly string[] = [
 const CHOICES = ["connect", "score", "transport"] as const;
 
 /** Says what is wrong with a plugin, if anything is. */
-function pluginProblem(plugin: unknown): string | undefined {
+export function pluginProblem(plugin: unknown): string | undefined {
   if (typeof plugin !== "object" || plugin === null) {
     return "its default export is no plugin";
   }

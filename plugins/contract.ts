@@ -1,0 +1,396 @@
+/**
+ * Contract tests: what each hook must do, whatever else a plugin is about. They
+ * are for the tests of plugins, in any test runner: each throws an error that
+ * says what was expected.
+ *
+ * @module
+ */
+
+import { Buffer } from "node:buffer";
+import { mkdtempSync, rmSync } from "node:fs";
+import { createConnection } from "node:net";
+import { tmpdir } from "node:os";
+import process from "node:process";
+import { buffer, text } from "node:stream/consumers";
+import { isDeepStrictEqual } from "node:util";
+import {
+  ByteReader,
+  contextFor,
+  encode,
+  exportPath,
+  loadPlugins,
+  machineFromFields,
+  machineToJson,
+  openSession,
+  openStore,
+  pluginProblem,
+  queryPathInfo,
+  readSettings,
+  restoreNar,
+} from "../mod.ts";
+import type {
+  Awaitable,
+  Candidate,
+  Facts,
+  Machine,
+  Options,
+  PathInfo,
+  Plugin,
+  PluginContext,
+  ScoredRequest,
+  StoreConnection,
+  TransportContext,
+} from "../mod.ts";
+
+function demand(condition: unknown, message: string): asserts condition {
+  if (!condition) throw new Error(message);
+}
+
+/** Settles as `answer` does, within seconds. */
+async function within<T>(
+  seconds: number,
+  what: string,
+  answer: () => Awaitable<T>,
+): Promise<T> {
+  const late = Promise.withResolvers<never>();
+  const timer = setTimeout(
+    () => late.reject(new Error(`${what}: no answer within ${seconds} s`)),
+    seconds * 1000,
+  );
+  try {
+    return await Promise.race([(async () => await answer())(), late.promise]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Makes the context of a plugin that has these options. */
+export function makePluginContext(
+  plugin: Plugin,
+  options: Partial<Options> = {},
+): PluginContext {
+  const environment = process.env;
+  const file = "/etc/guix/machines.scm";
+  const { error } = console;
+  const settings = readSettings("/nonexistent", {});
+  const context: Omit<PluginContext, "options"> = {
+    log: { info: error, trace: error, warn: error, error, debug: () => {} },
+    signal: new AbortController().signal,
+    settings: { ...settings, use: { [plugin.name]: options } },
+    environment,
+    configDirectory: environment.GUIX_CONFIGURATION_DIRECTORY ?? "/etc/guix",
+    stateDirectory: environment.GUIX_STATE_DIRECTORY ?? "/var/guix",
+    guix: environment.OFFLOAD_GUIX ?? "guix",
+    machineFile: () => ({ file, machines: [], problems: [], filesRead: [] }),
+    machineFromFields,
+    report: ({ severity, message }) => {
+      if (severity === "error") throw new Error(message);
+    },
+  };
+  return contextFor(plugin, context);
+}
+
+/** Checks what every plugin must have: a name, hooks, and nothing unknown. */
+export function checkPlugin(plugin: unknown): asserts plugin is Plugin {
+  const problem = pluginProblem(plugin);
+  demand(problem === undefined, problem ?? "");
+}
+
+/** Checks `machines`: a list of well-formed machines, each there once. */
+export async function checkMachines(
+  plugin: Plugin,
+  context: PluginContext = makePluginContext(plugin),
+): Promise<readonly Machine[]> {
+  const { hookTimeout } = context.settings;
+  demand(plugin.machines, "there is no hook 'machines'");
+  const machines = await within(
+    ...[hookTimeout, "machines"] as const,
+    () => plugin.machines!(context),
+  );
+  demand(Array.isArray(machines), "machines: expected a list");
+  const ids = new Set<string>();
+  for (const machine of machines as readonly Machine[]) {
+    const id = `${machine.name}:${machine.port}`;
+    const made = machineFromFields(machineToJson(machine), "machines");
+    if ("severity" in made) throw new Error(made.message);
+    demand(!ids.has(id), `machines: ${id} is listed twice`);
+    ids.add(id);
+  }
+  return machines;
+}
+
+/** A machine like those that `exclude` and `score` are asked about. */
+export const MACHINE: Machine = {
+  ...{ name: "example", port: 22, systems: ["x86_64-linux"], user: "offload" },
+  privateKey: "/nonexistent",
+  hostKey: "ssh-ed25519 " +
+    "AAAAC3NzaC1lZDI1NTE5AAAAIHy+IsFpXiJH78ydyzMC/Wy+sp/fPwGXHhEiljoqqSf5",
+  ...{ compression: "none", compressionLevel: 3, overloadThreshold: false },
+  daemonSocket: "/var/guix/daemon-socket/socket",
+  ...{ parallelBuilds: 2, speed: 1, features: [] },
+};
+
+/** Checks `exclude`: a reason, or `undefined`; nothing is started by asking. */
+export async function checkExclude(
+  plugin: Plugin,
+  context: PluginContext = makePluginContext(plugin),
+  machine: Machine = MACHINE,
+): Promise<void> {
+  const { hookTimeout } = context.settings;
+  demand(plugin.exclude, "there is no hook 'exclude'");
+  const answer = await within(
+    ...[hookTimeout, "exclude"] as const,
+    () => plugin.exclude!(Object.freeze({ ...machine }), context),
+  );
+  if (answer === undefined) return;
+  demand(typeof answer.why === "string" && answer.why, "exclude: why?");
+  demand(typeof answer.isBusy === "boolean", "exclude: isBusy: true or false");
+  const { start } = answer;
+  demand(!start || typeof start === "function", "exclude: start: no function");
+}
+
+/** What machines may say of themselves: much, or nothing. */
+const FACTS: readonly (Facts | undefined)[] = [
+  undefined,
+  { time: Date.now() },
+  {
+    ...{ time: Date.now(), load: 0.5, cores: 4, memory: 2 ** 33 },
+    ...{ roundTrip: 1, clock: -0.1, uname: "Linux example 6.12 x86_64" },
+    pressure: { cpu: 0, io: 0, memory: 0 },
+    store: { bytes: 2 ** 36, inodes: 2 ** 20 },
+    build: { bytes: 2 ** 36, inodes: Infinity },
+  },
+  { time: Date.now() - 5000, load: 99, cores: 1, memory: 0 },
+];
+
+/** Candidates of all kinds, which nobody may change. */
+function makeCandidates(): Candidate[] {
+  return FACTS.flatMap((facts) =>
+    [0, 2].map((free): Candidate =>
+      Object.freeze({
+        machine: Object.freeze({ ...MACHINE }),
+        id: `${MACHINE.name}:${MACHINE.port}`,
+        facts,
+        freeSlots: () => free,
+        holds: (paths: readonly string[]) => paths.slice(0, free),
+        bandwidth: free === 0 ? undefined : 1e7,
+        lastUsed: free === 0 ? undefined : Date.now() - 60_000,
+      })
+    )
+  );
+}
+
+/** Requests for a build that is new, and for one that was done before. */
+function makeRequests(): ScoredRequest[] {
+  const common = {
+    ...{ wantsLocal: false, system: "x86_64-linux", features: ["kvm"] },
+    ...{ name: "hello-2.12", derivation: "/gnu/store/0-hello-2.12.drv" },
+  };
+  const path = "/gnu/store/0-input";
+  const past = [{ machine: "example:22", seconds: 60 }];
+  return [
+    { ...common, history: () => [], inputs: () => Promise.resolve([]) },
+    {
+      ...common,
+      history: () => past,
+      inputs: () => Promise.resolve([{ path, size: 2 ** 30 }]),
+    },
+  ].map((request) => Object.freeze(request));
+}
+
+/** Checks `score`: a number, -Infinity or `undefined`, whatever is known. */
+export async function checkScore(
+  plugin: Plugin,
+  context: PluginContext = makePluginContext(plugin),
+): Promise<void> {
+  const { hookTimeout } = context.settings;
+  demand(plugin.score, "there is no hook 'score'");
+  for (const request of makeRequests()) {
+    for (const candidate of makeCandidates()) {
+      const score = await within(
+        ...[hookTimeout, "score"] as const,
+        () => plugin.score!(candidate, request, context),
+      );
+      if (score === undefined || score === -Infinity) continue;
+      const about = JSON.stringify(candidate.facts) ?? "no facts";
+      demand(Number.isFinite(score), `score: ${score} of ${about}`);
+    }
+  }
+}
+
+/** The same machine with another host key, of the same type. */
+function impostor(machine: Machine): Machine {
+  const [type, key = ""] = machine.hostKey.trim().split(/\s+/);
+  const other = Buffer.from(key, "base64");
+  other[other.length - 1]! ^= 1;
+  return { ...machine, hostKey: `${type} ${other.toString("base64")}` };
+}
+
+/**
+ * Checks `connect` against a real machine: commands, their ends and outputs,
+ * the daemon's socket, and that no other host key is believed.
+ */
+export async function checkConnect(
+  plugin: Plugin,
+  machine: Machine,
+  context: PluginContext = makePluginContext(plugin),
+): Promise<void> {
+  const { connectTimeout } = context.settings;
+  demand(plugin.connect, "there is no hook 'connect'");
+  const refused = await within(
+    ...[connectTimeout, "connect, with another host key"] as const,
+    () => plugin.connect!(impostor(machine), context),
+  ).then(() => false, () => true);
+  demand(refused, "connect: believed a host key that is not the machine's");
+  const connection = await within(
+    ...[connectTimeout, "connect"] as const,
+    () => plugin.connect!(machine, context),
+  );
+  demand(connection, "connect: no connection");
+  const said = await connection.exec("echo said; echo wrong >&2; exit 3");
+  demand(await text(said.channel) === "said\n", "exec: standard output");
+  const { code, errors } = await said.ended;
+  demand(code === 3, `exec: exit code ${code} instead of 3`);
+  demand(errors === "wrong\n", "exec: standard error");
+  const echo = await connection.exec("cat");
+  const sent = Buffer.alloc(2 ** 20, "0123456789");
+  const back = buffer(echo.channel);
+  echo.channel.end(sent);
+  demand(sent.equals(await back), "exec: standard input");
+  const stream = await connection.openSocket(machine.daemonSocket);
+  await within(
+    ...[connectTimeout, "openSocket"] as const,
+    () => openStore(stream, "openSocket"),
+  );
+  const none = await within(
+    ...[connectTimeout, "openSocket of none"] as const,
+    async () => openStore(await connection.openSocket("/nonexistent"), "none"),
+  ).then(() => false, () => true);
+  demand(none, "openSocket: connected to a socket that is not there");
+  const waiting = await connection.exec("cat");
+  waiting.channel.on("error", () => {}).resume();
+  connection.close();
+  await within(connectTimeout, "the end, after close", () => waiting.ended);
+}
+
+/** Connects to the daemon here. */
+async function openLocal(context: PluginContext): Promise<StoreConnection> {
+  const path = `${context.stateDirectory}/daemon-socket/socket`;
+  const stream = createConnection({ path });
+  return await openStore(stream, "guix-daemon");
+}
+
+/** Gives `work` the connections that transports and `admit` are given. */
+async function withConnections<T>(
+  plugin: Plugin,
+  machine: Machine,
+  context: PluginContext,
+  work: (context: TransportContext) => Promise<T>,
+): Promise<T> {
+  const local = await openLocal(context);
+  const settings = { ...context.settings, use: {} };
+  const builtins = await loadPlugins("/nonexistent", settings, context.log);
+  const plugins = [plugin, ...builtins];
+  const session = await openSession(machine, { ...context, plugins });
+  try {
+    const remote = await session.openDaemon();
+    return await work({
+      ...{ ...context, machine, local, remote, roundTrip: 1 },
+      openDaemon: session.openDaemon,
+      exec: session.exec,
+      exportBundle: async function* (paths) {
+        for (const path of paths) {
+          yield encode(1);
+          yield* exportPath(local, path);
+        }
+        yield encode(0);
+      },
+    });
+  } finally {
+    session.close();
+    local.stream.destroy();
+  }
+}
+
+/** Reads a bundle; returns the hash of each item's nar, by its path. */
+async function readBundle(
+  bundle: AsyncIterable<Uint8Array>,
+): Promise<Map<string, string>> {
+  const directory = mkdtempSync(`${tmpdir()}/offload-contract-`);
+  const reader = new ByteReader(bundle, "retrieve");
+  const hashes = new Map<string, string>();
+  try {
+    while (await reader.number(1) === 1) {
+      reader.startHash();
+      await restoreNar(reader, `${directory}/${hashes.size}`);
+      const hash = reader.finishHash().toString("hex");
+      demand(await reader.number() === 0x4558494e, "retrieve: no bundle");
+      hashes.set(await reader.string(4096), hash);
+      await reader.strings(); // references
+      await reader.string(4096); // deriver
+      const signed = await reader.number(1) === 1;
+      demand(signed, "retrieve: an item without a signature");
+      await reader.bytes(16384);
+    }
+    demand(!await reader.more(), "retrieve: more than a bundle");
+    return hashes;
+  } finally {
+    rmSync(directory, { recursive: true, force: true });
+  }
+}
+
+/**
+ * Checks `transport` against a real machine: sends store items that are valid
+ * here, each after those that it refers to, and retrieves them.
+ */
+export async function checkTransport(
+  plugin: Plugin,
+  machine: Machine,
+  paths: readonly string[],
+  context: PluginContext = makePluginContext(plugin),
+): Promise<void> {
+  demand(plugin.transport, "there is no hook 'transport'");
+  await withConnections(plugin, machine, context, async (connections) => {
+    const transport = await plugin.transport!(machine, connections);
+    demand(transport, "transport: none for this machine");
+    const missing = await transport.missing(paths);
+    const odd = missing.find((path) => !paths.includes(path));
+    demand(odd === undefined, `missing: '${odd}' was not asked about`);
+    const items = new Map<string, PathInfo>();
+    for (const path of paths) {
+      items.set(path, await queryPathInfo(connections.local, path));
+    }
+    await transport.send(
+      new Map([...items].filter(([path]) => missing.includes(path))),
+    );
+    const left = await transport.missing(paths);
+    demand(left.length === 0, `send: '${left[0]}' did not arrive`);
+    const hashes = await readBundle(transport.retrieve(paths));
+    const expected = [...items].map(([path, { narHash }]) => [path, narHash]);
+    demand(
+      isDeepStrictEqual([...hashes].sort(), expected.sort()),
+      "retrieve: expected the items that were asked for, as they are here",
+    );
+  });
+}
+
+/** Checks `admit` against a real machine: `true`, `false` or `undefined`. */
+export async function checkAdmit(
+  plugin: Plugin,
+  machine: Machine,
+  context: PluginContext = makePluginContext(plugin),
+): Promise<boolean | undefined> {
+  const { connectTimeout } = context.settings;
+  demand(plugin.admit, "there is no hook 'admit'");
+  return await withConnections(plugin, machine, context, async (own) => {
+    const answer = await within(
+      ...[connectTimeout, "admit"] as const,
+      () => plugin.admit!(machine, own),
+    );
+    demand(
+      answer === undefined || typeof answer === "boolean",
+      `admit: ${answer}, expected true, false or undefined`,
+    );
+    return answer;
+  });
+}
