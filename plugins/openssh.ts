@@ -149,7 +149,7 @@ function execute(args: readonly string[], command: string) {
     readable: child.stdout,
     writable: child.stdin,
   });
-  channel.on("error", () => child.kill());
+  channel.on("error", () => {}); // who reads or writes learns of it
   const ended = exitOf(child).then((code) => ({ code, errors }));
   return { child, process: { channel, ended } };
 }
