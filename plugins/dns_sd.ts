@@ -71,6 +71,7 @@ function machinesFrom(text: string, context: PluginContext): Machine[] {
       ...{ name: host, port: Number(port), "host-key": hostKey },
       user: context.options.user,
       "private-key": context.options.privateKey,
+      "overload-threshold": context.options.overloadThreshold || false,
     });
   }
   const list = JSON.stringify([...found.values()]);
@@ -90,6 +91,10 @@ const plugin = {
       description:
         "seconds after which the network is searched again, in the " +
         "background",
+    },
+    overloadThreshold: {
+      ...{ default: 0.8, minimum: 0, maximum: 1 },
+      description: "normalized load from which on they get no build; 0: any",
     },
     privateKey: {
       default: "/root/.ssh/id_ed25519",

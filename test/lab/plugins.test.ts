@@ -1,6 +1,13 @@
 /** Plugins and their real counterparts: Avahi, OpenSSH, a second master. */
 
-import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  globSync,
+  mkdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -8,10 +15,12 @@ import {
   assertOffloaded,
   build,
   buildCommand,
+  closure,
   forget,
   inHost,
   lab,
   makeWork,
+  ROOT,
   root,
   run,
   RUNTIMES,
@@ -140,6 +149,64 @@ function hostKey(machine: string): string {
   return readFileSync(file, "utf8").split(" ").slice(0, 2).join(" ");
 }
 
+/** The fields of a machine of the lab, as JSON lists have them. */
+function fieldsOf(
+  name: string,
+  fields: Readonly<Record<string, unknown>> = {},
+): Record<string, unknown> {
+  return {
+    ...{ name, systems: [SYSTEM], user: "root", "host-key": hostKey(name) },
+    "private-key": "/root/.ssh/id_ed25519",
+    ...{ "overload-threshold": false, "parallel-builds": 2, ...fields },
+  };
+}
+
+/** What runs a script on a master as the hook is run. */
+function runtimeCommand(runtime: Runtime): string[] {
+  const node = "/offload/node_modules/node/bin/node";
+  const [deno] = globSync("/offload/node_modules/@deno/*/deno".replace(
+    "/offload/",
+    ROOT,
+  ));
+  return runtime === "node"
+    ? [node, "--disable-warning=ExperimentalWarning"]
+    : [
+      deno!.replace(ROOT, "/offload/"),
+      "run",
+      "--allow-all",
+      "--config=/offload/deno.json",
+    ];
+}
+
+/** Checks the plugins that need a real machine; prints the names. */
+const CONTRACT = `
+import { readFileSync } from "node:fs";
+import { argv } from "node:process";
+import * as contract from "/offload/plugins/contract.ts";
+import { loadPlugins, readSettings } from "/offload/mod.ts";
+import { parseMachines } from "/offload/plugins/machine_list.ts";
+
+const settings = readSettings("/nonexistent", {});
+const plugins = await loadPlugins("/nonexistent", settings, console);
+const named = (name) => plugins.find((plugin) => plugin.name === name);
+const context = contract.makePluginContext(named("guix"));
+const text = "[" + readFileSync("/tmp/machine.json", "utf8") + "]";
+const [machine] = parseMachines(text, "list", context, new Map());
+const done = [];
+for (const name of ["guix", "openssh"]) {
+  await contract.checkConnect(named(name), machine);
+  done.push(name);
+}
+for (const name of ["guix", "archive-command"]) {
+  await contract.checkTransport(named(name), machine, argv.slice(2));
+  done.push(name);
+}
+const admitted = await contract.checkAdmit(named("leases"), machine);
+if (admitted === true) done.push("leases");
+console.log(done.join(" "));
+process.exit();
+`;
+
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`plugins under ${runtime}`);
 
@@ -156,12 +223,7 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("json-machines and command list machines", () => {
-    const fields = {
-      ...{ systems: [SYSTEM], user: "root", "overload-threshold": false },
-      "private-key": "/root/.ssh/id_ed25519",
-    };
-    const list = (name: string) =>
-      JSON.stringify([{ ...fields, name, "host-key": hostKey(name) }]);
+    const list = (name: string) => JSON.stringify([fieldsOf(name)]);
     writeFileSync(`${root("head")}/etc/guix/machines.json`, list("w1"));
     writeFileSync(`${root("head")}/etc/guix/other.json`, list("w2"));
     useMachines("head", ["w1"], () => "(list)");
@@ -326,6 +388,60 @@ function suiteUnder(runtime: Runtime): void {
     assert.match(stderr, "hint: if it was changed on purpose");
   });
 
+  test("built-in plugins keep the contract with a real machine", () => {
+    writeFileSync(`${root("head")}/tmp/contract.ts`, CONTRACT);
+    const file = `${root("head")}/tmp/machine.json`;
+    writeFileSync(file, JSON.stringify(fieldsOf("w1")));
+    const [derivation] = makeWork("head", "--inputs=3");
+    const paths = closure("head", derivation!);
+    const [program, ...options] = runtimeCommand(runtime);
+    const { status, stdout, stderr } = run(
+      "head",
+      ...[program!, ...options, "/tmp/contract.ts", ...paths],
+    );
+    assert.is(status, 0, stderr);
+    assert.is(stdout, "guix openssh guix archive-command leases\n");
+  });
+
+  test("the examples of plugins/README.md work together", async () => {
+    const known = `w2 ${hostKey("w2")}\n`;
+    writeFileSync(`${root("head")}/root/.ssh/known_hosts`, known);
+    const directory = `${root("head")}/etc/guix/offload`;
+    mkdirSync(directory, { recursive: true });
+    const page = readFileSync(`${ROOT}plugins/README.md`, "utf8");
+    const examples = page.matchAll(/^```ts\n\/\/ (\w+\.ts)\n([^]*?)^```$/gm);
+    // In the place of the machines and programs that they speak of.
+    const names: Record<string, string> = {
+      ...{ "/opt/offload": "/offload", "w8.internal": "w1", w7: "w1" },
+      ...{ "gate.example.org": "w2", shared: "w1" },
+      "/usr/local/bin/may-build": "test -e /tmp/may-build",
+    };
+    for (const [, name, text] of examples) {
+      if (name === "fixed.ts") continue; // lists a machine that nobody has
+      const here = Object.entries(names).reduce(
+        (text, [from, to]) => text.replaceAll(from, to),
+        text!,
+      );
+      writeFileSync(`${directory}/${name}`, here);
+    }
+    try {
+      const [derivation] = makeWork("head", "--inputs=2");
+      const running = watch(start("head", ...buildCommand([derivation!])));
+      await until(
+        "it is refused",
+        () => running.text().includes("others use all slots of 'w1'"),
+      );
+      writeFileSync(`${root("w1")}/tmp/may-build`, "");
+      const result = await within("the build", running.ended);
+      assertOffloaded(derivation!, result, ["w1"]);
+      assert.not.match(result.stderr, "offload: warning");
+    } finally {
+      rmSync(directory, { recursive: true });
+      rmSync(`${root("head")}/root/.ssh/known_hosts`);
+      rmSync(`${root("w1")}/tmp/may-build`, { force: true });
+    }
+  });
+
   test("dns-sd uses what is pinned of what it finds", async () => {
     useMachines("head", [], () => "(list)");
     const address = (host: string) =>
@@ -345,7 +461,8 @@ function suiteUnder(runtime: Runtime): void {
         ["w1", "one", ...records],
         ["w2", "two", ...records, "features=any"],
       ], () => {
-        const options = { knownHosts: "/tmp/known_hosts" };
+        const knownHosts = "/tmp/known_hosts";
+        const options = { knownHosts, overloadThreshold: 0 };
         use("head", runtime, { "dns-sd": options });
         const [derivation, result] = buildWork();
         assert.is(result.status, 0, result.stderr);
@@ -371,14 +488,12 @@ function suiteUnder(runtime: Runtime): void {
   test("a machine on demand is started, used and stopped", async () => {
     const pid = "/run/sshd-2222.pid";
     const login = "ssh -o StrictHostKeyChecking=no -o LogLevel=ERROR w1";
-    const fields = {
-      ...{ name: "w1", port: 2222, systems: [SYSTEM], user: "root" },
-      "private-key": "/root/.ssh/id_ed25519",
-      ...{ "overload-threshold": false, "host-key": hostKey("w1") },
+    const fields = fieldsOf("w1", {
+      port: 2222,
       start: `sleep 1; ${login} /usr/sbin/sshd -p 2222 -o PidFile=${pid}`,
       stop: `${login} 'kill $(cat ${pid})'`,
       ...{ "boot-timeout": 30, "idle-time": 2 },
-    };
+    });
     const list = JSON.stringify([fields]);
     writeFileSync(`${root("head")}/etc/guix/machines.json`, list);
     useMachines("head", [], () => "(list)");
@@ -400,12 +515,9 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("a machine that fails to start is told", async () => {
-    const fields = {
-      ...{ name: "w1", port: 2222, systems: [SYSTEM], user: "root" },
-      "private-key": "/root/.ssh/id_ed25519",
-      ...{ "host-key": hostKey("w1"), start: "echo no power; exit 1" },
-      stop: "echo stopped",
-    };
+    const fields = fieldsOf("w1", {
+      ...{ port: 2222, start: "echo no power; exit 1", stop: "echo stopped" },
+    });
     const list = JSON.stringify([fields]);
     writeFileSync(`${root("head")}/etc/guix/machines.json`, list);
     useMachines("head", [], () => "(list)");
