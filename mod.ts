@@ -1374,22 +1374,31 @@ function checkSettings(
 }
 
 /** Reads a setting from an environment variable's text. */
-function parseSetting({ default: usual }: Setting, text: string): unknown {
+function parseSetting(
+  { default: usual }: Setting,
+  text: string,
+  variable: string,
+): unknown {
   const type = typeof usual;
   if (type === "number" && text.trim() !== "") return Number(text);
   if (type === "boolean" && /^(true|false)$/.test(text)) return text === "true";
-  return type === "object" && /^\s*\{/.test(text) ? JSON.parse(text) : text;
+  return type === "object" ? parseJson(text, variable) : text;
+}
+
+/** Parses JSON that stands in `where`. */
+function parseJson(text: string, where: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch (cause) {
+    throw new OffloadError(`${where}: ${reason(cause)}`, { cause });
+  }
 }
 
 /** Reads the object in settings.json, where there is one. */
 function readSettingsFile(file: string): Record<string, unknown> {
   if (!existsSync(file)) return {};
-  try {
-    const settings = JSON.parse(readFileSync(file, "utf8"));
-    if (settings?.constructor === Object) return settings;
-  } catch (cause) {
-    throw new OffloadError(`${file}: ${reason(cause)}`, { cause });
-  }
+  const settings = parseJson(readFileSync(file, "utf8"), file);
+  if (settings?.constructor === Object) return { ...settings };
   throw new OffloadError(`${file}: expected an object`);
 }
 
@@ -1411,7 +1420,7 @@ export function readSettings(
     const text = environment[variable];
     settings[name] ??= setting.default;
     if (text === undefined) continue;
-    const value = parseSetting(setting, text);
+    const value = parseSetting(setting, text, variable);
     settings[name] = checkSetting(setting, value, variable);
   }
   return settings as unknown as Settings;

@@ -12,13 +12,17 @@ import { fileURLToPath } from "node:url";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
+  chooseBuildMachine,
   listMachines,
   loadPlugins,
+  openSession,
   readSettings,
   scoreCandidates,
 } from "../mod.ts";
-import type { Context, Plugin } from "../mod.ts";
+import type { Connection, Context, Exclusion, Plugin } from "../mod.ts";
+import builtinPlugins from "../plugins/mod.ts";
 import { candidate, machine, makeContext, request } from "./context.ts";
+import { rejects } from "./helpers.ts";
 
 const test = suite("plugins");
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -39,7 +43,7 @@ async function load() {
   const { context, warnings } = makeContext();
   const settings = readSettings(directory, {});
   const plugins = await loadPlugins(directory, settings, context.log);
-  const builtin = ["guix", "locality", "guile-machines", "archive-command"];
+  const builtin = ["guix", ...builtinPlugins.map(({ name }) => name)];
   const names = plugins.map(({ name }) => name);
   return {
     plugins,
@@ -222,6 +226,170 @@ test("listMachines() leaves out what is no machine, and says so", async () => {
   assert.is(warnings.length, 3);
   assert.match(warnings[1]!, /plugin 'none': machines: expected a list/);
   assert.match(warnings[2]!, /plugin 'late': machines: no answer within/);
+});
+
+/** Loads what was written with this setting `use`. */
+function loadUsing(use: Record<string, Record<string, unknown>>) {
+  const { context } = makeContext();
+  write("settings.json", JSON.stringify({ use }));
+  const settings = readSettings(directory, {});
+  return loadPlugins(directory, settings, context.log);
+}
+
+test("loadPlugins() checks the options in the setting 'use'", async () => {
+  write(
+    "roomy.ts",
+    'export default { name: "roomy", score: ({}, {}, { options }) => ' +
+      'options.bonus, options: { bonus: { default: 2, description: "" } } };',
+  );
+  await loadUsing({ drain: {}, roomy: { bonus: 3 } });
+  const refusals: [Record<string, Record<string, unknown>>, RegExp][] = [
+    [{ drian: {} }, /setting 'use': there is no plugin 'drian'/],
+    [{ drain: { files: "x" } }, /setting 'use.drain': unknown setting 'files'/],
+    [{ drain: { file: 1 } }, /'use.drain': 'file': expected a string, got 1/],
+    [{ command: { lifetime: 0 } }, /'lifetime': 0 is not between 1 and 86400/],
+    [{ roomy: { bonus: "3" } }, /'use.roomy': 'bonus': expected a number/],
+    [{ drain: [] as never }, /setting 'use.drain': no object/],
+  ];
+  for (const [use, message] of refusals) await rejects(loadUsing(use), message);
+});
+
+test("loadPlugins() lets pass what a plugin that fails may have meant", async () => {
+  write("roomy.ts", 'throw new Error("boom");');
+  await loadUsing({ roomy: { bonus: 3 } });
+});
+
+test("a plugin gets its own options, those told over the usual ones", async () => {
+  const plugin: Plugin = {
+    name: "own",
+    options: {
+      bonus: { default: 2, description: "" },
+      other: { default: 5, description: "" },
+    },
+    score: (_candidate, _request, { options }) =>
+      Number(options.bonus) + Number(options.other),
+  };
+  assert.equal((await scores(plugin)).totals, [7, 7, 7]);
+  const { context } = makeContext({ plugins: [plugin] });
+  const settings = { ...context.settings, use: { own: { bonus: 30 } } };
+  const told = { ...context, settings };
+  const [{ total } = { total: 0 }] = await scoreCandidates(
+    ...[[candidate()], request(), told] as const,
+  );
+  assert.is(total, 35);
+});
+
+test("the settings choose among built-in plugins; 'use' adds", async () => {
+  const { context } = makeContext({ plugins: builtinPlugins });
+  const names = async (score: string, use: Context["settings"]["use"]) => {
+    const settings = { ...context.settings, score, use };
+    const told = { ...context, settings };
+    const [first] = await scoreCandidates([candidate()], request(), told);
+    return Object.keys(first!.byPlugin);
+  };
+  assert.equal(await names("locality", {}), ["locality"]);
+  assert.equal(await names("round-robin", {}), ["round-robin"]);
+  assert.equal(await names("pressure", {}), ["pressure"]);
+  assert.equal(await names("locality", { pressure: {} }), [
+    "locality",
+    "pressure",
+  ]);
+});
+
+/** Chooses among machines that nothing but `exclude` keeps from a build. */
+async function chooseWith(
+  exclude: (name: string) => Exclusion | undefined,
+  ...names: string[]
+) {
+  const plugin: Plugin = {
+    name: "out",
+    exclude: ({ name }) => exclude(name),
+    connect: () => {
+      throw new Error("asked");
+    },
+  };
+  const { context, warnings } = makeContext({ plugins: [plugin] });
+  const machines = names.map((name, index) =>
+    machine({ name, speed: 9 - index })
+  );
+  return {
+    choice: await chooseBuildMachine(machines, request(), context),
+    warnings,
+  };
+}
+
+test("a machine that is excluded is not asked", async () => {
+  const out = { why: "out", isBusy: false };
+  assert.equal(await chooseWith(() => out, "a", "b"), {
+    choice: "unreachable",
+    warnings: [],
+  });
+  const some = await chooseWith((name) => name === "a" ? out : undefined, "a");
+  assert.is(some.choice, "unreachable");
+});
+
+test("builds wait for a machine that is excluded as busy", async () => {
+  const busy = { why: "starting", isBusy: true };
+  assert.is((await chooseWith(() => busy, "a", "b")).choice, "busy");
+});
+
+test("one machine at a time is started, the fastest", async () => {
+  const started: string[] = [];
+  const off = (name: string): Exclusion => ({
+    why: "off",
+    isBusy: true,
+    start: () => void started.push(name),
+  });
+  assert.is((await chooseWith(off, "a", "b")).choice, "busy");
+  assert.equal(started, ["a"]);
+  const starting = { why: "starting", isBusy: true };
+  await chooseWith((name) => name === "a" ? starting : off(name), "a", "b");
+  assert.equal(started, ["a"]);
+});
+
+test("what a start throws, and answers that are none, are told", async () => {
+  const start = () => {
+    throw new Error("no power");
+  };
+  const off = { why: "off", isBusy: true, start };
+  const { choice, warnings } = await chooseWith(() => off, "a");
+  assert.is(choice, "busy");
+  assert.match(warnings.join(), /no power/);
+  const odd = await chooseWith(() => ({ busy: true }) as never, "a");
+  assert.match(
+    odd.warnings[0]!,
+    /plugin 'out': exclude: expected { why, isBusy }, got {"busy":true}/,
+  );
+});
+
+test("openSession() connects by the first plugin that does", async () => {
+  const plugin = (name: string, connect: Plugin["connect"]): Plugin => ({
+    name,
+    connect: connect!,
+  });
+  const connection = (name: string): Connection => ({
+    failure: () => new Error(name),
+    openSocket: () => Promise.reject(new Error("none")),
+    exec: () => Promise.reject(new Error("none")),
+    close: () => {},
+  });
+  const open = (...plugins: Plugin[]) =>
+    openSession(machine(), makeContext({ plugins }).context);
+  const session = await open(
+    plugin("not mine", () => undefined),
+    plugin("first", () => connection("first")),
+    plugin("second", () => connection("second")),
+  );
+  assert.is(session.failure()?.message, "first");
+  await rejects(open(plugin("none", () => undefined)), /no plugin connects to/);
+  const hint = "do that";
+  const error = await rejects(
+    open(plugin("bad", () => {
+      throw Object.assign(new Error("boom"), { hint });
+    })),
+    /^plugin 'bad': connect: boom$/,
+  );
+  assert.is(error.hint, hint);
 });
 
 test.run();

@@ -52,6 +52,8 @@ test("readSettings() names what is unknown or wrong", () => {
   assertRefused(/settings\.json: expected an object/, "[]");
   assertRefused(/settings\.json: /, '{"backoff": 1,}');
   assertRefused(/unknown setting '__proto__'/, '{"__proto__": 1}');
+  assertRefused(/'use': expected an? object, got \[\]/, '{"use": []}');
+  assertRefused(/'use': expected an? object, got "drain"/, '{"use": "drain"}');
 });
 
 test("readSettings() names a variable that is wrong", () => {
@@ -64,6 +66,15 @@ test("readSettings() names a variable that is wrong", () => {
   assertRefused(/OFFLOAD_BUILD_LOCALLY: expected a boolean/, "{}", {
     OFFLOAD_BUILD_LOCALLY: "no",
   });
+});
+
+test("readSettings() reads an object from a variable", () => {
+  const { use } = settingsOf('{"use": {"leases": {}}}', {
+    OFFLOAD_USE: '{"drain": {"file": "x"}}',
+  });
+  assert.equal(use, { drain: { file: "x" } });
+  assertRefused(/OFFLOAD_USE: .*JSON/, "{}", { OFFLOAD_USE: "drain" });
+  assertRefused(/OFFLOAD_USE: .*JSON/, "{}", { OFFLOAD_USE: "{drain}" });
 });
 
 test("settingsSchema() is what stands in plugins/settings.schema.json", () => {
