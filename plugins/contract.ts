@@ -298,6 +298,7 @@ async function withConnections<T>(
       ...{ ...context, machine, local, remote, roundTrip: 1 },
       openDaemon: session.openDaemon,
       exec: session.exec,
+      patiently: session.patiently,
       exportBundle: async function* (paths) {
         for (const path of paths) {
           yield encode(1);

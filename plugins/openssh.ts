@@ -158,6 +158,7 @@ function execute(args: readonly string[], command: string) {
 async function connect(
   machine: Machine,
   context: PluginContext,
+  reached?: (what: "connect" | "host key") => void,
 ): Promise<Connection> {
   const { signal, settings } = context;
   const name = digest(JSON.stringify(machine)).slice(0, 16);
@@ -166,6 +167,8 @@ async function connect(
   await openMaster(machine, args, path, signal).catch((cause) => {
     throw connectionError(machine, cause);
   });
+  reached?.("connect");
+  reached?.("host key");
   const children = new Set<ChildProcess>();
   const sockets = new Set<Duplex>();
   const close = () => {
