@@ -212,6 +212,10 @@ function suiteUnder(runtime: Runtime): void {
 
   test.before(() => {
     up("head", "w1", "w2", "head2:master");
+    rmSync(`${root("head")}/etc/guix/offload`, {
+      recursive: true,
+      force: true,
+    });
     for (const directory of ["programs-0", "w1:22", "w1:2222"]) {
       const path = `/var/guix/offload/${directory}`;
       rmSync(root("head") + path, { recursive: true, force: true });
@@ -251,9 +255,9 @@ function suiteUnder(runtime: Runtime): void {
     };
     writeFileSync(file, "w1 # new disk\n");
     const text = explain();
-    assert.match(text, /^w1:22 .* drained by '\/tmp\/drain': new disk$/m);
-    assert.match(text, /^w1:22 +2 of 2 +- /m);
-    assert.match(text, /^w2:22 .* takes it$/m);
+    assert.match(text, /^w1:22\s.*\sdrained by '\/tmp\/drain': new disk\s*$/m);
+    assert.match(text, /^w1:22\s+2 of 2\s+-\s/m);
+    assert.match(text, /^w2:22\s.*\stakes it\s*$/m);
     writeFileSync(file, "w1\nw2\n");
     assert.is((await ask(derivation!, runtime, plugins)).answer, "decline");
     writeFileSync(file, "");
@@ -348,28 +352,35 @@ function suiteUnder(runtime: Runtime): void {
     await within("the other", dying.ended);
   });
 
-  test("openssh minds ~/.ssh/config, and jumps", () => {
-    // Nothing answers at that name and port; ssh knows better.
+  test("openssh minds ~/.ssh/config, jumps and has an agent", () => {
+    // Nobody has that name, and nobody that key; ssh knows better.
     useMachines(
       "head",
       ["w1"],
-      (text) => text.replace('(name "w1")', '(name "hidden") (port 2200)'),
+      (text) =>
+        text.replace('(name "w1")', '(name "hidden")')
+          .replace("/root/.ssh/id_ed25519", "/nonexistent"),
     );
-    const known = `w2 ${hostKey("w2")}\n`;
-    writeFileSync(`${root("head")}/root/.ssh/known_hosts`, known);
+    const home = `${root("head")}/root/.ssh`;
+    writeFileSync(`${home}/known_hosts`, `w2 ${hostKey("w2")}\n`);
     writeFileSync(
-      `${root("head")}/root/.ssh/config`,
-      "Host hidden\n  HostName 127.0.0.1\n  ProxyCommand ssh -W w1:22 w2\n",
+      `${home}/config`,
+      "Host hidden\n  HostName w1\n  ProxyJump w2\n" +
+        "Host *\n  IdentityFile /nonexistent\n",
     );
-    useOffload("head", runtime, "OFFLOAD_CONNECT=openssh");
+    const agent = "/tmp/agent.sock";
+    rmSync(root("head") + agent, { force: true });
+    inHost("head", "ssh-agent", "-a", agent);
+    const authenticate = `SSH_AUTH_SOCK=${agent}`;
+    inHost("head", "env", authenticate, "ssh-add", "/root/.ssh/id_ed25519");
+    useOffload("head", runtime, "OFFLOAD_CONNECT=openssh", authenticate);
     try {
       const [derivation, result] = buildWork("--inputs=3");
       assert.is(result.status, 0, result.stderr);
       assert.match(result.stderr, `offloading '${derivation}' to 'hidden'`);
     } finally {
-      for (const name of ["config", "known_hosts"]) {
-        rmSync(`${root("head")}/root/.ssh/${name}`);
-      }
+      inHost("head", "pkill", "-f", `ssh-agent -a ${agent}`);
+      for (const name of ["config", "known_hosts"]) rmSync(`${home}/${name}`);
     }
   });
 
