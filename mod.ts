@@ -3674,7 +3674,7 @@ export async function openSession(
       () => plugin.connect(machine, contextFor(plugin, context), reached),
     );
     if (connection === undefined) continue;
-    return makeSession(machine, connection, connectTimeout);
+    return makeSession(machine, connection, context);
   }
   throw new OffloadError(`no plugin connects to '${machine.name}'`);
 }
@@ -3683,7 +3683,10 @@ export async function openSession(
 function makeSession(
   machine: Machine,
   connection: Connection,
-  connectTimeout: number,
+  { signal, settings: { connectTimeout } }: Pick<
+    PluginContext,
+    "signal" | "settings"
+  >,
 ): Session {
   const { name } = machine;
   const link: Link = { name, connection, used: performance.now() };
@@ -3696,13 +3699,15 @@ function makeSession(
     setTimeout(() => lost.reject(failure()), LOST_DELAY).unref();
   };
   connection.ended?.then(lose);
+  const fail = (error: Error) => {
+    problem ??= connection.failure() ?? error;
+    connection.close(error);
+    lose();
+  };
+  const abort = () => fail(signal.reason);
+  signal.addEventListener("abort", abort);
   return {
-    ...{ machine, failure, lost: lost.promise },
-    fail: (error) => {
-      problem ??= connection.failure() ?? error;
-      connection.close(error);
-      lose();
-    },
+    ...{ machine, failure, fail, lost: lost.promise },
     idle: () => performance.now() - link.used,
     patiently: (work) => {
       patient++;
@@ -3719,7 +3724,10 @@ function makeSession(
     },
     openDaemon: () => openRemoteDaemon(link, machine, connectTimeout),
     exec: (command) => executeThere(link, command),
-    close: () => connection.close(),
+    close: () => {
+      signal.removeEventListener("abort", abort);
+      connection.close();
+    },
   };
 }
 
@@ -7021,9 +7029,8 @@ async function connectAsAdministrator(
     );
   };
   const options = { authHandler, readyTimeout: 0 };
-  const { connectTimeout } = context.settings;
   return await connect(machine, context, undefined, options).then(
-    (connection) => makeSession(machine, connection, connectTimeout),
+    (connection) => makeSession(machine, connection, context),
     (error) => {
       if (problem !== undefined) throw problem;
       if (error.cause?.level !== "client-authentication") throw error;

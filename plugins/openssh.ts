@@ -16,7 +16,13 @@ import { writeFileSync } from "node:fs";
 import { createConnection } from "node:net";
 import process from "node:process";
 import { Duplex } from "node:stream";
-import type { Connection, Machine, Plugin, PluginContext } from "../mod.ts";
+import type {
+  Connection,
+  Machine,
+  Plugin,
+  PluginContext,
+  Settings,
+} from "../mod.ts";
 import { privateDirectory } from "./programs.ts";
 
 /** How much of a command's complaints is kept, in bytes. */
@@ -39,7 +45,7 @@ function keyAlgorithms(hostKey: string): string {
 function sshArguments(
   { name, port, user, hostKey, privateKey }: Machine,
   path: string,
-  connectTimeout: number,
+  { connectTimeout, keepaliveTimeout }: Settings,
 ): string[] {
   const options = {
     BatchMode: "yes",
@@ -58,7 +64,7 @@ function sshArguments(
     RemoteCommand: "none",
     RequestTTY: "no",
     ServerAliveCountMax: 3,
-    ServerAliveInterval: 5,
+    ServerAliveInterval: Math.ceil(keepaliveTimeout / 4),
     StreamLocalBindUnlink: "yes",
     StrictHostKeyChecking: "yes",
     UpdateHostKeys: "no",
@@ -92,7 +98,9 @@ async function ssh(
     const stdio: StdioOptions = ["ignore", "ignore", errors];
     const code = await exitOf(spawn("ssh", args, { stdio, signal }));
     if (code === 0) return;
-    const complaint = readFileSync(file, "utf8").trim().replace(/\r?\n/g, "; ");
+    const complaint = readFileSync(file, "utf8").trim().replace(/\r?\n/g, "; ")
+      .replace(/^ssh: connect to host .* port \d+: /, "")
+      .replace(/^[A-Z](?=[a-z])/, (letter) => letter.toLowerCase());
     throw new Error(complaint || `ssh: exit code ${code}`);
   } finally {
     closeSync(errors);
@@ -163,32 +171,36 @@ async function connect(
   const { signal, settings } = context;
   const name = digest(JSON.stringify(machine)).slice(0, 16);
   const path = `${privateDirectory("ssh", context)}/${name}`;
-  const args = sshArguments(machine, path, settings.connectTimeout);
+  const args = sshArguments(machine, path, settings);
   await openMaster(machine, args, path, signal).catch((cause) => {
     throw connectionError(machine, cause);
   });
   reached?.("connect");
   reached?.("host key");
   const children = new Set<ChildProcess>();
-  const sockets = new Set<Duplex>();
-  const close = () => {
+  const streams = new Set<Duplex>();
+  const close = (error?: unknown) => {
+    // Other builds may go on over it, but no further one should share it.
+    const stop = control(path, "stop");
+    if (error instanceof Error) spawn("ssh", stop, { stdio: "ignore" }).unref();
     for (const child of children) child.kill();
-    for (const socket of sockets) socket.destroy();
+    for (const stream of streams) stream.destroy();
   };
-  signal.addEventListener("abort", close, { once: true });
   return {
-    failure: () => undefined,
+    // The process that keeps the connection takes its socket away at its end.
+    failure: () => existsSync(path) ? undefined : new Error("it was closed"),
     async openSocket(file) {
       const local = `${path}.${digest(file).slice(0, 8)}`;
       const forward = control(path, "forward", "-L", `${local}:${file}`);
       await ssh(forward, `${path}.${process.pid}`, signal);
       const socket = createConnection({ path: local });
-      sockets.add(socket);
+      streams.add(socket);
       return socket;
     },
     exec(command) {
       const { child, process } = execute(args, command);
       children.add(child);
+      streams.add(process.channel);
       return Promise.resolve(process);
     },
     close,
