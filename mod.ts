@@ -3943,14 +3943,20 @@ async function openRemoteDaemon(
     const timer = setTimeout(() => {
       isLate = true;
       late.reject(new Error("no answer"));
-      stream.then((stream) => stream.destroy(), () => {});
     }, connectTimeout * 1000);
     const open = stream.then((stream) => {
       stream.on("error", () => {}); // who reads learns of it
       return openStore(noteUse(stream, link), called);
     });
-    return await Promise.race([open, late.promise])
-      .finally(() => clearTimeout(timer));
+    try {
+      return await Promise.race([open, late.promise]);
+    } catch (error) {
+      // Of a channel, that looks like its end.
+      stream.then((stream) => stream.destroy(), () => {});
+      throw error;
+    } finally {
+      clearTimeout(timer);
+    }
   };
   let relay: RemoteProcess | undefined;
   let cause: unknown;
