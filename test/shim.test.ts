@@ -85,7 +85,8 @@ function sandbox(work: (box: Sandbox) => Promise<void>): Promise<void> {
   return withDirectory((directory) => work(new Sandbox(directory)));
 }
 
-const NODE_OPTIONS = "--disable-warning=ExperimentalWarning";
+const NODE_OPTIONS =
+  "--disable-warning=ExperimentalWarning\n--max-semi-space-size=2";
 const DENO_OPTIONS = "run\n--allow-all\n--no-prompt";
 
 test("guix hands other commands to the real guix", async () => {
