@@ -25,9 +25,9 @@ test("all that names the version names the same", async () => {
   const changes = readFileSync(`${ROOT}/CHANGELOG.md`, "utf8");
   const [program, ...options] = ownRuntime;
   const args = [...options, `${ROOT}/mod.ts`, "--version"];
-  const { stdout, stderr } = await run(program, args, {
-    env: { PATH: "/usr/bin:/bin", HOME: "/dev/null" }, // keeps nothing,
-  });
+  const { stdout, stderr } = await withDirectory((directory) =>
+    run(program, args, { env: { PATH: "/usr/bin:/bin", HOME: directory } })
+  );
   const names = {
     "package-lock.json": lock.version,
     "package-lock.json, packages": lock.packages[""].version,
