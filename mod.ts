@@ -4667,6 +4667,21 @@ function makeTurns(): <T>(work: () => Promise<T>) => Promise<T> {
   };
 }
 
+/** Tells of a transfer, once a second, where it takes more than one. */
+function makeProgress(what: string, log: Log): (size: number) => void {
+  const start = performance.now();
+  let told = start;
+  let total = 0;
+  return (size) => {
+    total += size;
+    const now = performance.now();
+    if (now - told < 1000) return;
+    told = now;
+    const rate = mebibytes(total / (now - start) * 1000);
+    log.info(`${what}: ${mebibytes(total)} MiB, ${rate} MiB/s`);
+  };
+}
+
 /**
  * Sends items by their contents over some connections at once, each item after
  * those it refers to.
@@ -4675,8 +4690,10 @@ async function sendAllAddressed(
   paths: readonly string[],
   items: ReadonlyMap<string, PathInfo>,
   addresses: ReadonlyMap<string, ContentAddress>,
-  { local, remote, openDaemon }: TransportContext,
+  { local, log, machine, remote, openDaemon }: TransportContext,
 ): Promise<void> {
+  const what = `sending ${count(paths.length)} to '${machine.name}'`;
+  const progress = makeProgress(what, log);
   const turns = makeTurns();
   const narOf = (path: string, size: number) =>
     turns(() => readNar(local, path, size));
@@ -4694,6 +4711,7 @@ async function sendAllAddressed(
     const send = async () => {
       await Promise.all(after);
       await sendAddressed(path, addresses.get(path)!, item, lane.store, narOf);
+      progress(item.narSize);
     };
     sent.set(path, lane.turns(send));
   });
@@ -4718,23 +4736,16 @@ async function* bounded(
   }
 }
 
-/** Tells of a transfer, once a second, where it takes more than one. */
+/** Passes on what is transferred, and tells of it. */
 async function* withProgress(
   chunks: AsyncIterable<Uint8Array>,
   what: string,
   log: Log,
 ): AsyncGenerator<Uint8Array, void> {
-  const start = performance.now();
-  let told = start;
-  let size = 0;
+  const progress = makeProgress(what, log);
   for await (const chunk of chunks) {
     yield chunk;
-    size += chunk.length;
-    const now = performance.now();
-    if (now - told < 1000) continue;
-    told = now;
-    const rate = mebibytes(size / (now - start) * 1000);
-    log.info(`${what}: ${mebibytes(size)} MiB, ${rate} MiB/s`);
+    progress(chunk.length);
   }
 }
 
@@ -6865,7 +6876,7 @@ async function askOnTerminal(
 
 /** Says what was changed, and how to undo it. */
 function tellChange({ log }: Context, what: string, undo: string): void {
-  log.info(`${what}\n  to undo: ${undo}`);
+  log.info(`${what}\nto undo: ${undo}`);
 }
 
 /** Replaces a file at once; owner and mode stay. */
@@ -7099,8 +7110,9 @@ async function authorizeThere(
   try {
     await outputOf(session, "guix archive --authorize", key);
   } catch (cause) {
-    const hint = "run there, as root: guix archive --authorize <<END\n" +
-      `${key.toString().trim()}\nEND`;
+    const line = key.toString().replace(/\s+/g, " ").trim();
+    const hint = `run there, as root: echo ${quoteWord(line)} | ` +
+      "guix archive --authorize";
     return context.log.warn(new OffloadError(reason(cause), { cause, hint }));
   }
   tellChange(
