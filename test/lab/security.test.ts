@@ -84,7 +84,7 @@ function suiteUnder(
 
   test.before(() => {
     up("head", "w1");
-    useOffload("head", runtime);
+    useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
     restrict();
     useMachines(
       "head",
