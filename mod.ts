@@ -4719,13 +4719,15 @@ async function sendAllAddressed(
   // Not to be closed before the build: they protect what came over them.
 }
 
-/** Passes on so many bytes at the most. */
+/** Passes on so many bytes at the most, until the signal. */
 async function* bounded(
   chunks: AsyncIterable<Uint8Array>,
   limit: number,
+  signal: AbortSignal,
 ): AsyncGenerator<Uint8Array, void> {
   let size = 0;
   for await (const chunk of chunks) {
+    signal.throwIfAborted();
     size += chunk.length;
     if (size > limit) {
       throw new ProtocolError(`more than ${mebibytes(limit)} MiB came back`, {
@@ -4971,7 +4973,7 @@ async function outputLevel(
 
 /** The default transport: over connections to the daemon, but for bulk. */
 function daemonTransport(context: TransportContext): Transport {
-  const { remote, roundTrip, openDaemon } = context;
+  const { remote, roundTrip, openDaemon, signal } = context;
   let exporter: Promise<StoreConnection> | undefined;
   return {
     missing: async (paths) => {
@@ -5000,7 +5002,8 @@ function daemonTransport(context: TransportContext): Transport {
     prepare: (derivation) => {
       // Signing takes a while to start, and the build takes a while anyway.
       exporter = openDaemon().then(async (store) => {
-        await discard(bounded(exportPath(store, derivation), LIMITS.chunk));
+        const chunks = exportPath(store, derivation);
+        await discard(bounded(chunks, LIMITS.chunk, signal));
         return store;
       });
       exporter.catch(() => {});
@@ -5238,13 +5241,16 @@ async function retrieveOutputs(
   );
   const name = `archive from '${machine.name}'`;
   const what = `retrieving from '${machine.name}'`;
-  const { maximumArchiveSize } = context.settings;
-  const chunks = bounded(transport.retrieve(outputs), maximumArchiveSize);
-  const bundle = withProgress(chunks, what, context.log);
+  const { log, settings: { maximumArchiveSize }, signal } = context;
+  const sent = transport.retrieve(outputs);
+  const chunks = bounded(sent, maximumArchiveSize, signal);
+  const bundle = withProgress(chunks, what, log);
   const reader = new ByteReader(bundle, name);
   const acl = readAcl(context.configDirectory);
   try {
-    for (const [output, file] of await restoreOutputs(reader, outputs, acl)) {
+    const restored = await restoreOutputs(reader, outputs, acl);
+    signal.throwIfAborted(); // they may be another attempt's by now
+    for (const [output, file] of restored) {
       removeFile(output);
       renameSync(file, output);
     }
@@ -5433,14 +5439,17 @@ async function attempt(
   context: Context,
 ): Promise<void> {
   const { observations } = context;
-  clearLeftovers(slot, context);
-  observations.useSlot(prospect.id, slot.file, work.derivation);
+  // What is given up must not go on beside the next attempt.
+  const over = new AbortController();
+  const signal = AbortSignal.any([context.signal, over.signal]);
   let session = prospect.session;
   let unwatch = () => {};
   try {
+    clearLeftovers(slot, context);
+    observations.useSlot(prospect.id, slot.file, work.derivation);
     session ??= await openSession(prospect.machine, context);
     unwatch = watchSession(session, context.settings);
-    const done = transferAndOffload(work, session, context);
+    const done = transferAndOffload(work, session, { ...context, signal });
     await Promise.race([done, session.lost]);
   } catch (error) {
     context.signal.throwIfAborted();
@@ -5450,6 +5459,7 @@ async function attempt(
     throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
   } finally {
     unwatch();
+    over.abort();
     session?.close();
     work.outputs.map(temporaryName).forEach(removeFile);
     slot.release();
