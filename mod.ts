@@ -3852,7 +3852,8 @@ async function executeThere(
   link: Link,
   command: string,
 ): Promise<RemoteProcess> {
-  const text = `${REMOTE_PATH}\n${command}`;
+  // The account's own shell may be none of POSIX's, such as fish.
+  const text = `exec /bin/sh -c ${quoteWord(`${REMOTE_PATH}\n${command}`)}`;
   const process = await link.connection.exec(text).catch((cause) => {
     const message = `failed to run a command on '${link.name}'`;
     throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
