@@ -5136,17 +5136,18 @@ async function missingItems(
   return lackingItems(missing, transport);
 }
 
-/** Sends items that the machine lacks; returns how many bytes that was. */
+/** Sends items that the machine lacks, and notes how fast that went. */
 async function sendItems(
   paths: readonly string[],
   transport: Transport,
   context: TransportContext,
-): Promise<number> {
+  { observations }: Context,
+): Promise<void> {
   const { machine, local, log } = context;
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
   let items = await queryItems(paths, local);
-  if (items.size === 0) return 0;
+  if (items.size === 0) return;
   const lock = sizeOf(items) < BULK
     ? undefined
     : await context.patiently(() => lockUploads(machine, context));
@@ -5161,8 +5162,11 @@ async function sendItems(
       `sending ${count(items.size)} (${mebibytes(size)} MiB) to ` +
         `'${machine.name}'...`,
     );
+    const start = performance.now();
     await transport.send(items);
-    return size;
+    if (size <= 2 ** 20) return;
+    const bandwidth = size / (performance.now() - start) * 1000;
+    observations.saveBandwidth(machineId(machine), bandwidth);
   } finally {
     lock?.release();
   }
@@ -5314,20 +5318,6 @@ async function buildRemotely(
   }
 }
 
-/** Sends items that the machine lacks, and notes how fast that went. */
-async function sendMeasured(
-  paths: readonly string[],
-  transport: Transport,
-  connections: TransportContext,
-  { observations }: Context,
-): Promise<void> {
-  const start = performance.now();
-  const size = await sendItems(paths, transport, connections);
-  if (size <= 2 ** 20) return;
-  const bandwidth = size / (performance.now() - start) * 1000;
-  observations.saveBandwidth(machineId(connections.machine), bandwidth);
-}
-
 /**
  * Sends what the machine lacks, and builds; what is collected there before the
  * build has begun is sent once more. Returns how many seconds the build took.
@@ -5343,7 +5333,7 @@ async function sendAndBuild(
   let missing = await missingItems(needed, transport, connections);
   for (let isAgain = false;; isAgain = true) {
     try {
-      await sendMeasured(missing, transport, connections, context);
+      await sendItems(missing, transport, connections, context);
       missing = [];
       transport.prepare?.(derivation);
       const start = performance.now();
