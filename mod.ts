@@ -3696,7 +3696,8 @@ function makeSession(
   let problem: Error | undefined;
   const failure = () => problem ?? connection.failure();
   const lose = () => {
-    setTimeout(() => lost.reject(failure()), LOST_DELAY).unref();
+    problem ??= connection.failure() ?? new Error("connection closed");
+    setTimeout(() => lost.reject(problem), LOST_DELAY).unref();
   };
   connection.ended?.then(lose);
   const fail = (error: Error) => {
@@ -3706,6 +3707,7 @@ function makeSession(
   };
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
+  if (signal.aborted) abort();
   return {
     ...{ machine, failure, fail, lost: lost.promise },
     idle: () => performance.now() - link.used,
