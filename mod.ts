@@ -7826,5 +7826,7 @@ async function main(args: readonly string[]): Promise<number> {
 }
 
 if (import.meta.main) {
+  // Should nothing be left to wait for, that is no success.
+  process.exitCode = EXIT.transient;
   main(process.argv.slice(2)).then((code) => process.exit(code));
 }
