@@ -6,7 +6,7 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { hostname } from "node:os";
-import { delimiter, dirname, join } from "node:path";
+import { delimiter, join } from "node:path";
 import process from "node:process";
 import type {
   Machine,
@@ -15,6 +15,7 @@ import type {
   PluginContext,
   Problem,
 } from "../mod.ts";
+import { sharedDirectory } from "./programs.ts";
 
 /** How long Guile may take; the file may contain an endless loop. */
 const timeout = 10_000;
@@ -374,7 +375,6 @@ function readEntries(ctx: PluginContext): Record<string, Entry> {
 /** Writes a file as a whole or not at all, for the eyes of its owner. */
 function writePrivately(file: string, text: string): void {
   const temporary = `${file}.${process.pid}`;
-  fs.mkdirSync(dirname(file), { recursive: true });
   fs.rmSync(temporary, { force: true });
   try {
     fs.writeFileSync(temporary, text, { mode: 0o600, flag: "wx" });
@@ -392,6 +392,7 @@ function writeEntry(ctx: PluginContext, file: string, entry: Entry): void {
   const kept = [...others, [file, entry]].slice(-maximumEntries);
   const entries = Object.fromEntries(kept);
   try {
+    sharedDirectory(ctx);
     writePrivately(cacheFile(ctx), JSON.stringify({ version: 1, entries }));
   } catch (error) {
     const reason = (error as Error).message;

@@ -7,7 +7,14 @@
 import { spawn } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
 import { createHash } from "node:crypto";
-import { mkdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import {
+  chownSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import process from "node:process";
 import type { PluginContext } from "../mod.ts";
 
@@ -45,14 +52,26 @@ export function readText(file: string): string {
   }
 }
 
+/** The directory of the state: the daemon's, also where root makes it. */
+export function sharedDirectory(
+  { stateDirectory }: Pick<PluginContext, "stateDirectory">,
+): string {
+  const directory = `${stateDirectory}/offload`;
+  if (existsSync(directory)) return directory;
+  mkdirSync(directory, { recursive: true });
+  const { uid, gid } = statSync(stateDirectory);
+  if (process.getuid?.() === 0) chownSync(directory, uid, gid);
+  return directory;
+}
+
 /** A directory of the state that is the account's alone. */
 export function privateDirectory(
   name: string,
-  { stateDirectory }: Pick<PluginContext, "stateDirectory">,
+  context: Pick<PluginContext, "stateDirectory">,
 ): string {
   // Whoever else runs commands, such as root, has another one.
   const uid = process.getuid?.();
-  const directory = `${stateDirectory}/offload/${name}-${uid}`;
+  const directory = `${sharedDirectory(context)}/${name}-${uid}`;
   mkdirSync(directory, { recursive: true, mode: 0o700 });
   return directory;
 }
