@@ -10,9 +10,16 @@
 
 import { spawn } from "node:child_process";
 import type { ChildProcess, StdioOptions } from "node:child_process";
-import { createHash } from "node:crypto";
-import { closeSync, existsSync, openSync, readFileSync, rmSync } from "node:fs";
-import { writeFileSync } from "node:fs";
+import { createHash, randomUUID } from "node:crypto";
+import {
+  closeSync,
+  existsSync,
+  openSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { createConnection } from "node:net";
 import process from "node:process";
 import { Duplex } from "node:stream";
@@ -89,10 +96,11 @@ function exitOf(child: ChildProcess): Promise<number> {
 /** Runs ssh to its end; throws its complaint. */
 async function ssh(
   args: readonly string[],
-  file: string,
+  path: string,
   signal: AbortSignal,
 ): Promise<void> {
   // A file: a connection that stays keeps what it was given open.
+  const file = `${path}.${randomUUID()}`;
   const errors = openSync(file, "w", 0o600);
   try {
     const stdio: StdioOptions = ["ignore", "ignore", errors];
@@ -133,13 +141,17 @@ async function openMaster(
   signal: AbortSignal,
 ): Promise<void> {
   const key = machine.hostKey.trim().split(/\s+/).slice(0, 2).join(" ");
-  writeFileSync(`${path}.known_hosts`, `${ALIAS} ${key}\n`, { mode: 0o600 });
-  const errors = `${path}.${process.pid}`;
-  const check = () => ssh(control(path, "check"), errors, signal);
+  const hostKeys = `${path}.known_hosts`;
+  // At once: another process's ssh may be about to read it.
+  writeFileSync(`${hostKeys}.${process.pid}`, `${ALIAS} ${key}\n`, {
+    mode: 0o600,
+  });
+  renameSync(`${hostKeys}.${process.pid}`, hostKeys);
+  const check = () => ssh(control(path, "check"), path, signal);
   // Of two processes that do this at once, one makes the connection that stays.
   const stay = ["-o", "ControlMaster=auto", "-o", "ControlPersist=60"];
   await check().catch(() =>
-    ssh([...stay, ...args, "exit"], errors, signal)
+    ssh([...stay, ...args, "exit"], path, signal)
       // The account may be unable to run commands.
       .catch((error) => check().catch(() => Promise.reject(error)))
   );
@@ -192,7 +204,7 @@ async function connect(
     async openSocket(file) {
       const local = `${path}.${digest(file).slice(0, 8)}`;
       const forward = control(path, "forward", "-L", `${local}:${file}`);
-      await ssh(forward, `${path}.${process.pid}`, signal);
+      await ssh(forward, path, signal);
       const socket = createConnection({ path: local });
       streams.add(socket);
       return socket;
