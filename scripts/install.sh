@@ -104,7 +104,7 @@ undo() {
     backwards "$work/journal" | while read -r what place; do
         case $what in
         new) rm -f "$place" ;;
-        directory) rmdir "$place" ;;
+        directory) rmdir "$place" || : ;;
         *) cp -Pp "$work/$what" "$place.new" && mv -f "$place.new" "$place" ;;
         esac
     done
