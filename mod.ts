@@ -7337,7 +7337,8 @@ async function introduce(
     await authorizeThere(session, sample, context);
     const { uname } = await probe(session, context)
       .catch((): Partial<Facts> => ({}));
-    const there = uname?.split(" ")[3];
+    // It goes into a program: no more of what it says than a word.
+    const [, there] = /^(?:\S+ ){3}(\w+)$/.exec(uname ?? "") ?? [];
     if (known || there === undefined) return { machine, sample };
     return { machine: { ...machine, systems: [systemOf(there)] }, sample };
   } finally {
