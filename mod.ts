@@ -5927,7 +5927,9 @@ function formatExplanation(
       load === undefined ? "-" : load.toFixed(2),
       free === undefined ? "-" : `${mebibytes(free)} MiB`,
       scores === undefined ? "-" : String(scores.total),
-      chosen ? "takes it" : excluded ?? "another one is as good or better",
+      chosen
+        ? "takes it"
+        : inOneLine(excluded ?? "another one is as good or better"),
       byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
     ];
   });
@@ -6621,7 +6623,7 @@ function describeUse(
     }),
     failures: record?.failures ?? 0,
     leftAlone: Math.max(0, Math.ceil(left)),
-    lastProblem: record?.failures ? record.problem : undefined,
+    lastProblem: record?.failures ? inOneLine(record.problem) : undefined,
   };
 }
 
@@ -6997,7 +6999,7 @@ async function confirmHostKey(
   const first = await fetch(types.flat());
   if (expected === undefined) {
     const question = `The host key of '${target.name}' has the fingerprint\n` +
-      `${fingerprint(first)} (${sshKeyType(first)}).\n` +
+      `${fingerprint(first)} (${inOneLine(String(sshKeyType(first)))}).\n` +
       "Is that what 'ssh-keygen -l' shows there (yes or no)? ";
     const instead = `pass --fingerprint ${fingerprint(first)} if it is right`;
     const answer = await askOnTerminal(question, "plain", instead, context);
