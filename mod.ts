@@ -4400,7 +4400,7 @@ async function waitForSlot(
 /** Has a machine started, where one can be and none is being. */
 async function startMachine(
   prospects: readonly Prospect[],
-  { log }: Context,
+  { log, settings: { hookTimeout } }: Context,
 ): Promise<void> {
   const off = prospects.filter(({ excluded }) => excluded?.isBusy)
     .sort((a, b) => b.machine.speed - a.machine.speed);
@@ -4408,7 +4408,8 @@ async function startMachine(
   if (!off.every(({ excluded }) => excluded?.start) || !first) return;
   log.info(`starting '${first.machine.name}'...`);
   try {
-    await first.excluded!.start!();
+    const late = delay(hookTimeout * 1000); // it has the background
+    await Promise.race([first.excluded!.start!(), late]);
   } catch (error) {
     log.warn(error);
   }
