@@ -4133,9 +4133,7 @@ export interface Prospect extends Candidate {
   problem: string | undefined;
   /** Why it is not even to be asked. */
   excluded: Exclusion | undefined;
-  /** How often it failed since a build last succeeded there. */
-  readonly failures: number;
-  /** Until when it is left alone for that, in milliseconds since 1970. */
+  /** Until when it is left alone, in milliseconds since 1970. */
   readonly until: number;
   /** Kept for the build, where it was opened to ask. */
   session: Session | undefined;
@@ -4175,7 +4173,6 @@ function makeProspect(
     facts: isFresh ? facts : undefined,
     problem: until > now ? record?.problem : undefined,
     excluded: undefined,
-    failures: same ? record.failures : 0,
     until,
     session: undefined,
     dismissed: false,
