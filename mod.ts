@@ -4914,11 +4914,11 @@ async function sendSigned(
   size: number,
   context: TransportContext,
 ): Promise<void> {
-  const { local, machine, remote, roundTrip } = context;
+  const { machine, remote, roundTrip } = context;
   const messages = size / COST.messageSize;
   const what = `sending ${count(paths.length)} to '${machine.name}'`;
   const makeBundle = () =>
-    withProgress(exportBundle(local, paths), what, context.log);
+    withProgress(context.exportBundle(paths), what, context.log);
   const level = await compressionLevel(size, context);
   const archive = messages * (roundTrip + COST.message) < COST.archive
     ? undefined
@@ -5267,6 +5267,18 @@ async function retrieveOutputs(
   }
 }
 
+/** Makes a bundle of items of ours: what fails is no fault of a machine. */
+async function* exportFromHere(
+  local: StoreConnection,
+  paths: readonly string[],
+): AsyncGenerator<Buffer, void> {
+  try {
+    yield* exportBundle(local, paths);
+  } catch (cause) {
+    throw new LocalError(`failed to export: ${reason(cause)}`, { cause });
+  }
+}
+
 /** What the daemon sends for a build that was accepted. */
 interface Work {
   readonly derivation: string;
@@ -5376,7 +5388,7 @@ async function transferAndOffload(
       openDaemon: session.openDaemon,
       exec: session.exec,
       patiently: session.patiently,
-      exportBundle: (paths) => exportBundle(store, paths),
+      exportBundle: (paths) => exportFromHere(store, paths),
     };
     await admit(connections);
     const transport = await chooseTransport(connections);
