@@ -3844,6 +3844,11 @@ function noteUse<T extends Duplex>(channel: T, link: Link): T {
   return channel;
 }
 
+/** Quotes a word for a shell. */
+function quoteWord(word: string): string {
+  return `'${word.replaceAll("'", "'\\''")}'`;
+}
+
 /** Where programs are that a shell which is no login shell does not find. */
 const REMOTE_PATH = "PATH=$PATH:/run/current-system/profile/bin" +
   ":/var/guix/profiles/per-user/root/current-guix/bin" +
@@ -3897,11 +3902,6 @@ function execute(client: Client, command: string): Promise<RemoteProcess> {
       resolve({ channel, ended });
     });
   });
-}
-
-/** Quotes a word for a shell. */
-function quoteWord(word: string): string {
-  return `'${word.replaceAll("'", "'\\''")}'`;
 }
 
 /** Connects standard input and output to the socket of a daemon. */
