@@ -1,7 +1,15 @@
 /** Machines that JSON files and commands list, and their JSON Schema. */
 
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  chownSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
+import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -10,6 +18,7 @@ import type { Plugin, Settings } from "../mod.ts";
 import command from "../plugins/command.ts";
 import jsonMachines from "../plugins/json_machines.ts";
 import { parseMachines } from "../plugins/machine_list.ts";
+import { privateDirectory } from "../plugins/programs.ts";
 import { HOST_KEY, machine, makeContext } from "./context.ts";
 
 const test = suite("machine lists");
@@ -74,6 +83,16 @@ function conforms(value: any, rule: any): boolean {
   return typeof value === "number" && value <= (rule.maximum ?? Infinity) &&
     value >= rule.minimum && (rule.type === "number" || value % 1 === 0);
 }
+
+test("privateDirectory() leaves the state to the daemon's user", () => {
+  const own = process.getuid!();
+  const daemon = own === 0 ? 65534 : own;
+  chownSync(directory, daemon, process.getgid!());
+  const made = privateDirectory("x", { stateDirectory: directory });
+  assert.is(statSync(`${directory}/offload`).uid, daemon);
+  assert.is(statSync(made).uid, own);
+  assert.is(statSync(made).mode & 0o777, 0o700);
+});
 
 test("parseMachines() has the defaults of the machine file", () => {
   const { machines, warnings } = parse([fields()]);
