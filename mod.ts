@@ -4705,17 +4705,23 @@ async function sendAllAddressed(
   const lanes = [remote, ...opened]
     .map((store) => ({ store, turns: makeTurns() }));
   const sent = new Map<string, Promise<void>>();
+  let failed = false;
   paths.forEach((path, index) => {
     const item = items.get(path)!;
     const lane = lanes[index % lanes.length]!;
     const after = item.references.map((reference) => sent.get(reference));
     const send = async () => {
       await Promise.all(after);
+      if (failed) return;
       await sendAddressed(path, addresses.get(path)!, item, lane.store, narOf);
       progress(item.narSize);
     };
-    sent.set(path, lane.turns(send));
+    const done = lane.turns(send);
+    done.catch(() => failed = true);
+    sent.set(path, done);
   });
+  // None may go on over a connection that is used for something else next.
+  await Promise.allSettled(sent.values());
   await Promise.all(sent.values());
   // Not to be closed before the build: they protect what came over them.
 }
