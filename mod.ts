@@ -327,8 +327,6 @@ export interface MachineFile {
   readonly problems: readonly Problem[];
   /** Place and name of what only Guile can evaluate; no machines then. */
   readonly needsGuile?: string;
-  /** Names of the files that it read. */
-  readonly filesRead: readonly string[];
 }
 
 /** Far more than 10,000 machines take; an endless loop is there in a second. */
@@ -362,7 +360,6 @@ type Source = {
   readonly file: string;
   readonly text: string;
   readonly host: MachineFileHost;
-  readonly filesRead: string[];
   /** What modules in use bind, and what the file itself defines. */
   imports: Scope;
   globals: Scope;
@@ -588,10 +585,9 @@ function map(site: Site, [procedure, ...args]: Value[]): Value[] {
 
 /** Has a procedure read a file. */
 function callWithInputFile(site: Site, [name, procedure]: Value[]): Value {
-  const { host, filesRead } = site.source;
+  const { host } = site.source;
   const file = textIn(site, name);
   const port = { unread: "" };
-  filesRead.push(file);
   try {
     port.unread = host.readFile(file);
   } catch (error) {
@@ -1140,7 +1136,6 @@ export function evaluateMachineFile(
   const text = typeof content === "string"
     ? content.replace(/^\ufeff/, "")
     : new TextDecoder().decode(content);
-  const filesRead: string[] = [];
   // The reference, too, loads the file in a module that uses these two.
   const imports = {
     ...modules["(guile)"],
@@ -1153,13 +1148,12 @@ export function evaluateMachineFile(
     file,
     text,
     host,
-    filesRead,
     imports,
     globals,
     located,
     ...progress,
   };
-  const nothing = { file, machines: [], problems: [], filesRead };
+  const nothing = { file, machines: [], problems: [] };
   try {
     const value = evaluateForms(source);
     if (Array.isArray(value) && value.every(isBuildMachine)) {
@@ -7694,7 +7688,7 @@ function readMachineFile(file: string, environment: Variables): MachineFile {
     content = readFileSync(file);
   } catch (cause) {
     if ((cause as NodeJS.ErrnoException).code === "ENOENT") {
-      return { file, machines: [], problems: [], filesRead: [] };
+      return { file, machines: [], problems: [] };
     }
     const message = `failed to open machine file '${file}': ${reason(cause)}`;
     throw new OffloadError(message, { cause });

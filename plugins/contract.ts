@@ -81,7 +81,7 @@ export function makePluginContext(
     configDirectory: environment.GUIX_CONFIGURATION_DIRECTORY ?? "/etc/guix",
     stateDirectory: environment.GUIX_STATE_DIRECTORY ?? "/var/guix",
     guix: environment.OFFLOAD_GUIX ?? "guix",
-    machineFile: () => ({ file, machines: [], problems: [], filesRead: [] }),
+    machineFile: () => ({ file, machines: [], problems: [] }),
     machineFromFields,
     report: ({ severity, message }) => {
       if (severity === "error") throw new Error(message);

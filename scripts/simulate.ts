@@ -572,7 +572,7 @@ export class Farm {
       configDirectory: "/etc/guix",
       stateDirectory: "/var/guix",
       guix: "guix",
-      machineFile: () => ({ file, machines, problems: [], filesRead: [] }),
+      machineFile: () => ({ file, machines, problems: [] }),
       machineFromFields,
       report: ({ message }) => this.#report(message),
     };

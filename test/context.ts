@@ -103,7 +103,6 @@ export function makeContext(
       file: "/nonexistent",
       machines: [],
       problems: [],
-      filesRead: [],
     }),
     machineFromFields,
     plugins: [],

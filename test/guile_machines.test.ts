@@ -68,7 +68,6 @@ async function ask(changes: Partial<PluginContext> = {}) {
       file: machineFile,
       machines: [],
       problems: [],
-      filesRead: [],
       needsGuile: `${machineFile}:2:5: (match …`,
     }),
     report: (problem) => problems.push(problem),
@@ -101,7 +100,7 @@ plugins.after(() => fs.rmSync(directory, { recursive: true }));
 plugins("runs nothing where Guile is not needed", async () => {
   playGuix({ ...nothingRead, machines: [] });
   const machineFile = () =>
-    Promise.resolve({ file: "f", machines: [], problems: [], filesRead: [] });
+    Promise.resolve({ file: "f", machines: [], problems: [] });
   assert.equal((await ask({ machineFile })).machines, []);
   assert.is(countRuns(), 0);
 });

@@ -220,13 +220,6 @@ evaluating("says that a file it reads is missing", () => {
   );
 });
 
-evaluating("lists the files that it reads", () => {
-  const { filesRead } = evaluate('(call-with-input-file "/k" list)', {
-    readFile: () => "",
-  });
-  assert.equal(filesRead, ["/k"]);
-});
-
 evaluating("knows local names from those of special forms and modules", () => {
   assert.is(keyOf('(let ((if (lambda (a b c) c))) (if #t "/a" "/b"))'), "/b");
   assert.is(
