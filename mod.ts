@@ -5377,9 +5377,8 @@ async function transferAndOffload(
   local.catch(() => {}); // it is told below
   try {
     const remote = await session.openDaemon();
-    await setBuildOptions(remote, context.buildOptions);
     const before = performance.now();
-    await addTempRoot(remote, derivation);
+    await setBuildOptions(remote, context.buildOptions);
     const roundTrip = performance.now() - before;
     const store = await local;
     const connections: TransportContext & Context = {
