@@ -1388,9 +1388,24 @@ function parseJson(text: string, where: string): unknown {
   }
 }
 
+/** Refuses a file that somebody else could have written. */
+function checkOwner(file: string): void {
+  const { uid, mode } = statSync(file);
+  const trusted = uid === 0 || uid === process.getuid?.();
+  if (!trusted || (mode & 0o022) !== 0) {
+    throw new OffloadError(
+      `${file}: others than root and the daemon's user can write it`,
+      { hint: `run 'chown root ${file}; chmod go-w ${file}'` },
+    );
+  }
+}
+
 /** Reads the object in settings.json, where there is one. */
 function readSettingsFile(file: string): Record<string, unknown> {
   if (!existsSync(file)) return {};
+  // Some settings name programs to run.
+  checkOwner(dirname(file));
+  checkOwner(file);
   const settings = parseJson(readFileSync(file, "utf8"), file);
   if (settings?.constructor === Object) return { ...settings };
   throw new OffloadError(`${file}: expected an object`);
@@ -1682,18 +1697,6 @@ export function pluginProblem(plugin: unknown): string | undefined {
   if (options?.constructor !== Object) return "'options' is no object";
   const odd = keys.find((key) => typeof hooks[key] !== "function");
   return odd && `'${odd}' is no function`;
-}
-
-/** Refuses a file that somebody else could have written. */
-function checkOwner(file: string): void {
-  const { uid, mode } = statSync(file);
-  const trusted = uid === 0 || uid === process.getuid?.();
-  if (!trusted || (mode & 0o022) !== 0) {
-    throw new OffloadError(
-      `${file}: others than root and the daemon's user can write it`,
-      { hint: `run 'chown root ${file}; chmod go-w ${file}'` },
-    );
-  }
 }
 
 /** Loads a site's plugin. */
@@ -3662,11 +3665,17 @@ export async function openSession(
 ): Promise<Session> {
   const { connectTimeout } = context.settings;
   for (const plugin of pluginsWith("connect", context)) {
+    let opening: Awaitable<Connection | undefined>;
     const connection = await callHook(
       // By itself it says better what is late.
       ...[plugin, "connect", 1.5 * connectTimeout] as const,
-      () => plugin.connect(machine, contextFor(plugin, context), reached),
-    );
+      () =>
+        opening = plugin.connect(machine, contextFor(plugin, context), reached),
+    ).catch((error) => {
+      // What comes too late would stay open.
+      Promise.resolve(opening).then((late) => late?.close(), () => {});
+      throw error;
+    });
     if (connection === undefined) continue;
     return makeSession(machine, connection, context);
   }

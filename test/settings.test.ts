@@ -1,10 +1,17 @@
 /** Settings: settings.json, the environment, and the schema. */
 
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { OffloadError, readSettings, settingsSchema } from "../mod.ts";
+import { throws, withDirectory } from "./helpers.ts";
 
 const test = suite("settings");
 
@@ -55,6 +62,18 @@ test("readSettings() names what is unknown or wrong", () => {
   assertRefused(/'use': expected an? object, got \[\]/, '{"use": []}');
   assertRefused(/'use': expected an? object, got "drain"/, '{"use": "drain"}');
 });
+
+test("readSettings() refuses what others could have written", () =>
+  withDirectory((directory) => {
+    const file = `${directory}/settings.json`;
+    writeFileSync(file, "{}");
+    chmodSync(file, 0o666);
+    throws(() => readSettings(directory, {}), /settings\.json: others than/);
+    chmodSync(file, 0o644);
+    readSettings(directory, {});
+    chmodSync(directory, 0o777);
+    throws(() => readSettings(directory, {}), /: others than/);
+  }));
 
 test("readSettings() names a variable that is wrong", () => {
   assertRefused(/OFFLOAD_ATTEMPTS: NaN is not/, "{}", {
