@@ -27,7 +27,10 @@ let directory = "";
 test.before.each(() => {
   directory = mkdtempSync(`${tmpdir()}/offload-`);
 });
-test.after.each(() => rmSync(directory, { recursive: true }));
+test.after.each(() => {
+  // What runs in the background may still write there.
+  rmSync(directory, { recursive: true, force: true, maxRetries: 50 });
+});
 
 /** A machine with all that is required, and more. */
 function fields(more: Record<string, unknown> = {}): Record<string, unknown> {

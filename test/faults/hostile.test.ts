@@ -360,7 +360,8 @@ const rows: readonly Row[] = [
   {
     machine: "closes at the probe and whenever it is asked again",
     lies: () => ({ stops: { probe: "closes", daemon: "closes" } }),
-    says: /lost connection to '/,
+    answer: "postpone",
+    says: /failed to connect to '/,
   },
   {
     machine: "does not answer the probe",
@@ -449,7 +450,7 @@ const rows: readonly Row[] = [
   },
   {
     machine: "answers an operation with a log without end",
-    lies: () => ({ answers: { addTempRoot: () => endless(LOG) } }),
+    lies: () => ({ answers: { setOptions: () => endless(LOG) } }),
     says: /guix-daemon on '.*too many messages/,
     quick: true,
   },
@@ -457,7 +458,7 @@ const rows: readonly Row[] = [
     machine: "answers with empty messages without end",
     lies: () => ({
       answers: {
-        addTempRoot: () =>
+        setOptions: () =>
           endless(Buffer.concat(Array(4096).fill(encode(STDERR.next, "")))),
       },
     }),
@@ -467,7 +468,7 @@ const rows: readonly Row[] = [
     machine: "answers with a message of an absurd length",
     lies: () => ({
       answers: {
-        addTempRoot: () => mebibytes(64, encode(STDERR.next, 2 ** 40)),
+        setOptions: () => mebibytes(64, encode(STDERR.next, 2 ** 40)),
       },
     }),
     says: /guix-daemon on '.*unexpected number/,
@@ -490,7 +491,7 @@ const rows: readonly Row[] = [
     machine: "fails with an error that looks like an answer to the daemon",
     lies: () => ({
       answers: {
-        addTempRoot: () => encode(STDERR.error, "\x1b[2J\n# decline\n", 1),
+        setOptions: () => encode(STDERR.error, "\x1b[2J\n# decline\n", 1),
       },
     }),
     says: /error: .*\n {2}# decline/,
@@ -499,16 +500,16 @@ const rows: readonly Row[] = [
   {
     machine: "fails with an error as long as one may be",
     lies: () => ({
-      answers: { addTempRoot: () => encode(STDERR.error, MEBIBYTE, 1) },
+      answers: { setOptions: () => encode(STDERR.error, MEBIBYTE, 1) },
     }),
     says: /error: .*xxx/,
   },
   {
     machine: "fails with an error without a status",
     lies: () => ({
-      answers: { addTempRoot: () => encode(STDERR.error, "disk full") },
+      answers: { setOptions: () => encode(STDERR.error, "disk full") },
     }),
-    says: /guix-daemon on '/,
+    says: /lost connection to '/,
   },
   {
     machine: "answers a build with a code that there is not",
@@ -536,16 +537,6 @@ const rows: readonly Row[] = [
       },
     }),
     says: /offloaded to '.*' failed: it failed/,
-  },
-  {
-    machine: "lacks what nobody asked about",
-    lies: () => ({
-      answers: {
-        queryValidPaths: () => encode(STDERR.last, [`${STORE}/${name("x")}`]),
-        importPaths: () => encode(STDERR.error, "no", 1),
-      },
-    }),
-    says: /error: /,
   },
 
   // Outputs.

@@ -79,7 +79,6 @@ const DONE = encode(STDERR.last, 1);
 const OPERATIONS = {
   greeting: 0x6e697863,
   buildThings: 9,
-  addTempRoot: 11,
   exportPath: 16,
   setOptions: 19,
   queryPathInfo: 26,
@@ -165,7 +164,7 @@ async function readArguments(
     }
     return [];
   }
-  const isOne = ["addTempRoot", "exportPath", "queryPathInfo"]
+  const isOne = ["exportPath", "queryPathInfo"]
     .includes(operation);
   const paths = isOne ? [await reader.string(4096)] : await reader.strings();
   const hasMode = ["buildThings", "exportPath"].includes(operation);
