@@ -134,7 +134,7 @@ function suiteUnder(runtime: Runtime): void {
     "deno",
     "a build whose machines are all lost waits for one",
     async () => {
-      const [derivation] = makeWork("head", "--seconds=2");
+      const [derivation] = makeWork("head", "--seconds=8");
       const client = startBuild(derivation!);
       while (!/^building work$/m.test(client.text())) await delay(20);
       for (const machine of MACHINES) signal(machine, "KILL", "sshd");
@@ -149,7 +149,7 @@ function suiteUnder(runtime: Runtime): void {
 
   fault("node", "where machines stay lost, all causes are told", async () => {
     const variables = [...SETTINGS, "OFFLOAD_OUTAGE_TIMEOUT=3"];
-    const [derivation] = makeWork("head", "--seconds=2");
+    const [derivation] = makeWork("head", "--seconds=20");
     const outputs = Object.values(outputsOf("head", derivation!));
     const hook = startHook("head", { runtime, variables });
     assert.is(await hook.ask(derivation!), "accept");
