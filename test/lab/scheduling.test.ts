@@ -310,6 +310,8 @@ export default plugin as Plugin;
     rmSync(`${root("head")}${PLUGINS}/stuck.mjs`);
     writePlugin("loose.mjs", "export default {};");
     inHost("head", "chmod", "775", PLUGINS);
+    assert.is((await ask(derivation!, local)).answer, "decline");
+    rmSync(`${root("head")}${PLUGINS}/settings.json`);
     const loose = await ask(derivation!, local);
     assert.is(loose.answer, "accept");
     assert.match(loose.stderr, `${PLUGINS}: others than root`);
