@@ -35,12 +35,7 @@ const plugin = {
     const text = await cachedOutput(command, context);
     return parseMachines(text, `'${command}'`, context, demands);
   },
-  exclude: (machine, context) =>
-    excludeOff(
-      machine,
-      demands.get(`${machine.name}:${machine.port}`),
-      context,
-    ),
+  exclude: (machine, context) => excludeOff(machine, demands, context),
 } satisfies Plugin;
 
 export default plugin as Plugin;

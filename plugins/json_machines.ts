@@ -25,12 +25,7 @@ const plugin = {
     const text = readText(file);
     return parseMachines(text, file, context, demands);
   },
-  exclude: (machine, context) =>
-    excludeOff(
-      machine,
-      demands.get(`${machine.name}:${machine.port}`),
-      context,
-    ),
+  exclude: (machine, context) => excludeOff(machine, demands, context),
 } satisfies Plugin;
 
 export default plugin as Plugin;

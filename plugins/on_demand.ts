@@ -129,16 +129,18 @@ function isReachable({ name, port }: Machine): Promise<boolean> {
 }
 
 /**
- * Excludes a machine while it is off, and lets it be started. It is no use to
- * ask it then, but builds should wait for it.
+ * Excludes a machine while it is off, and lets it be started, where it has
+ * demands, by NAME:PORT. It is no use to ask it then, but builds should wait.
  */
 export async function excludeOff(
   machine: Machine,
-  demand: Demand | undefined,
+  demands: ReadonlyMap<string, Demand>,
   { stateDirectory }: PluginContext,
 ): Promise<Exclusion | undefined> {
+  const id = `${machine.name}:${machine.port}`;
+  const demand = demands.get(id);
   if (demand === undefined) return undefined;
-  const directory = `${stateDirectory}/offload/${machine.name}:${machine.port}`;
+  const directory = `${stateDirectory}/offload/${id}`;
   const [word = "off", time] = readWords(`${directory}/power`);
   const write = (word: string) => {
     const seconds = Math.floor(Date.now() / 1000);
