@@ -1581,6 +1581,11 @@ export interface Connection {
   readonly ended?: Promise<void>;
   /** Connects to a Unix-domain socket there; rejects where that can't be. */
   openSocket(file: string): Promise<Duplex>;
+  /**
+   * So many bytes arrive at such a socket in one piece, if they are written in
+   * one: then a daemon takes requests together. Default: 0.
+   */
+  readonly pieceSize?: number;
   /** Runs a shell command there. */
   exec(command: string): Promise<RemoteProcess>;
   /** Ends it and all that runs over it; because of an error, at once. */
@@ -1608,8 +1613,11 @@ export interface Transport {
   send(items: ReadonlyMap<string, PathInfo>): Awaitable<void>;
   /** Told when the build of a derivation starts: `retrieve` comes next. */
   prepare?(derivation: string): void;
-  /** The bundle that `guix archive --export` makes of `paths` there. */
-  retrieve(paths: readonly string[]): AsyncIterable<Uint8Array>;
+  /**
+   * The bundle that `guix archive --export` makes of `paths` there: items of
+   * `size` bytes, where that is known.
+   */
+  retrieve(paths: readonly string[], size?: number): AsyncIterable<Uint8Array>;
 }
 
 /** The hooks: what a plugin may do. */
@@ -2254,7 +2262,16 @@ export interface StoreConnection {
   readonly reader: ByteReader;
   /** Minor version of the daemon's protocol. */
   readonly minor: number;
+  /** Bytes of requests that it takes ahead of its answers; 0: one request. */
+  readonly ahead: number;
 }
+
+/**
+ * What a guix-daemon reads at once, in bytes (nix/libutil/serialise.hh). While
+ * it works it expects silence (nix/nix-daemon/nix-daemon.cc), but what it has
+ * read by then may hold further requests, if all of them came in one piece.
+ */
+const READ_SIZE = 32768;
 
 /** What a daemon's operation reads and writes while it works. */
 interface OperationStreams {
@@ -2338,25 +2355,95 @@ async function nextData(
   }
 }
 
+/** Waits for the end of an operation. */
+async function finish(
+  store: StoreConnection,
+  streams?: OperationStreams,
+): Promise<void> {
+  if (await nextData(store, streams) !== undefined) {
+    throw store.reader.error("unexpected data");
+  }
+}
+
 async function operate(
   store: StoreConnection,
   request: readonly WireValue[],
   streams?: OperationStreams,
 ): Promise<void> {
   await write(store.stream, encode(...request));
-  if (await nextData(store, streams) !== undefined) {
-    throw store.reader.error("unexpected data");
+  await finish(store, streams);
+}
+
+/** An operation: what is sent, and what reads that which it returns. */
+interface Call {
+  readonly request: Buffer;
+  readonly result: (reader: ByteReader) => Promise<unknown>;
+}
+
+/** Any of a kind, also one after another. */
+type Sequence<T> = Iterable<T> | AsyncIterable<T>;
+
+/** Puts together what goes in one message, as soon as that is full. */
+async function* messagesOf<T extends { readonly request: Buffer }>(
+  calls: Sequence<T>,
+  { ahead }: StoreConnection,
+): AsyncGenerator<readonly T[], void> {
+  let message: T[] = [];
+  let size = 0;
+  for await (const call of calls) {
+    if (message.length > 0 && size + call.request.length > ahead) {
+      yield message;
+      [message, size] = [[], 0];
+    }
+    message.push(call);
+    size += call.request.length;
+  }
+  if (message.length > 0) yield message;
+}
+
+async function writeMessage(
+  { stream }: StoreConnection,
+  message: readonly { readonly request: Buffer }[],
+): Promise<void> {
+  await write(stream, Buffer.concat(message.map(({ request }) => request)));
+}
+
+/**
+ * Performs operations one after another, waiting for answers only between
+ * messages. What the daemon refuses is thrown once the rest of the message is
+ * answered: the connection stays of use.
+ */
+async function operateAll(
+  store: StoreConnection,
+  calls: Sequence<Call>,
+  streams?: OperationStreams,
+): Promise<void> {
+  for await (const message of messagesOf(calls, store)) {
+    await writeMessage(store, message);
+    let refused: DaemonError | undefined;
+    for (const { result } of message) {
+      try {
+        await finish(store, streams);
+        await result(store.reader);
+      } catch (error) {
+        if (!(error instanceof DaemonError)) throw error;
+        refused ??= error;
+      }
+    }
+    if (refused !== undefined) throw refused;
   }
 }
 
 /**
- * Shakes hands with the guix-daemon at the other end of `stream`.
+ * Shakes hands with the guix-daemon at the other end of `stream`, where so many
+ * bytes arrive in one piece if they were written in one.
  *
  * @throws {OffloadError} where the peer is none or too old.
  */
 export async function openStore(
   stream: Duplex,
   name: string,
+  pieceSize = 0,
 ): Promise<StoreConnection> {
   const reader = new ByteReader(stream, name);
   // The version needn't be known to send ours: one round trip, not two.  The
@@ -2372,7 +2459,8 @@ export async function openStore(
   ) {
     throw reader.error(`unsupported protocol 0x${version.toString(16)}`);
   }
-  const store = { name, stream, reader, minor };
+  const ahead = Math.min(pieceSize, READ_SIZE);
+  const store = { name, stream, reader, minor, ahead };
   await nextData(store);
   return store;
 }
@@ -2438,18 +2526,31 @@ function derivationName(path: string): string {
   return itemName(path).replace(/\.drv$/, "");
 }
 
-/** Returns what the store knows of `path`, which must be valid. */
-export async function queryPathInfo(
+/** Asks what a store knows of `path`, and hands it on. */
+function pathInfoCall(path: string, take: (info: PathInfo) => void): Call {
+  return {
+    request: encode(OPERATION.queryPathInfo, path),
+    result: async (reader) => {
+      await reader.string(LIMITS.storePath); // deriver
+      const narHash = await reader.string(LIMITS.storePath);
+      const references = await reader.strings();
+      await reader.number(); // registration time
+      take({ references, narHash, narSize: await reader.number() });
+    },
+  };
+}
+
+/** Returns what the store knows of each of `paths`, which must be valid. */
+export async function queryPathInfos(
   store: StoreConnection,
-  path: string,
-): Promise<PathInfo> {
-  const { reader } = store;
-  await operate(store, [OPERATION.queryPathInfo, path]);
-  await reader.string(LIMITS.storePath); // deriver
-  const narHash = await reader.string(LIMITS.storePath);
-  const references = await reader.strings();
-  await reader.number(); // registration time
-  return { references, narHash, narSize: await reader.number() };
+  paths: readonly string[],
+): Promise<Map<string, PathInfo>> {
+  const infos = new Map<string, PathInfo>();
+  const calls = paths.map((path) =>
+    pathInfoCall(path, (info) => infos.set(path, info))
+  );
+  await operateAll(store, calls);
+  return infos;
 }
 
 /** Returns the outputs of a derivation. */
@@ -2461,24 +2562,67 @@ async function queryDerivationOutputs(
   return store.reader.strings();
 }
 
-/** Protects `path` from garbage collection while the connection is open. */
-export async function addTempRoot(
+/** Protects items from garbage collection while the connection is open. */
+export async function addTempRoots(
   store: StoreConnection,
-  path: string,
+  paths: Iterable<string>,
 ): Promise<void> {
-  await operate(store, [OPERATION.addTempRoot, path]);
-  await store.reader.number();
+  const calls = function* () {
+    for (const path of paths) {
+      const request = encode(OPERATION.addTempRoot, path);
+      yield { request, result: (reader: ByteReader) => reader.number() };
+    }
+  };
+  await operateAll(store, calls());
 }
 
-/** Adds a text to the store and returns its path, which follows from it. */
+/** Adds a text to the store; its path follows from it. */
+function addTextCall(
+  name: string,
+  text: Uint8Array,
+  references: readonly string[],
+  take: (path: string) => void,
+): Call {
+  return {
+    request: encode(OPERATION.addTextToStore, name, text, references),
+    result: async (reader) => take(await reader.string(LIMITS.storePath)),
+  };
+}
+
+/** Adds a nar, or the file that it is, to the store; its path follows from it. */
+function addNarCall(
+  name: string,
+  recursive: boolean,
+  nar: Buffer,
+  take: (path: string) => void,
+): Call {
+  const request = [OPERATION.addToStore, name, true, recursive, "sha256"];
+  return {
+    request: Buffer.concat([encode(...request), nar]),
+    result: async (reader) => take(await reader.string(LIMITS.storePath)),
+  };
+}
+
+/** Adds a text to the store and returns its path. */
 export async function addTextToStore(
   store: StoreConnection,
   name: string,
   text: Uint8Array,
   references: readonly string[],
 ): Promise<string> {
-  await operate(store, [OPERATION.addTextToStore, name, text, references]);
-  return store.reader.string(LIMITS.storePath);
+  let added = "";
+  const take = (path: string) => added = path;
+  await operateAll(store, [addTextCall(name, text, references, take)]);
+  return added;
+}
+
+/** Builds derivations and substitutes other items. */
+function buildCall(things: readonly string[]): Call {
+  const normalMode = 0;
+  return {
+    request: encode(OPERATION.buildThings, things, normalMode),
+    result: (reader) => reader.number(),
+  };
 }
 
 /**
@@ -2492,23 +2636,19 @@ export async function buildThings(
   things: readonly string[],
   log: (text: Buffer) => void,
 ): Promise<void> {
-  const normalMode = 0;
-  const request = [OPERATION.buildThings, things, normalMode];
-  await operate(store, request, { log });
-  await store.reader.number();
+  await operateAll(store, [buildCall(things)], { log });
 }
 
-/** Adds a nar, or the file that it is, to the store and returns its path. */
-async function addToStore(
+/** Reads an export: nar, metadata and, where it is to sign, a signature. */
+async function* readExport(
   store: StoreConnection,
-  name: string,
-  recursive: boolean,
-  nar: Uint8Array,
-): Promise<string> {
-  const request = [OPERATION.addToStore, name, true, recursive, "sha256"];
-  await write(store.stream, Buffer.concat([encode(...request), nar]));
-  await operate(store, []);
-  return store.reader.string(LIMITS.storePath);
+  path: string,
+): AsyncGenerator<Buffer, void> {
+  let data;
+  while ((data = await nextData(store)) !== undefined) yield data;
+  if (await store.reader.number() !== 1) {
+    throw store.reader.error(`failed to export '${path}'`);
+  }
 }
 
 /** Exports an item: nar, metadata and, where a daemon is to sign, signature. */
@@ -2518,11 +2658,7 @@ export async function* exportPath(
   sign = true,
 ): AsyncGenerator<Buffer, void> {
   await write(store.stream, encode(OPERATION.exportPath, path, sign));
-  let data;
-  while ((data = await nextData(store)) !== undefined) yield data;
-  if (await store.reader.number() !== 1) {
-    throw store.reader.error(`failed to export '${path}'`);
-  }
+  yield* readExport(store, path);
 }
 
 /** Imports a bundle of items and returns their paths. */
@@ -2546,9 +2682,16 @@ async function* exportBundle(
   store: StoreConnection,
   paths: readonly string[],
 ): AsyncGenerator<Buffer, void> {
-  for (const path of paths) {
-    yield encode(1);
-    yield* exportPath(store, path);
+  const sign = true;
+  const exports = paths.map((path) => (
+    { path, request: encode(OPERATION.exportPath, path, sign) }
+  ));
+  for await (const message of messagesOf(exports, store)) {
+    await writeMessage(store, message);
+    for (const { path } of message) {
+      yield encode(1);
+      yield* readExport(store, path);
+    }
   }
   yield encode(0);
 }
@@ -3804,6 +3947,7 @@ async function connect(
     failure: () => failure,
     ended: ended.promise,
     openSocket: (file) => openSocket(client, file),
+    pieceSize: OPENSSH_PACKET,
     exec: (command) => execute(client, command),
     close: (error) => error === undefined ? client.end() : fail(error),
   };
@@ -3872,6 +4016,12 @@ async function executeThere(
   noteUse(process.channel, link).on("error", () => {});
   return process;
 }
+
+/**
+ * What sshd takes in a packet, in bytes, and writes to a socket at once. That
+ * ssh2 forwards to sockets means that it is OpenSSH's.
+ */
+const OPENSSH_PACKET = 32768;
 
 /** Connects to a Unix-domain socket there. */
 function openSocket(client: Client, file: string): Promise<Duplex> {
@@ -3943,7 +4093,7 @@ async function openRemoteDaemon(
 ): Promise<StoreConnection> {
   const called = `guix-daemon on '${name}'`;
   let isLate = false;
-  const greet = async (stream: Promise<Duplex>) => {
+  const greet = async (stream: Promise<Duplex>, pieceSize = 0) => {
     // The server may answer while the daemon behind it does not, or neither.
     const late = Promise.withResolvers<never>();
     const timer = setTimeout(() => {
@@ -3952,7 +4102,7 @@ async function openRemoteDaemon(
     }, connectTimeout * 1000);
     const open = stream.then((stream) => {
       stream.on("error", () => {}); // who reads learns of it
-      return openStore(noteUse(stream, link), called);
+      return openStore(noteUse(stream, link), called, pieceSize);
     });
     try {
       return await Promise.race([open, late.promise]);
@@ -3967,7 +4117,9 @@ async function openRemoteDaemon(
   let relay: RemoteProcess | undefined;
   let cause: unknown;
   try {
-    return await greet(link.connection.openSocket(daemonSocket));
+    const { connection } = link;
+    const socket = connection.openSocket(daemonSocket);
+    return await greet(socket, connection.pieceSize);
   } catch (error) {
     cause = error;
   }
@@ -4001,7 +4153,7 @@ async function openLocalDaemon(path: string): Promise<StoreConnection> {
       reject(new LocalError(message, { cause, hint }));
     });
   });
-  return openStore(stream, "guix-daemon");
+  return openStore(stream, "guix-daemon", READ_SIZE);
 }
 
 // ---------------------------------------------------------------------------
@@ -4447,17 +4599,20 @@ async function queryInputs(
   const store = await openLocalDaemon(context.daemonSocket);
   try {
     const items = new Map<string, InputItem>();
-    const { references } = await queryPathInfo(store, derivation);
+    const infos = await queryPathInfos(store, [derivation]);
+    const { references } = infos.get(derivation)!;
     const roots = [...references];
     for (const path of references.filter((path) => path.endsWith(".drv"))) {
       roots.push(...await queryDerivationOutputs(store, path));
     }
-    const queue = await queryValidPaths(store, roots);
-    for (let path; (path = queue.pop()) !== undefined;) {
-      if (items.has(path)) continue;
-      const { references, narSize } = await queryPathInfo(store, path);
-      items.set(path, { path, size: narSize });
-      queue.push(...references);
+    let paths = await queryValidPaths(store, roots);
+    while (paths.length > 0) {
+      const next = new Set<string>();
+      for (const [path, info] of await queryPathInfos(store, paths)) {
+        items.set(path, { path, size: info.narSize });
+        info.references.forEach((reference) => next.add(reference));
+      }
+      paths = [...next].filter((path) => !items.has(path));
     }
     return [...items.values()];
   } finally {
@@ -4594,33 +4749,35 @@ function drain(
 }
 
 /**
- * What means of sending cost, in milliseconds, as measured: connections that
- * share the work, an item by its contents and as a signed archive, starting
- * `guix authenticate` on both sides, a message of an archive, its size, and
- * starting `guix archive` there, which needs no round trip for each message.
+ * What means of sending cost, in milliseconds, as measured: an item by its
+ * contents and as a signed archive, starting `guix authenticate` on one side
+ * and on both, a message of an archive, its size, and starting `guix archive`
+ * there, which needs no round trip for each message.
  */
 const COST = {
-  lanes: 4,
-  addressed: 0.8,
+  addressed: 0.3,
   signed: 2.5,
+  sign: 125,
   authenticate: 250,
   message: 0.5,
   messageSize: 32768,
   archive: 350,
 } as const;
 
-/** Whether to send items by their contents rather than signed, one at a time. */
+/** Whether to send items by their contents rather than signed. */
 function worthAddressing(
   addressed: readonly PathInfo[],
   others: number,
   roundTrip: number,
+  { ahead }: StoreConnection,
 ): boolean {
+  const { length } = addressed;
   const size = addressed.reduce((sum, { narSize }) => sum + narSize, 0);
-  const each = (roundTrip + COST.addressed) / COST.lanes;
-  const signed = COST.signed * addressed.length +
-    size / COST.messageSize * (roundTrip + COST.message) +
-    (others === 0 ? COST.authenticate : 0);
-  return addressed.length * each < signed;
+  const messages = size / COST.messageSize;
+  const waits = ahead === 0 ? length : Math.min(length, messages + 1);
+  const archive = Math.min(messages * (roundTrip + COST.message), COST.archive);
+  return COST.addressed * length + waits * roundTrip <
+    COST.signed * length + archive + (others === 0 ? COST.authenticate : 0);
 }
 
 /** The nar of a file that is not executable. */
@@ -4629,25 +4786,23 @@ function fileNar(contents: Uint8Array): Buffer {
   return Buffer.concat([encode(...head), encode(contents, ")")]);
 }
 
-/** Adds an item to the remote store by what its name follows from. */
-async function sendAddressed(
+/** What adds an item to a remote store by what its name follows from. */
+async function addressedCall(
   path: string,
   address: ContentAddress,
   { references, narSize }: PathInfo,
-  remote: StoreConnection,
-  readNar: (path: string, size: number) => Promise<Buffer>,
-): Promise<void> {
+  local: StoreConnection,
+  take: (added: string) => void,
+): Promise<Call> {
   const name = itemName(path);
-  const recursive = address === "recursive";
-  const added = address === "text"
-    ? await addTextToStore(remote, name, readFileSync(path), references)
-    : await addToStore(
-      ...[remote, name, recursive] as const,
-      recursive ? await readNar(path, narSize) : fileNar(readFileSync(path)),
-    );
-  if (added !== path) {
-    throw new OffloadError(`${remote.name} made '${added}' of '${path}'`);
+  if (address === "text") {
+    return addTextCall(name, readFileSync(path), references, take);
   }
+  const contents = readPlainFile(path);
+  const nar = contents === undefined
+    ? await readNar(local, path, narSize)
+    : fileNar(contents);
+  return addNarCall(name, address === "recursive", nar, take);
 }
 
 /** Reads the nar of an item, with which its export begins. */
@@ -4659,16 +4814,6 @@ async function readNar(
   const chunks = [];
   for await (const chunk of exportPath(store, path, false)) chunks.push(chunk);
   return Buffer.concat(chunks).subarray(0, size);
-}
-
-/** Lets one piece of work at a time run, in the order in which they come. */
-function makeTurns(): <T>(work: () => Promise<T>) => Promise<T> {
-  let last: Promise<unknown> = Promise.resolve();
-  return (work) => {
-    const turn = last.then(work);
-    last = turn.catch(() => {});
-    return turn;
-  };
 }
 
 /** Tells of a transfer, once a second, where it takes more than one. */
@@ -4686,47 +4831,39 @@ function makeProgress(what: string, log: Log): (size: number) => void {
   };
 }
 
-/**
- * Sends items by their contents over some connections at once, each item after
- * those it refers to.
- */
-async function sendAllAddressed(
+/** Sends items by their contents, each after those it refers to. */
+async function sendAddressed(
   paths: readonly string[],
   items: ReadonlyMap<string, PathInfo>,
   addresses: ReadonlyMap<string, ContentAddress>,
-  { local, log, machine, remote, openDaemon }: TransportContext,
+  { local, log, machine, remote }: TransportContext,
 ): Promise<void> {
   const what = `sending ${count(paths.length)} to '${machine.name}'`;
   const progress = makeProgress(what, log);
-  const turns = makeTurns();
-  const narOf = (path: string, size: number) =>
-    turns(() => readNar(local, path, size));
-  const more = Math.min(COST.lanes, Math.ceil(paths.length / 8)) - 1;
-  const opened = await Promise.all(
-    Array.from({ length: more }, () => openDaemon()),
-  );
-  const lanes = [remote, ...opened]
-    .map((store) => ({ store, turns: makeTurns() }));
-  const sent = new Map<string, Promise<void>>();
-  let failed = false;
-  paths.forEach((path, index) => {
-    const item = items.get(path)!;
-    const lane = lanes[index % lanes.length]!;
-    const after = item.references.map((reference) => sent.get(reference));
-    const send = async () => {
-      await Promise.all(after);
-      if (failed) return;
-      await sendAddressed(path, addresses.get(path)!, item, lane.store, narOf);
+  const added: string[] = [];
+  const take = (path: string) => added.push(path);
+  const calls = async function* () {
+    for (const path of paths) {
+      const item = items.get(path)!;
+      yield await addressedCall(path, addresses.get(path)!, item, local, take);
       progress(item.narSize);
-    };
-    const done = lane.turns(send);
-    done.catch(() => failed = true);
-    sent.set(path, done);
-  });
-  // None may go on over a connection that is used for something else next.
-  await Promise.allSettled(sent.values());
-  await Promise.all(sent.values());
-  // Not to be closed before the build: they protect what came over them.
+    }
+  };
+  await operateAll(remote, calls());
+  checkAdded(paths, added, machine);
+}
+
+/** Checks that items came out as they are here. */
+function checkAdded(
+  paths: readonly string[],
+  added: readonly string[],
+  { name }: Machine,
+): void {
+  const other = paths.findIndex((path, index) => path !== added[index]);
+  if (other < 0) return;
+  throw new OffloadError(
+    `'${name}' made '${added[other]}' of '${paths[other]}'`,
+  );
 }
 
 /** Passes on so many bytes at the most, until the signal. */
@@ -4896,23 +5033,20 @@ async function discard(chunks: AsyncIterable<unknown>): Promise<void> {
 }
 
 /** Protects items from the collector there, as many as it can until stopped. */
-function addTempRoots(
-  remote: StoreConnection,
+function protect(
   paths: readonly string[],
+  remote: StoreConnection,
 ): { stop(): Promise<void> } {
   let stopped = false;
-  const add = async () => {
-    for (const path of paths) {
-      if (stopped) return;
-      await addTempRoot(remote, path);
-    }
+  const left = function* () {
+    for (const path of paths) if (!stopped) yield path;
   };
-  const added = add();
-  added.catch(() => {}); // it is told by whoever uses the connection next
+  const done = addTempRoots(remote, left());
+  done.catch(() => {}); // it is told by whoever uses the connection next
   return {
     stop: () => {
       stopped = true;
-      return added.catch(() => {});
+      return done.catch(() => {});
     },
   };
 }
@@ -4928,17 +5062,18 @@ async function sendSigned(
   const what = `sending ${count(paths.length)} to '${machine.name}'`;
   const makeBundle = () =>
     withProgress(context.exportBundle(paths), what, context.log);
-  const level = await compressionLevel(size, context);
-  const archive = messages * (roundTrip + COST.message) < COST.archive
-    ? undefined
-    : await startArchive("in", ["--import"], level, context);
+  const isBulk = messages * (roundTrip + COST.message) >= COST.archive;
+  const level = isBulk ? await compressionLevel(size, context) : undefined;
+  const archive = isBulk
+    ? await startArchive("in", ["--import"], level, context)
+    : undefined;
   if (archive === undefined) {
     await importPaths(remote, makeBundle());
     return;
   }
   const { channel, compressor, output } = archive;
   discard(output).catch(() => {}); // the names of what it imported
-  const rooting = addTempRoots(remote, paths);
+  const protection = protect(paths, remote);
   try {
     const bundle = makeBundle();
     await (compressor === undefined || level === undefined
@@ -4950,7 +5085,7 @@ async function sendSigned(
     await archive.finish();
     throw cause;
   } finally {
-    await rooting.stop();
+    await protection.stop();
   }
   await archive.finish();
 }
@@ -4969,22 +5104,14 @@ async function* readArchive(
   await finish();
 }
 
-/** The level with which outputs come back the soonest. */
-async function outputLevel(
-  paths: readonly string[],
-  remote: StoreConnection,
-  context: TransportContext,
-): Promise<number | undefined> {
-  if (context.machine.compression === "none") return undefined;
-  let size = 0;
-  for (const path of paths) size += (await queryPathInfo(remote, path)).narSize;
-  return compressionLevel(size, context);
-}
+/** Round trips until a further connection to a daemon has signed something. */
+const EXPORTER_TRIPS = 3;
 
 /** The default transport: over connections to the daemon, but for bulk. */
 function daemonTransport(context: TransportContext): Transport {
   const { remote, roundTrip, openDaemon, signal } = context;
   let exporter: Promise<StoreConnection> | undefined;
+  let ready: StoreConnection | undefined;
   return {
     missing: async (paths) => {
       const valid = new Set(await queryValidPaths(remote, paths));
@@ -4998,7 +5125,9 @@ function daemonTransport(context: TransportContext): Transport {
       }
       const addressed = [...addresses.keys()].map((path) => items.get(path)!);
       const others = items.size - addressed.length;
-      if (!worthAddressing(addressed, others, roundTrip)) addresses.clear();
+      if (!worthAddressing(addressed, others, roundTrip, remote)) {
+        addresses.clear();
+      }
       const references = new Map(
         [...items].map(([path, item]) => [path, item.references]),
       );
@@ -5006,7 +5135,7 @@ function daemonTransport(context: TransportContext): Transport {
       for (const { addressed, paths } of batches) {
         const size = paths.reduce((n, path) => n + items.get(path)!.narSize, 0);
         if (!addressed) await sendSigned(paths, size, context);
-        else await sendAllAddressed(paths, items, addresses, context);
+        else await sendAddressed(paths, items, addresses, context);
       }
     },
     prepare: (derivation) => {
@@ -5014,13 +5143,16 @@ function daemonTransport(context: TransportContext): Transport {
       exporter = openDaemon().then(async (store) => {
         const chunks = exportPath(store, derivation);
         await discard(bounded(chunks, LIMITS.chunk, signal));
-        return store;
+        return ready = store;
       });
       exporter.catch(() => {});
     },
-    retrieve: async function* (paths) {
-      const store = await exporter?.catch(() => remote) ?? remote;
-      const level = await outputLevel(paths, store, context);
+    retrieve: async function* (paths, size = 0) {
+      // From afar, it may take longer than to start the signing over there.
+      const isQuick = EXPORTER_TRIPS * roundTrip < COST.sign;
+      if (isQuick) await exporter?.catch(() => {});
+      const store = ready ?? remote;
+      const level = await compressionLevel(size, context);
       const archive = level === undefined
         ? undefined
         : await startArchive("out", ["--export", ...paths], level, context);
@@ -5074,15 +5206,12 @@ async function queryItems(
   paths: readonly string[],
   store: StoreConnection,
 ): Promise<Map<string, PathInfo>> {
-  const items = new Map<string, PathInfo>();
-  const references = new Map<string, readonly string[]>();
-  for (const path of paths) {
-    const item = await queryPathInfo(store, path).catch((cause) => {
-      throw new LocalError(reason(cause), { cause });
-    });
-    items.set(path, item);
-    references.set(path, item.references);
-  }
+  const items = await queryPathInfos(store, paths).catch((cause) => {
+    throw new LocalError(reason(cause), { cause });
+  });
+  const references = new Map(
+    [...items].map(([path, { references }]) => [path, references]),
+  );
   const [all] = makeBatches(references, () => true);
   return new Map(all?.paths.map((path) => [path, items.get(path)!]));
 }
@@ -5145,18 +5274,22 @@ async function missingItems(
   return lackingItems(missing, transport);
 }
 
-/** Sends items that the machine lacks, and notes how fast that went. */
+/**
+ * Sends items that the machine lacks, and notes how fast that went. Of these
+ * the derivation is left, which goes with the request to build it.
+ */
 async function sendItems(
   paths: readonly string[],
+  derivation: string,
   transport: Transport,
   context: TransportContext,
   { observations }: Context,
-): Promise<void> {
+): Promise<PathInfo | undefined> {
   const { machine, local, log } = context;
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
   let items = await queryItems(paths, local);
-  if (items.size === 0) return;
+  if (items.size === 0) return undefined;
   const lock = sizeOf(items) < BULK
     ? undefined
     : await context.patiently(() => lockUploads(machine, context));
@@ -5171,11 +5304,16 @@ async function sendItems(
       `sending ${count(items.size)} (${mebibytes(size)} MiB) to ` +
         `'${machine.name}'...`,
     );
+    const recipe = items.get(derivation);
+    items.delete(derivation);
+    if (items.size === 0) return recipe;
     const start = performance.now();
     await transport.send(items);
-    if (size <= 2 ** 20) return;
-    const bandwidth = size / (performance.now() - start) * 1000;
-    observations.saveBandwidth(machineId(machine), bandwidth);
+    if (size > 2 ** 20) {
+      const bandwidth = size / (performance.now() - start) * 1000;
+      observations.saveBandwidth(machineId(machine), bandwidth);
+    }
+    return recipe;
   } finally {
     lock?.release();
   }
@@ -5241,11 +5379,12 @@ export async function restoreOutputs(
 }
 
 /**
- * Puts the outputs at their paths: all of them, once each is complete and its
- * signature verified, or none.
+ * Puts the outputs, of `size` bytes, at their paths: all of them, once each is
+ * complete and its signature verified, or none.
  */
 async function retrieveOutputs(
   outputs: readonly string[],
+  size: number,
   transport: Transport,
   machine: Machine,
   context: Context,
@@ -5256,7 +5395,7 @@ async function retrieveOutputs(
   const name = `archive from '${machine.name}'`;
   const what = `retrieving from '${machine.name}'`;
   const { log, settings: { maximumArchiveSize }, signal } = context;
-  const sent = transport.retrieve(outputs);
+  const sent = transport.retrieve(outputs, size);
   const chunks = bounded(sent, maximumArchiveSize, signal);
   const bundle = withProgress(chunks, what, log);
   const reader = new ByteReader(bundle, name);
@@ -5291,8 +5430,8 @@ async function* exportFromHere(
 /** What the daemon sends for a build that was accepted. */
 interface Work {
   readonly derivation: string;
-  /** All that it needs, its closure included. */
-  readonly inputs: readonly string[];
+  /** The derivation and all that it needs, its closure included. */
+  readonly needed: readonly string[];
   /** What it is to make. */
   readonly outputs: readonly string[];
 }
@@ -5303,13 +5442,24 @@ function isFinal(error: unknown): boolean {
     (error instanceof OffloadError && error.exitCode !== EXIT.transient);
 }
 
-/** Builds on the other side; what fails there is told in its exit code. */
+/** What a build took, and made. */
+interface Built {
+  readonly seconds: number;
+  /** The size of the outputs, in bytes. */
+  readonly size: number;
+}
+
+/**
+ * Builds on the other side, all in a message; what fails there is told in its
+ * exit code.
+ */
 async function buildRemotely(
-  derivation: string,
+  { derivation, outputs }: Work,
+  recipe: PathInfo | undefined,
   remote: StoreConnection,
   machine: Machine,
   context: Context,
-): Promise<void> {
+): Promise<Built> {
   context.log.info(`offloading '${derivation}' to '${machine.name}'...`);
   context.log.trace(`@ build-remote ${derivation} ${machine.name}`);
   let timedOut = false;
@@ -5322,8 +5472,23 @@ async function buildRemotely(
     );
     context.buildLog(text);
   };
+  let size = 0;
+  const calls = [
+    buildCall([derivation]),
+    ...outputs.map((output) =>
+      pathInfoCall(output, ({ narSize }) => size += narSize)
+    ),
+  ];
+  if (recipe !== undefined) {
+    const text = readFileSync(derivation);
+    const name = itemName(derivation);
+    // Were it made into another item, it could not be built.
+    calls.unshift(addTextCall(name, text, recipe.references, () => {}));
+  }
+  const start = performance.now();
   try {
-    await buildThings(remote, [derivation], log);
+    await operateAll(remote, calls, { log });
+    return { seconds: (performance.now() - start) / 1000, size };
   } catch (cause) {
     if (!(cause instanceof DaemonError)) throw cause;
     // What kills is short of memory, or ends the daemon there.
@@ -5341,27 +5506,27 @@ async function buildRemotely(
 
 /**
  * Sends what the machine lacks, and builds; what is collected there before the
- * build has begun is sent once more. Returns how many seconds the build took.
+ * build has begun is sent once more.
  */
 async function sendAndBuild(
-  needed: readonly string[],
-  derivation: string,
+  work: Work,
   transport: Transport,
   connections: TransportContext,
   context: Context,
-): Promise<number> {
+): Promise<Built> {
+  const { derivation, needed } = work;
   const { machine, remote } = connections;
   let missing = await missingItems(needed, transport, connections);
   for (let isAgain = false;; isAgain = true) {
     try {
-      await sendItems(missing, transport, connections, context);
-      missing = [];
-      transport.prepare?.(derivation);
-      const start = performance.now();
-      await connections.patiently(() =>
-        buildRemotely(derivation, remote, machine, context)
+      const recipe = await sendItems(
+        ...[missing, derivation, transport, connections, context] as const,
       );
-      return (performance.now() - start) / 1000;
+      missing = recipe === undefined ? [] : [derivation];
+      transport.prepare?.(derivation);
+      return await connections.patiently(() =>
+        buildRemotely(work, recipe, remote, machine, context)
+      );
     } catch (error) {
       if (isAgain || isFinal(error)) throw error;
       const lacking = await lackingItems(needed, transport)
@@ -5376,10 +5541,11 @@ async function sendAndBuild(
 
 /** Sends the inputs, builds, and retrieves the outputs. */
 async function transferAndOffload(
-  { derivation, inputs, outputs }: Work,
+  work: Work,
   session: Session,
   context: Context,
 ): Promise<void> {
+  const { derivation, needed, outputs } = work;
   const { machine } = session;
   readAcl(context.configDirectory); // without one, why build
   const local = openLocalDaemon(context.daemonSocket);
@@ -5400,11 +5566,10 @@ async function transferAndOffload(
     };
     await admit(connections);
     const transport = await chooseTransport(connections);
-    const needed = [...new Set([derivation, ...inputs])];
-    const seconds = await sendAndBuild(
-      ...[needed, derivation, transport, connections, context] as const,
+    const { seconds, size } = await sendAndBuild(
+      ...[work, transport, connections, context] as const,
     );
-    await retrieveOutputs(outputs, transport, machine, context);
+    await retrieveOutputs(outputs, size, transport, machine, context);
     context.observations.saveBuild(
       machineId(machine),
       derivationName(derivation),
@@ -5590,7 +5755,8 @@ async function readWork(
     throw new OffloadError(`guix-daemon gave up '${derivation}'`);
   }
   const paths = (line: string) => line.split(" ").filter((path) => path !== "");
-  return { derivation, inputs: paths(inputs), outputs: paths(outputs) };
+  const needed = [...new Set([derivation, ...paths(inputs)])];
+  return { derivation, needed, outputs: paths(outputs) };
 }
 
 /** What a daemon is told when no machine takes its build. */

@@ -24,7 +24,7 @@ import {
   openSession,
   openStore,
   pluginProblem,
-  queryPathInfo,
+  queryPathInfos,
   readSettings,
   restoreNar,
 } from "../mod.ts";
@@ -34,7 +34,6 @@ import type {
   Facts,
   Machine,
   Options,
-  PathInfo,
   Plugin,
   PluginContext,
   ScoredRequest,
@@ -357,10 +356,7 @@ export async function checkTransport(
     const missing = await transport.missing(paths);
     const odd = missing.find((path) => !paths.includes(path));
     demand(odd === undefined, `missing: '${odd}' was not asked about`);
-    const items = new Map<string, PathInfo>();
-    for (const path of paths) {
-      items.set(path, await queryPathInfo(connections.local, path));
-    }
+    const items = await queryPathInfos(connections.local, paths);
     await transport.send(
       new Map([...items].filter(([path]) => missing.includes(path))),
     );

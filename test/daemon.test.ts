@@ -3,7 +3,7 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTempRoot,
+  addTempRoots,
   addTextToStore,
   buildThings,
   ByteReader,
@@ -11,11 +11,11 @@ import {
   exportPath,
   importPaths,
   openStore,
-  queryPathInfo,
+  queryPathInfos,
   queryValidPaths,
   setBuildOptions,
 } from "../mod.ts";
-import type { StoreConnection } from "../mod.ts";
+import type { PathInfo, StoreConnection } from "../mod.ts";
 import {
   chunks,
   daemons,
@@ -50,11 +50,11 @@ const OPERATIONS: Readonly<
 > = {
   "add-text-to-store": (store, { drv }) =>
     addTextToStore(store, "golden.txt", Buffer.from("some text\n"), [drv]),
-  "add-temp-root": (store, { drv }) => addTempRoot(store, drv),
+  "add-temp-root": (store, { drv }) => addTempRoots(store, [drv]),
   "query-valid-paths": (store, { drv }) =>
     queryValidPaths(store, [MISSING, drv]),
-  "query-path-info": (store, { drv }) => queryPathInfo(store, drv),
-  "error": (store) => queryPathInfo(store, MISSING),
+  "query-path-info": (store, { drv }) => queryPathInfos(store, [drv]),
+  "error": (store) => queryPathInfos(store, [MISSING]),
   "build-things": (store, { drv }) => buildThings(store, [drv], () => {}),
   "build-failure": (store, { failing }) =>
     buildThings(store, [failing], () => {}),
@@ -112,9 +112,10 @@ for (const [version, daemon] of Object.entries(daemons)) {
       );
       assert.is(await call("add-temp-root"), undefined);
       assert.equal(await call("query-valid-paths"), [drv]);
-      const info = await call("query-path-info") as { references: string[] };
-      assert.is(info.references.length, 3);
-      assert.match(info.references.join(), /-busybox,.*-work-builder$/);
+      const infos = await call("query-path-info") as Map<string, PathInfo>;
+      const { references } = infos.get(drv)!;
+      assert.is(references.length, 3);
+      assert.match(references.join(), /-busybox,.*-work-builder$/);
       assert.is(await call("build-things"), undefined);
       const bytes = await call("export-path") as Buffer;
       assert.ok(bytes.subarray(8).toString().startsWith("nix-archive-1"));

@@ -12,7 +12,7 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTempRoot,
+  addTempRoots,
   addTextToStore,
   buildThings,
   ByteReader,
@@ -26,7 +26,7 @@ import {
   parseFacts,
   parseRequest,
   parseSexp,
-  queryPathInfo,
+  queryPathInfos,
   queryValidPaths,
   restoreNar,
   restoreOutputs,
@@ -348,10 +348,10 @@ const OPERATIONS: Record<string, (store: StoreConnection) => Promise<unknown>> =
     "set-options": (store) =>
       setBuildOptions(store, { maxSilentTime: 1, buildTimeout: 1 }),
     "add-text-to-store": (store) => addTextToStore(store, "x", hash, []),
-    "add-temp-root": (store) => addTempRoot(store, PATH),
+    "add-temp-root": (store) => addTempRoots(store, [PATH]),
     "query-valid-paths": (store) => queryValidPaths(store, [PATH]),
-    "query-path-info": (store) => queryPathInfo(store, PATH),
-    "error": (store) => queryPathInfo(store, PATH),
+    "query-path-info": (store) => queryPathInfos(store, [PATH]),
+    "error": (store) => queryPathInfos(store, [PATH]),
     "build-things": (store) => buildThings(store, [PATH], () => {}),
     "build-failure": (store) => buildThings(store, [PATH], () => {}),
     "export-path": (store) => buffer(exportPath(store, PATH)),

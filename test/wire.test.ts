@@ -4,13 +4,14 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTempRoot,
+  addTempRoots,
   addTextToStore,
   ByteReader,
   encode,
   exportPath,
   importPaths,
   openStore,
+  queryPathInfos,
   queryValidPaths,
 } from "../mod.ts";
 import type { StoreConnection, WireValue } from "../mod.ts";
@@ -77,7 +78,7 @@ test("operations refuse absurd lengths and counts", async () => {
 });
 
 test("operations refuse more than makes sense in all", async () => {
-  const root = (store: StoreConnection) => addTempRoot(store, MISSING);
+  const root = (store: StoreConnection) => addTempRoots(store, [MISSING]);
   const log = Array<string>(17).fill("x".repeat(2 ** 20))
     .flatMap((text) => [NEXT, text]);
   await rejects(hostile(...log, LAST, 1).then(root), /too many messages$/);
@@ -95,12 +96,67 @@ test("ByteReader reads byte by byte what comes so", async () => {
 });
 
 test("operations refuse what they didn't ask for", async () => {
-  const root = (store: StoreConnection) => addTempRoot(store, MISSING);
+  const root = (store: StoreConnection) => addTempRoots(store, [MISSING]);
   const data = (store: StoreConnection) => buffer(exportPath(store, MISSING));
   await rejects(hostile(WRITE, "x").then(root), /unexpected data$/);
   await rejects(hostile(READ, 8).then(root), /unexpected message 0x64617461$/);
   await rejects(hostile(0).then(root), /unexpected message 0x0$/);
   await rejects(hostile(LAST, 2).then(data), /failed to export/);
+});
+
+/**
+ * Opens a daemon that knows of all items but `MISSING`, and takes requests as
+ * the real one does: what it is sent must all be there when it reads. Notes the
+ * sizes of the messages.
+ */
+async function strict(pieceSize: number, sizes: number[]) {
+  const request = encode(26, MISSING).length;
+  const stream: Duplex = new Duplex({
+    read() {},
+    write(bytes: Buffer, _, done) {
+      if (bytes.equals(HELLO)) stream.push(GREETING);
+      else sizes.push(bytes.length);
+      for (let at = 0; bytes.length % request === 0; at += request) {
+        const part = bytes.subarray(at, at + request);
+        if (part.length === 0) break;
+        stream.push(
+          part.equals(encode(26, MISSING))
+            ? encode(ERROR, "not valid", 1)
+            : encode(LAST, "", "ab", [String(part.subarray(16, 32))], 0, 120),
+        );
+      }
+      done();
+    },
+  });
+  return await openStore(stream, "guix-daemon", pieceSize);
+}
+
+const item = (index: number) =>
+  `/gnu/store/${String(index).padStart(32, "0")}-missing`;
+
+test("queryPathInfos() asks for as much at once as a daemon reads", async () => {
+  const paths = Array.from({ length: 1000 }, (_, index) => item(index + 1));
+  const request = encode(26, MISSING).length;
+  const cases = [[0, 1], [1000, 13], [32768, 455], [99999, 455]];
+  for (const [pieceSize, most] of cases) {
+    const sizes: number[] = [];
+    const store = await strict(pieceSize!, sizes);
+    const infos = await queryPathInfos(store, paths);
+    assert.equal([...infos.keys()], paths);
+    assert.is(infos.get(paths[7]!)!.narSize, 120);
+    assert.is(sizes.length, Math.ceil(1000 / most!));
+    assert.is(sizes[0], most! * request);
+  }
+});
+
+test("what a daemon refuses leaves a connection of use", async () => {
+  const store = await strict(32768, []);
+  const paths = [item(1), MISSING, item(2), MISSING, item(3)];
+  for (let again = 0; again < 3; again++) {
+    await rejects(queryPathInfos(store, paths), /^not valid$/);
+  }
+  const infos = await queryPathInfos(store, [item(4), item(5)]);
+  assert.equal([...infos.keys()], [item(4), item(5)]);
 });
 
 test("importPaths() answers an absurd wish with no more than a chunk", async () => {
