@@ -10,6 +10,7 @@ export { default as cac } from "cac";
 export { default as ssh2 } from "ssh2";
 // @ts-types="npm:@types/ssh2@^1.15"
 export type {
+  CipherAlgorithm,
   Client,
   ConnectConfig,
   ParsedKey,

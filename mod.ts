@@ -14,6 +14,7 @@ import {
   createHash,
   createPrivateKey,
   createPublicKey,
+  getCiphers,
   publicDecrypt,
   randomBytes,
   randomUUID,
@@ -61,6 +62,7 @@ import {
 import { cac, glob, nacl, ssh2 } from "./deps.ts";
 import builtinPlugins from "./plugins/mod.ts";
 import type {
+  CipherAlgorithm,
   Client,
   ConnectConfig,
   ParsedKey,
@@ -289,6 +291,20 @@ function symlinkBytes(target: Buffer, file: string): void {
   if (deno === undefined) symlinkSync(target, file);
   else if (isUtf8(target)) symlinkSync(target.toString(), file);
   else callWithBytes("symlink", [target, Buffer.from(file)]);
+}
+
+/**
+ * The ciphers of SSH that are quick here, the quickest first. Node needs half
+ * as long for AES in GCM as for ChaCha20, Deno twice as long (measured).
+ */
+function ciphers(): CipherAlgorithm[] {
+  const chacha = "chacha20-poly1305@openssh.com";
+  const gcm = ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com"] as const;
+  const ctr = ["aes128-ctr", "aes192-ctr", "aes256-ctr"] as const;
+  const known = getCiphers().includes("chacha20") ? [chacha] as const : [];
+  return deno === undefined
+    ? [...gcm, ...ctr, ...known]
+    : [...known, ...gcm, ...ctr];
 }
 
 // ---------------------------------------------------------------------------
@@ -3779,6 +3795,7 @@ function sshOptions(
     privateKey: readPrivateKey(machine.privateKey),
     authHandler: ["publickey"],
     algorithms: {
+      cipher: ciphers(),
       serverHostKey: [...HOST_KEY_ALGORITHMS[type]!],
       // Archives are compressed where that pays, not every packet.
       compress: ["none"],
