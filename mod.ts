@@ -2442,7 +2442,7 @@ async function operateAll(
         await finish(store, streams);
         await result(store.reader);
       } catch (error) {
-        if (!(error instanceof DaemonError)) throw error;
+        if (!(error instanceof DaemonError)) throw refused ?? error;
         refused ??= error;
       }
     }
@@ -3605,6 +3605,8 @@ export interface Session extends Omit<Connection, "openSocket" | "ended"> {
   isPatient(): boolean;
   /** Connects to the guix-daemon there. */
   openDaemon(): Promise<StoreConnection>;
+  /** Has daemons that are connected to from now on be asked one by one. */
+  askOneByOne(): void;
 }
 
 /** Splits a host key such as `ssh-ed25519 AAAA… comment`. */
@@ -3852,7 +3854,8 @@ function makeSession(
   >,
 ): Session {
   const { name } = machine;
-  const link: Link = { name, connection, used: performance.now() };
+  const { pieceSize = 0 } = connection;
+  const link: Link = { name, connection, pieceSize, used: performance.now() };
   const lost = Promise.withResolvers<never>();
   lost.promise.catch(() => {});
   let patient = 0;
@@ -3888,6 +3891,7 @@ function makeSession(
       (await daemon).stream.destroy();
     },
     openDaemon: () => openRemoteDaemon(link, machine, connectTimeout),
+    askOneByOne: () => void (link.pieceSize = 0),
     exec: (command) => executeThere(link, command),
     close: () => {
       signal.removeEventListener("abort", abort);
@@ -3979,6 +3983,8 @@ interface Link {
   readonly name: string;
   readonly connection: Connection;
   used: number;
+  /** As the connection's; 0 once that was found to be wrong. */
+  pieceSize: number;
 }
 
 /** What may come over a channel before it is read, in bytes: ssh2's window. */
@@ -4134,9 +4140,8 @@ async function openRemoteDaemon(
   let relay: RemoteProcess | undefined;
   let cause: unknown;
   try {
-    const { connection } = link;
-    const socket = connection.openSocket(daemonSocket);
-    return await greet(socket, connection.pieceSize);
+    const socket = link.connection.openSocket(daemonSocket);
+    return await greet(socket, link.pieceSize);
   } catch (error) {
     cause = error;
   }
@@ -5625,6 +5630,12 @@ function watchSession(session: Session, settings: Settings): () => void {
   return () => clearInterval(timer);
 }
 
+/** Whether a daemon was sent something while it was at work. */
+function isOutOfStep(error: unknown): boolean {
+  return error instanceof Error && (isOutOfStep(error.cause) ||
+    (error instanceof DaemonError && error.message.startsWith("EOF expected")));
+}
+
 /** Runs the build on the machine that took it, and lets go of that. */
 async function attempt(
   work: Work,
@@ -5642,7 +5653,15 @@ async function attempt(
     observations.useSlot(prospect.id, slot.file, work.derivation);
     session ??= await openSession(prospect.machine, context);
     unwatch = watchSession(session, context.settings);
-    const done = transferAndOffload(work, session, { ...context, signal });
+    const opened = session;
+    const transfer = () =>
+      transferAndOffload(work, opened, { ...context, signal });
+    const done = transfer().catch((error) => {
+      if (!isOutOfStep(error)) throw error;
+      // Its socket is some relay's, which breaks messages into pieces.
+      opened.askOneByOne();
+      return transfer();
+    });
     await Promise.race([done, session.lost]);
   } catch (error) {
     context.signal.throwIfAborted();

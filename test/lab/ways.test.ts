@@ -1,6 +1,7 @@
 /** Slow, odd and broken ways to the machines, and what becomes of archives. */
 
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { createConnection, createServer } from "node:net";
 import { basename } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
@@ -233,6 +234,43 @@ function suiteUnder(runtime: Runtime): void {
     assertOffloaded(second!, result, ["w1"]);
     assert.match(result.stderr, /'w1' has lost 1 store item/);
     await lock.ended;
+  });
+
+  test("a relay before a daemon may break messages into pieces", async () => {
+    const directory = `${root("w1")}/var/guix/daemon-socket`;
+    let connections = 0;
+    const server = createServer(async (client) => {
+      connections++;
+      const daemon = createConnection(`${directory}/socket`);
+      daemon.on("error", () => {});
+      daemon.pipe(client).on("error", () => daemon.destroy());
+      try {
+        for await (const chunk of client) {
+          for (let at = 0; at < chunk.length; at += 512) {
+            daemon.write(chunk.subarray(at, at + 512));
+            await delay(2);
+          }
+        }
+      } catch {
+        // The hook went.
+      }
+      daemon.end();
+    });
+    server.listen(`${directory}/pieces`);
+    try {
+      useMachines("head", ["w1"], (text) => {
+        const file = '"/var/guix/daemon-socket/pieces"';
+        return text.replace('(name "w1")', `$& (daemon-socket ${file})`);
+      });
+      const [derivation] = makeWork("head", "--inputs=30");
+      const building = watch(start("head", ...buildCommand([derivation!])));
+      const result = await within("the build", building.ended);
+      assertOffloaded(derivation!, result, ["w1"]);
+      assert.not.match(result.stderr, /EOF/);
+      assert.ok(connections >= 2, `${connections} connections`);
+    } finally {
+      await new Promise((resolve) => server.close(resolve));
+    }
   });
 
   test("a machine may fetch inputs by itself, and gets the rest", async () => {
