@@ -172,6 +172,25 @@ class LocalError extends OffloadError {}
 /** A peer says what it must not: asking it again would not help. */
 class ProtocolError extends OffloadError {}
 
+/** What was waited for takes too long. */
+class Late extends OffloadError {}
+
+/** Waits for work that may take so many seconds, else fails with `message`. */
+async function within<T>(
+  seconds: number,
+  work: Promise<T>,
+  message: string,
+): Promise<T> {
+  const late = Promise.withResolvers<never>();
+  const fail = () => late.reject(new Late(message));
+  const timer = setTimeout(fail, seconds * 1000);
+  try {
+    return await Promise.race([work, late.promise]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /** Where a request or a command writes its messages, a line each. */
 export interface Log {
   /** Progress that every user sees. */
@@ -1731,13 +1750,11 @@ async function loadPlugin(
 ): Promise<Plugin> {
   checkOwner(dirname(file));
   checkOwner(file);
-  const late = delay(seconds * 1000).then(() => {
-    throw new OffloadError(`${file}: not loaded within ${seconds} s`);
-  });
-  const { default: plugin } = await Promise.race([
+  const { default: plugin } = await within(
+    seconds,
     import(pathToFileURL(file).href),
-    late,
-  ]);
+    `${file}: not loaded within ${seconds} s`,
+  );
   const problem = pluginProblem(plugin) ??
     (others.some(({ name }) => name === plugin.name)
       ? `the name '${plugin.name}' is taken`
@@ -1808,13 +1825,9 @@ async function callHook<T>(
   seconds: number,
   call: () => Awaitable<T>,
 ): Promise<T> {
-  const timeout = Promise.withResolvers<never>();
-  const timer = setTimeout(
-    () => timeout.reject(new Error(`no answer within ${seconds} s`)),
-    seconds * 1000,
-  );
   try {
-    return await Promise.race([(async () => await call())(), timeout.promise]);
+    const answer = (async () => await call())();
+    return await within(seconds, answer, `no answer within ${seconds} s`);
   } catch (cause) {
     const isOurs = isBuiltin(plugin) && /machines|connect/.test(hook);
     if (isOurs && cause instanceof OffloadError) throw cause;
@@ -1823,8 +1836,6 @@ async function callHook<T>(
       cause,
       hint: (cause as Partial<OffloadError> | undefined)?.hint,
     });
-  } finally {
-    clearTimeout(timer);
   }
 }
 
@@ -4115,26 +4126,18 @@ async function openRemoteDaemon(
   connectTimeout: number,
 ): Promise<StoreConnection> {
   const called = `guix-daemon on '${name}'`;
-  let isLate = false;
+  // The server may answer while the daemon behind it does not, or neither.
   const greet = async (stream: Promise<Duplex>, pieceSize = 0) => {
-    // The server may answer while the daemon behind it does not, or neither.
-    const late = Promise.withResolvers<never>();
-    const timer = setTimeout(() => {
-      isLate = true;
-      late.reject(new Error("no answer"));
-    }, connectTimeout * 1000);
     const open = stream.then((stream) => {
       stream.on("error", () => {}); // who reads learns of it
       return openStore(noteUse(stream, link), called, pieceSize);
     });
     try {
-      return await Promise.race([open, late.promise]);
+      return await within(connectTimeout, open, "no answer");
     } catch (error) {
       // Of a channel, that looks like its end.
       stream.then((stream) => stream.destroy(), () => {});
       throw error;
-    } finally {
-      clearTimeout(timer);
     }
   };
   let relay: RemoteProcess | undefined;
@@ -4148,7 +4151,7 @@ async function openRemoteDaemon(
   try {
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
-    if (isLate) throw cause;
+    if (cause instanceof Late) throw cause;
     relay = await executeThere(link, relayCommand(daemonSocket));
     return await greet(Promise.resolve(relay.channel));
   } catch {
@@ -4164,8 +4167,10 @@ async function openRemoteDaemon(
   }
 }
 
-/** Connects to this machine's daemon, at the Unix-domain socket `path`. */
-async function openLocalDaemon(path: string): Promise<StoreConnection> {
+/** Connects to this machine's daemon. */
+async function openLocalDaemon(
+  { daemonSocket: path, settings: { connectTimeout } }: Context,
+): Promise<StoreConnection> {
   const stream = createConnection({ path });
   await new Promise<void>((resolve, reject) => {
     stream.once("connect", resolve).once("error", (cause) => {
@@ -4175,7 +4180,13 @@ async function openLocalDaemon(path: string): Promise<StoreConnection> {
       reject(new LocalError(message, { cause, hint }));
     });
   });
-  return openStore(stream, "guix-daemon", READ_SIZE);
+  try {
+    const open = openStore(stream, "guix-daemon", READ_SIZE);
+    return await within(connectTimeout, open, `no answer from '${path}'`);
+  } catch (cause) {
+    stream.destroy();
+    throw new LocalError(reason(cause), { cause });
+  }
 }
 
 // ---------------------------------------------------------------------------
@@ -4618,7 +4629,7 @@ async function queryInputs(
   derivation: string,
   context: Context,
 ): Promise<InputItem[]> {
-  const store = await openLocalDaemon(context.daemonSocket);
+  const store = await openLocalDaemon(context);
   try {
     const items = new Map<string, InputItem>();
     const infos = await queryPathInfos(store, [derivation]);
@@ -5570,7 +5581,7 @@ async function transferAndOffload(
   const { derivation, needed, outputs } = work;
   const { machine } = session;
   readAcl(context.configDirectory); // without one, why build
-  const local = openLocalDaemon(context.daemonSocket);
+  const local = openLocalDaemon(context);
   local.catch(() => {}); // it is told below
   try {
     const remote = await session.openDaemon();
@@ -6324,7 +6335,7 @@ function nonce(host: string): Buffer {
 
 /** Makes the item that is sent, as the reference makes it; for all machines. */
 async function makeSample(context: Context): Promise<Sample> {
-  const store = await openLocalDaemon(context.daemonSocket);
+  const store = await openLocalDaemon(context);
   try {
     const text = nonce(hostname());
     const path = await addTextToStore(store, "export-test", text, []);
