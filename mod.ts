@@ -5495,14 +5495,9 @@ async function buildRemotely(
 ): Promise<Built> {
   context.log.info(`offloading '${derivation}' to '${machine.name}'...`);
   context.log.trace(`@ build-remote ${derivation} ${machine.name}`);
-  let timedOut = false;
-  let killed = false;
+  let last: Buffer | undefined;
   const log = (text: Buffer) => {
-    // The daemon's status says nothing of these.
-    timedOut ||= text.includes(`building of \`${derivation}' timed out after`);
-    killed ||= text.includes(
-      `builder for \`${derivation}' failed due to signal 9`,
-    );
+    last = text;
     context.buildLog(text);
   };
   let size = 0;
@@ -5524,15 +5519,16 @@ async function buildRemotely(
     return { seconds: (performance.now() - start) / 1000, size };
   } catch (cause) {
     if (!(cause instanceof DaemonError)) throw cause;
-    // What kills is short of memory, or ends the daemon there.
-    const failed = cause.status === EXIT.buildFailed && !killed;
+    const { message, status } = cause;
+    // What kills is short of memory, or ends the daemon there. The status says
+    // nothing of it, but the last piece of the log is the daemon's own.
+    const killing = `builder for \`${derivation}' failed due to signal 9`;
+    const isOver = status === EXIT.timedOut ||
+      (status === EXIT.buildFailed && last?.indexOf(killing) !== 0);
     throw new OffloadError(
       `derivation '${derivation}' offloaded to '${machine.name}' failed: ` +
-        cause.message,
-      {
-        cause,
-        exitCode: timedOut ? EXIT.timedOut : failed ? cause.status : undefined,
-      },
+        message,
+      { cause, exitCode: isOver ? status : undefined },
     );
   }
 }

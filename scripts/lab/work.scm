@@ -39,6 +39,7 @@ builds:
   --log-lines=N     print N lines, spread over these seconds
   --silent          print nothing else
   --fail            print the lines, take the time, then fail
+  --print=FILE      print FILE; a build that runs in no chroot finds it
   --scratch-size=N  fill N bytes in the build directory
 outputs:
   --outputs=A,B     have these outputs, each referring to the next (default: out)
@@ -56,7 +57,7 @@ outputs:
     (features (value #t)) (inputs (value #t)) (input-size (value #t))
     (input-files (value #t)) (text-inputs (value #t)) (seconds (value #t))
     (log-lines (value #t)) (outputs (value #t)) (output-size (value #t))
-    (references (value #t)) (scratch-size (value #t))))
+    (references (value #t)) (scratch-size (value #t)) (print (value #t))))
 
 (define builder-script "\
 set -e
@@ -79,6 +80,7 @@ else
         [ \"$pause\" = 0 ] || sleep \"$pause\"
     done
 fi
+[ -z \"$print\" ] || cat \"$print\"
 if [ -n \"$fail\" ]; then
     say 'failing, as told to'
     exit 1
@@ -253,6 +255,7 @@ say \"built $name\"
     ("scratch" . ,(number->string (number-option options 'scratch-size 0)))
     ("references" . ,(number->string (number-option options 'references 0)))
     ("outputs" . ,(string-join (list-option options 'outputs "out")))
+    ("print" . ,(string-option options 'print ""))
     ,@(map (lambda (name)
              (cons (symbol->string name) (flag name)))
            '(silent fail tree bytes flat compressible))

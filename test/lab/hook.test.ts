@@ -1,11 +1,12 @@
 /** The hook, talked to by hand as the daemon talks to it. */
 
-import { existsSync, rmSync } from "node:fs";
+import { existsSync, rmSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   buildLog,
   closure,
+  lab,
   makeWork,
   outputsOf,
   root,
@@ -134,6 +135,35 @@ function suiteUnder(runtime: Runtime): void {
       });
     });
   }
+
+  const pretended = [
+    ...["timed out after 1 seconds of silence", "timed out after %2% seconds"]
+      .map((what) => (derivation: string) =>
+        `building of \`${derivation}' ${what}\n`
+      ),
+    (derivation: string) =>
+      `builder for \`${derivation}' failed due to signal 9 (Killed)\n`,
+  ];
+  test("what a builder prints itself decides nothing", async () => {
+    lab("daemon", "w1", "--", "--disable-chroot"); // it reads a file there
+    useMachines("head", ["w1"]);
+    try {
+      for (const line of pretended) {
+        const [derivation] = makeWork("head", "--fail", "--print=/tmp/lie");
+        const outputs = Object.values(outputsOf("head", derivation!));
+        const lie = line(derivation!);
+        writeFileSync(`${root("w1")}/tmp/lie`, lie);
+        await withHook({ runtime }, async (hook) => {
+          assert.is(await hook.ask(derivation!), "accept");
+          const result = await buildByHand(hook, derivation!, outputs);
+          assert.ok(hook.log().includes(lie), hook.log());
+          assert.is(result.status, 100, result.stderr);
+        });
+      }
+    } finally {
+      lab("daemon", "w1");
+    }
+  });
 
   test("a build with an input that is nowhere is transient", () =>
     withHook({ runtime }, async (hook) => {
