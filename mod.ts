@@ -5838,7 +5838,12 @@ export async function processRequest(
     return false;
   }
   conversation.answer("accept");
-  const work = await readWork(request.derivation, conversation);
+  const work = await readWork(request.derivation, conversation)
+    .catch((error) => {
+      choice.slot.release();
+      choice.prospect.session?.close();
+      throw error;
+    });
   await offload(work, scored, machines, choice, context);
   return true;
 }

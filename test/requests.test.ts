@@ -9,13 +9,16 @@ import {
   machineMatches,
   makeBatches,
   parseRequest,
+  processRequest,
 } from "../mod.ts";
-import type { Batch } from "../mod.ts";
+import type { Batch, Plugin } from "../mod.ts";
+import { machine, makeContext, request } from "./context.ts";
 import {
   golden,
   makeMachine,
   makeRandom,
   ownRuntime,
+  rejects,
   ROOT,
   run,
   throws,
@@ -244,6 +247,35 @@ for (const [version, golden] of Object.entries(goldenRequests)) {
     });
   });
 }
+
+test("processRequest() keeps nothing of a build that is given up", async () => {
+  const only = machine({ name: "w1" });
+  let closed = false;
+  const plugin: Plugin = {
+    name: "fake",
+    machines: () => [only],
+    connect: () => ({
+      openSocket: () => Promise.reject(new Error("there is none")),
+      exec: () => Promise.reject(new Error("it runs nothing")),
+      failure: () => undefined,
+      close: () => void (closed = true),
+    }),
+    score: () => 1,
+  };
+  const { context } = makeContext({ plugins: [plugin] });
+  const answers: string[] = [];
+  const conversation = {
+    readLine: () => Promise.resolve(undefined),
+    answer: (word: string) => void answers.push(word),
+  };
+  const serving = processRequest(request(), conversation, context);
+  await rejects(serving, /^guix-daemon gave up '/);
+  assert.equal(answers, ["accept"]);
+  assert.ok(closed, "its session is left open");
+  const slot = acquireBuildSlot(only, context.stateDirectory);
+  assert.ok(slot !== undefined, "its slot is taken");
+  slot.release();
+});
 
 test("the hook says what is wrong with a request", async () => {
   await withDirectory(async (directory) => {
