@@ -7116,11 +7116,15 @@ function tellChange({ log }: Context, what: string, undo: string): void {
   log.info(`${what}\nto undo: ${undo}`);
 }
 
-/** Replaces a file at once; owner and mode stay. */
-function replaceFile(
+/**
+ * Replaces a file at once; owner and mode stay.
+ *
+ * @throws {OffloadError} where it can't; then all is as it was.
+ */
+export function replaceFile(
   file: string,
   contents: Uint8Array,
-  { log, storeDirectory }: Context,
+  { log, storeDirectory }: Pick<Context, "log" | "storeDirectory">,
 ): void {
   const linked = existsSync(file) && lstatSync(file).isSymbolicLink();
   const target = linked ? realpathSync(file) : file;
@@ -7134,11 +7138,17 @@ function replaceFile(
     log.warn(new OffloadError(`'${file}' was a link into the store`, { hint }));
   }
   const temporary = `${name}.${randomUUID()}`;
-  writeFileSync(temporary, contents);
   const kept = isStored ? undefined : stat;
-  chmodSync(temporary, (kept?.mode ?? 0o644) & 0o7777); // whatever the umask
-  if (kept !== undefined) chownSync(temporary, kept.uid, kept.gid);
-  renameSync(temporary, name);
+  try {
+    writeFileSync(temporary, contents);
+    chmodSync(temporary, (kept?.mode ?? 0o644) & 0o7777); // whatever the umask
+    if (kept !== undefined) chownSync(temporary, kept.uid, kept.gid);
+    renameSync(temporary, name);
+  } catch (cause) {
+    removeFile(temporary);
+    const message = `failed to replace '${file}': ${reason(cause)}`;
+    throw new OffloadError(message, { cause });
+  }
 }
 
 /** Whom the daemon runs as: who owns the store, as Guix sees it. */
@@ -7179,9 +7189,21 @@ async function findSshKey(
   const comment = `offload@${hostname()}`;
   const key = ["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", file];
   await runHere("ssh-keygen", key, context);
-  for (const it of [file, `${file}.pub`]) chownSync(it, uid, gid);
-  const made = `made the SSH key '${file}' for guix-daemon to log in with`;
-  tellChange(context, made, `rm ${file} ${file}.pub`);
+  const made = [file, `${file}.pub`];
+  try {
+    made.forEach((it) => chownSync(it, uid, gid));
+  } catch (cause) {
+    made.forEach(removeFile);
+    const message = `failed to give '${file}' to guix-daemon's user`;
+    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
+  }
+  tellChange(
+    ...[
+      context,
+      `made the SSH key '${file}' for guix-daemon to log in with`,
+    ] as const,
+    `rm ${made.join(" ")}`,
+  );
   return file;
 }
 

@@ -1,6 +1,13 @@
 /** The commands, as far as they need no host: help, arguments, formats. */
 
-import { writeFileSync } from "node:fs";
+import { Buffer } from "node:buffer";
+import {
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
@@ -13,8 +20,9 @@ import {
   formatJunit,
   parseAcl,
   parseSexp,
+  replaceFile,
 } from "../mod.ts";
-import { HOST_KEY, machine } from "./context.ts";
+import { HOST_KEY, machine, makeContext } from "./context.ts";
 import {
   aclOf,
   hash,
@@ -216,6 +224,23 @@ test("addToMachineFile adds a form and leaves all else as it is", () => {
   for (const text of ["'()", `(map car (list (list ${form("a")})))`]) {
     assert.is(add(text), undefined, text);
   }
+});
+
+test("replaceFile() leaves nothing beside what it can't replace", async () => {
+  await withDirectory((directory) => {
+    const { context } = makeContext();
+    const file = `${directory}/acl`;
+    writeFileSync(file, "old", { mode: 0o640 });
+    replaceFile(file, Buffer.from("new"), context);
+    assert.is(readFileSync(file, "utf8"), "new");
+    assert.is(statSync(file).mode & 0o777, 0o640);
+    mkdirSync(`${directory}/busy`); // as a mount point is
+    throws(
+      () => replaceFile(`${directory}/busy`, Buffer.from("new"), context),
+      /^failed to replace '.*\/busy': /,
+    );
+    assert.equal(readdirSync(directory), ["acl", "busy"]);
+  });
 });
 
 test("completion knows all commands and options", () => {
