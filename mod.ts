@@ -1893,11 +1893,11 @@ export function contextFor<T extends Omit<PluginContext, "options">>(
   return { ...context, options: options as Options };
 }
 
-/** Asks a plugin for machines; one that fails is told, and lists none. */
+/** Asks a plugin for machines; one that fails is told: `undefined`. */
 async function askForMachines(
   plugin: Plugin & Pick<Hooks, "machines">,
   context: Context,
-): Promise<readonly Machine[]> {
+): Promise<readonly Machine[] | undefined> {
   // Guile alone takes a while to start, and has a bound of its own.
   const seconds = isBuiltin(plugin) ? 60 : context.settings.hookTimeout;
   try {
@@ -1911,22 +1911,36 @@ async function askForMachines(
       const { message, hint } = error as OffloadError;
       context.report({ severity: "error", message, hint });
     } else context.log.warn(error);
-    return [];
+    return undefined;
   }
+}
+
+/** Asks all plugins for machines, and says whether all could tell all. */
+async function gatherMachines(
+  context: Context,
+): Promise<{ machines: Machine[]; areAll: boolean }> {
+  let areAll = true;
+  const report = (problem: Problem) => {
+    if (problem.severity === "error") areAll = false;
+    context.report(problem);
+  };
+  const lists = await Promise.all(
+    pluginsWith("machines", context)
+      .map((plugin) => askForMachines(plugin, { ...context, report })),
+  );
+  const machines: Machine[] = [];
+  for (const list of lists) {
+    if (list === undefined) areAll = false;
+    const known = new Set(machines.map(machineId));
+    const others = list?.filter((each) => !known.has(machineId(each)));
+    machines.push(...others ?? []);
+  }
+  return { machines, areAll };
 }
 
 /** Asks all plugins for machines; of each NAME:PORT, the first plugin's. */
 export async function listMachines(context: Context): Promise<Machine[]> {
-  const lists = await Promise.all(
-    pluginsWith("machines", context)
-      .map((plugin) => askForMachines(plugin, context)),
-  );
-  const machines: Machine[] = [];
-  for (const list of lists) {
-    const known = new Set(machines.map(machineId));
-    machines.push(...list.filter((each) => !known.has(machineId(each))));
-  }
-  return machines;
+  return (await gatherMachines(context)).machines;
 }
 
 /** The scores of a candidate: each plugin's, and their sum. */
@@ -5802,16 +5816,27 @@ async function readWork(
   return { derivation, needed, outputs: paths(outputs) };
 }
 
-/** What a daemon is told when no machine takes its build. */
-function refusal(
-  why: "busy" | "unreachable",
+/** Whether guix-daemon can build by itself now, and may. */
+function mayBuildHere(
   { wantsLocal, system }: Request,
-  context: Context,
-): "decline" | "postpone" {
-  const canBuild = wantsLocal && system === context.system;
-  return why === "unreachable" && canBuild && context.settings.buildLocally
-    ? "decline"
-    : "postpone";
+  context: Pick<Context, "system"> & Partial<Pick<Context, "settings">>,
+): boolean {
+  return wantsLocal && system === context.system &&
+    context.settings?.buildLocally !== false;
+}
+
+/**
+ * Answers while something is wrong here. The daemon fails a build for good
+ * that is declined and that it can't do itself, so that has to wait.
+ */
+function answerAnyway(
+  request: Request,
+  { answer }: Conversation,
+  context: Parameters<typeof mayBuildHere>[1] & Pick<Context, "log">,
+): void {
+  if (mayBuildHere(request, context)) return answer("decline");
+  context.log.warn(`'${request.derivation}' waits until that is corrected`);
+  answer("postpone");
 }
 
 /**
@@ -5825,16 +5850,18 @@ export async function processRequest(
   conversation: Conversation,
   context: Context,
 ): Promise<boolean> {
-  const machines = (await listMachines(context))
-    .filter((machine) => machineMatches(machine, request));
+  const { machines: listed, areAll } = await gatherMachines(context);
+  const machines = listed.filter((machine) => machineMatches(machine, request));
   if (machines.length === 0) {
-    conversation.answer("decline"); // none will ever match
+    if (areAll) conversation.answer("decline"); // none will ever match
+    else answerAnyway(request, conversation, context);
     return false;
   }
   const scored = scoredRequest(request, context);
   const choice = await chooseBuildMachine(machines, scored, context);
   if (typeof choice === "string") {
-    conversation.answer(refusal(choice, request, context));
+    const gone = choice === "unreachable" && mayBuildHere(request, context);
+    conversation.answer(gone ? "decline" : "postpone");
     return false;
   }
   conversation.answer("accept");
@@ -8007,34 +8034,51 @@ function checkRuntime(): void {
   }
 }
 
+/**
+ * A log that tells what is wrong once, for the daemon asks again every few
+ * seconds, until `isOver`.
+ */
+function tellOnce(log: Log, isOver: () => boolean): Log {
+  const told = new Set<string>();
+  const once = (tell: (problem: unknown) => void) => (problem: unknown) => {
+    const text = reason(problem);
+    if (told.has(text) && !isOver()) return;
+    told.add(text);
+    tell(problem);
+  };
+  return { ...log, warn: once(log.warn), error: once(log.error) };
+}
+
 /** Serves the daemon's requests until one is accepted and built. */
 async function runHook(
-  start: () => Promise<Context>,
-  log: Log,
+  { system }: HookArguments,
+  start: (log: Log) => Promise<Context>,
+  everything: Log,
   signal: AbortSignal,
 ): Promise<void> {
   const input = createInterface({ input: process.stdin, signal });
   const lines = input[Symbol.asyncIterator]();
-  let answered = false;
+  let answered: string | undefined;
+  const log = tellOnce(everything, () => answered === "accept");
   const conversation: Conversation = {
     readLine: async () => (await lines.next()).value,
     answer: (word) => {
-      answered = true;
+      answered = word;
       writeLine(STANDARD_OUTPUT, `# ${word}`);
     },
   };
   let context: Context | undefined;
   for (let line; (line = await conversation.readLine()) !== undefined;) {
     const request = parseRequest(line);
-    answered = false;
+    answered = undefined;
     try {
-      context ??= await start();
+      context ??= await start(log);
       if (await processRequest(request, conversation, context)) return;
     } catch (error) {
       if (answered || signal.aborted) throw error;
       // What is wrong here must not fail the builds.
       log.error(error);
-      conversation.answer("decline");
+      answerAnyway(request, conversation, context ?? { system, log });
     }
   }
 }
@@ -8065,8 +8109,8 @@ async function main(args: readonly string[]): Promise<number> {
         log.info(`plugin: ${format(...values)}`);
       Object.assign(console, { log: print, info: print, error: print });
       process.on("unhandledRejection", (error) => log.warn(error));
-      const start = () => makeContext(hook, environment, log, signal);
-      await runHook(start, log, signal);
+      const start = (log: Log) => makeContext(hook, environment, log, signal);
+      await runHook(hook, start, log, signal);
       return 0;
     }
     const { output, exitCode } = await runCommand(

@@ -1,5 +1,5 @@
 import { Buffer } from "node:buffer";
-import { writeFileSync } from "node:fs";
+import { mkdirSync, writeFileSync } from "node:fs";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -275,6 +275,45 @@ test("processRequest() keeps nothing of a build that is given up", async () => {
   const slot = acquireBuildSlot(only, context.stateDirectory);
   assert.ok(slot !== undefined, "its slot is taken");
   slot.release();
+});
+
+/** Asks a hook, in whose directory files have mistakes, thrice each. */
+async function askDespite(files: Readonly<Record<string, string>>) {
+  return await withDirectory(async (directory) => {
+    mkdirSync(`${directory}/offload`);
+    for (const [name, text] of Object.entries(files)) {
+      writeFileSync(`${directory}/${name}`, text);
+    }
+    const { args } = goldenRequests["1.5"]!;
+    const [, own] = args.split(" ");
+    const requests = [`1 ${own}`, `0 ${own}`, "1 riscv64-none"]
+      .map((request) => `${request} ${DRV} \n`);
+    const input = requests.join("").repeat(2);
+    return await hook(directory, args, input);
+  });
+}
+
+test("what is wrong here fails no build that guix-daemon can't do", async () => {
+  const mistakes: [files: Record<string, string>, message: string][] = [
+    [{ "offload/settings.json": '{"atempts": 3}' }, "error: .*'?atempts"],
+    [{ "machines.scm": "(list" }, "error: .*unexpected end of input"],
+    [{ "machines.scm": "(list (build-machine))" }, "error: .*missing"],
+    [{
+      "offload/thrower.mjs":
+        'export default { name: "thrower", machines() { throw "boom"; } };',
+    }, "warning: plugin 'thrower': machines: boom"],
+  ];
+  for (const [files, message] of mistakes) {
+    const { code, stdout, stderr } = await askDespite(files);
+    assert.is(code, 0, stderr);
+    const answers = "# decline\n# postpone\n# postpone\n".repeat(2);
+    assert.is(stdout.toString(), answers, stderr);
+    assert.is(stderr.match(RegExp(message, "g"))?.length, 1, stderr);
+    const waits = `offload: warning: '${DRV}' waits until that is corrected`;
+    assert.is(stderr.split(waits).length, 2, stderr);
+  }
+  const fine = await askDespite({ "machines.scm": "(list)" });
+  assert.is(fine.stdout.toString(), "# decline\n".repeat(6), fine.stderr);
 });
 
 test("the hook says what is wrong with a request", async () => {

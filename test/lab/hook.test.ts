@@ -1,9 +1,12 @@
 /** The hook, talked to by hand as the daemon talks to it. */
 
-import { existsSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
+  assertOffloaded,
+  buildCommand,
   buildLog,
   closure,
   lab,
@@ -11,10 +14,14 @@ import {
   outputsOf,
   root,
   RUNTIMES,
+  start,
   startHook,
   storeNames,
+  until,
   up,
   useMachines,
+  useOffload,
+  watch,
   within,
   wrongKey,
 } from "./lab.ts";
@@ -253,6 +260,27 @@ function suiteUnder(runtime: Runtime): void {
         });
       });
     });
+  });
+
+  test("a mistake in the settings lets a build wait, not fail", async () => {
+    useOffload("head", runtime);
+    const directory = `${root("head")}/etc/guix/offload`;
+    const settings = `${directory}/settings.json`;
+    mkdirSync(directory, { recursive: true });
+    writeFileSync(settings, '{"atempts": 3}');
+    try {
+      const [derivation] = makeWork("head");
+      const building = watch(start("head", ...buildCommand([derivation!])));
+      const error = /offload: error: .*atempts/g;
+      await until("the mistake", () => error.test(building.text()));
+      await delay(6000); // the daemon asks again
+      writeFileSync(settings, "{}");
+      const result = await within("the end of the build", building.ended);
+      assertOffloaded(derivation!, result, ["w1", "w2"]);
+      assert.is(result.stderr.match(error)?.length, 1, result.stderr);
+    } finally {
+      rmSync(settings);
+    }
   });
 
   test("a machine that shows another host key is named and left", () => {

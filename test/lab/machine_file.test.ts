@@ -64,8 +64,9 @@ for (const runtime of RUNTIMES) {
     };
     for (const [text, message] of Object.entries(broken)) {
       writeFileSync(`${root("head")}/etc/guix/machines.scm`, text);
-      const hook = startHook("head", { runtime });
+      const hook = startHook("head", { runtime, wantsLocal: true });
       assert.is(await hook.ask(derivation!), "decline");
+      assert.is(await hook.ask(derivation!, "riscv64-none"), "postpone");
       hook.close();
       const { status, stderr } = await within("the end", hook.ended);
       assert.is(status, 0);

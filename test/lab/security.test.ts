@@ -168,7 +168,7 @@ function permissions(): void {
     const kinds = ["read", "write", "net", "env", "sys", "run", "ffi"];
     const flags = kinds.map((kind) => `--allow-${kind}`).join(" ");
     const deno = "/offload/node_modules/@deno/*/deno";
-    const request = `0 x86_64-linux ${derivation} `;
+    const request = `1 x86_64-linux ${derivation} `;
     const script = `echo '${request}' | exec timeout 60 ${deno} run ` +
       `--no-prompt ${flags} /offload/mod.ts x86_64-linux 3600 true 86400`;
     const { status, stdout, stderr } = run("head", "sh", "-c", script);
