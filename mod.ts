@@ -5965,7 +5965,9 @@ export const COMMANDS: readonly Command[] = [
       "password; authorizes either side's signing key on the other one; and " +
       "tests the machine as 'offload test' does. What is so already stays. " +
       "Each change is told, and how to undo it.",
-      "At the end the machine is added to FILE, or its form is printed.",
+      "At the end the machine is added to FILE, or its form is printed. One " +
+      "that FILE has already is not changed there: where it has another SSH " +
+      "key than that of --identity, that is told.",
     ],
     options: [
       ["--file FILE", "Add the machine to this machine file"],
@@ -7611,7 +7613,9 @@ async function introduce(
   const privateKey = await findSshKey(given, context);
   const systems = [systemOf(architecture())];
   const fields = { ...target, hostKey, privateKey, systems };
-  const machine = known ?? makeMachine(fields, context);
+  const machine = known === undefined
+    ? makeMachine(fields, context)
+    : { ...known, privateKey };
   await ensureSigningKey(context);
   const session = await logIn(machine, context);
   try {
@@ -7627,6 +7631,25 @@ async function introduce(
   } finally {
     session.close();
   }
+}
+
+/** Tells where a machine was tested with another key than its file names. */
+function tellOtherKey(
+  { privateKey }: Machine,
+  known: Machine,
+  file: string,
+  { log }: Context,
+): void {
+  if (resolve(known.privateKey) === privateKey) return;
+  const hint = `change its private-key there to "${privateKey}", which is ` +
+    `what this command logged in with, or try the other one by 'offload test'`;
+  log.warn(
+    new OffloadError(
+      `'${file}' has '${machineId(known)}' with the SSH key ` +
+        `'${known.privateKey}', and guix-daemon will log in with that`,
+      { hint },
+    ),
+  );
 }
 
 /** `offload trust USER@HOST[:PORT]`. */
@@ -7651,6 +7674,7 @@ async function trustCommand(
       tell,
     ] as const,
   );
+  if (known !== undefined) tellOtherKey(machine, known, file!, context);
   if (report.outcome === "failed") {
     return { output: formatReports([report], screen), exitCode: 1 };
   }

@@ -124,6 +124,36 @@ function suiteUnder(runtime: Runtime): void {
     assert.is(sshKey.mode & 0o777, 0o600);
   });
 
+  test("an identity is what it logs in with, whatever the file has", () => {
+    administrate("m1", "s1");
+    const fingerprint = ["--fingerprint", fingerprintOf("s1")];
+    const args = ["root@s1", "--file", MACHINES];
+    const first = trust("m1", ...args, ...fingerprint);
+    assert.is(first.status, 0, first.stderr);
+    assert.not.match(first.stderr, "will log in with");
+    const text = readFileSync(root("m1") + MACHINES, "utf8");
+    const other = "/etc/guix/other_key";
+    rmSync(root("m1") + other, { force: true });
+    const second = trust("m1", ...args, "--identity", other);
+    assert.is(second.status, 0, second.stderr);
+    const made = `made the SSH key '${other}'`;
+    assert.ok(second.stderr.includes(made), second.stderr);
+    const told = `warning: '${MACHINES}' has 's1:22' with the SSH key ` +
+      "'/etc/guix/offload_key', and guix-daemon will log in with that\n" +
+      `hint: change its private-key there to "${other}"`;
+    assert.ok(second.stderr.includes(told), second.stderr);
+    assert.is(readFileSync(root("m1") + MACHINES, "utf8"), text);
+    const ssh = ["ssh", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes"];
+    const unasked = ["-o", "StrictHostKeyChecking=no", "-i", other];
+    inHost("m1", ...ssh, ...unasked, "root@s1", "true");
+    // With the file's own key there is nothing to tell.
+    const own = ["--identity", "/etc/guix/offload_key"];
+    const third = trust("m1", ...args, ...own);
+    assert.is(third.status, 0, third.stderr);
+    assert.not.match(third.stderr, "will log in with");
+    rmSync(root("m1") + other);
+  });
+
   test("it asks on the terminal: host key, then password", async () => {
     const allowed = ["PermitRootLogin=yes", "PasswordAuthentication=yes"];
     startSshd(...allowed);
