@@ -4039,7 +4039,7 @@ function noteUse<T extends Duplex>(channel: T, link: Link): T {
   return channel;
 }
 
-/** Quotes a word for a shell. */
+/** Quotes a word for a POSIX shell. */
 function quoteWord(word: string): string {
   return `'${word.replaceAll("'", "'\\''")}'`;
 }
@@ -4049,13 +4049,26 @@ const REMOTE_PATH = "PATH=$PATH:/run/current-system/profile/bin" +
   ":/var/guix/profiles/per-user/root/current-guix/bin" +
   ":$HOME/.config/guix/current/bin:/usr/local/bin:/usr/bin:/bin";
 
+/**
+ * Writes a command for /bin/sh in such a way that any account's own shell, which
+ * may be none of POSIX's, hands it on as it is: without what csh and fish take
+ * for their own even between single quotes, such as the end of a line.
+ */
+export function shellLine(command: string): string {
+  const octal = (byte: number) => `\\0${byte.toString(8).padStart(3, "0")}`;
+  const plain = command.replace(
+    /[!'\\]|[^ -~]/gu,
+    (it) => Array.from(Buffer.from(it), octal).join(""),
+  );
+  return `exec /bin/sh -c 'eval "$(printf %b "$1")"' /bin/sh '${plain}'`;
+}
+
 /** Runs a command, which finds programs, on a machine. */
 async function executeThere(
   link: Link,
   command: string,
 ): Promise<RemoteProcess> {
-  // The account's own shell may be none of POSIX's, such as fish.
-  const text = `exec /bin/sh -c ${quoteWord(`${REMOTE_PATH}\n${command}`)}`;
+  const text = shellLine(`${REMOTE_PATH}\n${command}`);
   const process = await link.connection.exec(text).catch((cause) => {
     const message = `failed to run a command on '${link.name}'`;
     throw new OffloadError(`${message}: ${reason(cause)}`, { cause });

@@ -10,6 +10,7 @@ import {
   makeBatches,
   parseRequest,
   processRequest,
+  shellLine,
 } from "../mod.ts";
 import type { Batch, Plugin } from "../mod.ts";
 import { machine, makeContext, request } from "./context.ts";
@@ -314,6 +315,25 @@ test("what is wrong here fails no build that guix-daemon can't do", async () => 
   }
   const fine = await askDespite({ "machines.scm": "(list)" });
   assert.is(fine.stdout.toString(), "# decline\n".repeat(6), fine.stderr);
+});
+
+test("shellLine() says the same to all shells", async () => {
+  const command = `f() { printf '%s\\n' "$1: \`echo x\`" $2; }
+f "it's \\\\ ! !! \\$HOME * ~ {a,b} %b %s" "$(cat)"
+cat <<'END'
+${"\t"}né 漢 'here' \\ !
+END`;
+  const line = shellLine(command);
+  assert.match(line, /^exec [ -~]+$/);
+  // What csh or fish would take for its own between single quotes.
+  assert.match(line, /^[^']*'[^'!]*'[^']*'[^'!]*'$/);
+  assert.not.match(line, /\\(?!0\d{3})/);
+  const expected = "it's \\ ! !! $HOME * ~ {a,b} %b %s: x\ninput\n" +
+    "\tné 漢 'here' \\ !\n";
+  for (const shell of ["sh", "bash"]) {
+    const result = await run(shell, ["-c", line], { input: "input" });
+    assert.is(result.stdout.toString(), expected, result.stderr);
+  }
 });
 
 test("the hook says what is wrong with a request", async () => {

@@ -16,9 +16,11 @@ import {
   inHost,
   lab,
   makeWork,
+  offloadCommand,
   outputsOf,
   relayed,
   root,
+  run,
   RUNTIMES,
   start,
   startRelay,
@@ -154,7 +156,26 @@ function suiteUnder(runtime: Runtime): void {
     }
   });
 
+  const shells = ["bash", "bsd-csh", "dash", "fish", "tcsh", "zsh"];
+  test(`an account's own shell may be ${shells.join(", ")}`, () => {
+    try {
+      for (const shell of shells) {
+        inHost("w1", "usermod", "--shell", `/usr/bin/${shell}`, "root");
+        useMachines("head", ["w1"]);
+        const tested = run("head", ...offloadCommand(runtime, "test"));
+        assert.is(tested.status, 0, shell + tested.stdout);
+        assert.match(tested.stdout, /^w1:22\tok\t8\/8\t/m);
+        const size = `--input-size=${6 * MEBIBYTE}`; // `guix archive` runs there
+        const [derivation, result] = buildWork("--inputs=1", size);
+        assertOffloaded(derivation, result, ["w1"]);
+      }
+    } finally {
+      inHost("w1", "usermod", "--shell", "/bin/bash", "root");
+    }
+  });
+
   test("a real dropbear is reached by a relay", async () => {
+    inHost("w1", "usermod", "--shell", "/usr/bin/tcsh", "root");
     inHost(
       "w1",
       "sh",
@@ -185,6 +206,7 @@ function suiteUnder(runtime: Runtime): void {
       assertOffloaded(derivation, result, ["w1"]);
       assertLikeLocal("head", derivation, "w1");
     } finally {
+      inHost("w1", "usermod", "--shell", "/bin/bash", "root");
       dropbear.child.kill();
       await dropbear.ended;
     }
