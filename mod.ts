@@ -225,6 +225,87 @@ export interface Screen {
   size(): readonly [columns: number, lines: number];
   /** Writes text as it is. */
   print(text: string): void;
+  /** Shows whoever waits how much of some work is done, until it ends. */
+  progress(what: string, total: number): Progress;
+}
+
+/** Work that is shown to whoever waits for it. */
+export interface Progress {
+  /** Another part is done. */
+  step(): void;
+  /** All is done, or given up. */
+  end(): void;
+}
+
+/** Draws how much is done, as Guix does; never as wide as the terminal. */
+export function progressBar(
+  what: string,
+  done: number,
+  total: number,
+  columns: number,
+  isUnicode: boolean,
+): string {
+  const number = String(done).padStart(String(total).length);
+  const text = `${what} ${number}/${total}`;
+  const width = Math.min(40, columns - text.length - " [] ".length);
+  if (width < 3) return text.slice(0, Math.max(0, columns - 1));
+  const [left, steps, right] = isUnicode
+    ? ["\u2595", " ▏▎▍▌▋▊▉█", "\u258f"] as const
+    : ["[", " #", "]"] as const;
+  const parts = steps.length - 1; // that a column is drawn in
+  const filled = Math.floor(width * parts * done / total);
+  const bar = steps[parts]!.repeat(Math.floor(filled / parts)) +
+    steps[filled % parts];
+  return `${text} ${left}${bar.padEnd(width).slice(0, width)}${right}`;
+}
+
+/** Seconds of waiting after which it is shown how much is done. */
+const PATIENCE = 0.5;
+
+/** The last line of a terminal, which gives way to what else is written. */
+class Foot {
+  readonly #write: (text: string) => void;
+  #text = "";
+
+  /** Writes to a terminal by `write`. */
+  constructor(write: (text: string) => void) {
+    this.#write = write;
+  }
+
+  /** Shows another text, or none. */
+  show(text: string): void {
+    if (this.#text + text !== "") this.#write(`\r\x1b[K${text}`);
+    this.#text = text;
+  }
+
+  /** Has something else written above it. */
+  above(write: () => void): void {
+    const text = this.#text;
+    this.show("");
+    write();
+    this.show(text);
+  }
+
+  /** Shows some work here, once it has taken a while. */
+  progress(total: number, draw: (done: number) => string): Progress {
+    let done = 0;
+    let isShown = false;
+    const show = () => this.show(draw(done));
+    const timer = setTimeout(() => {
+      isShown = true;
+      show();
+    }, PATIENCE * 1000);
+    return {
+      step: () => {
+        done = Math.min(done + 1, total);
+        if (isShown) show();
+      },
+      end: () => {
+        clearTimeout(timer);
+        this.show("");
+      },
+    };
+  }
 }
 
 /** The system's error codes, as strerror says them. */
@@ -6800,6 +6881,20 @@ function writeReport(file: string, text: string): void {
   }
 }
 
+/** Waits for what all machines are asked, and shows how many have answered. */
+async function awaitAll<T>(
+  what: string,
+  answers: readonly Promise<T>[],
+  screen: Screen,
+): Promise<T[]> {
+  const { step, end } = screen.progress(what, answers.length);
+  try {
+    return await Promise.all(answers.map((answer) => answer.finally(step)));
+  } finally {
+    end();
+  }
+}
+
 /** `offload test [FILE [REGEXP]]`. */
 async function testCommand(
   args: readonly string[],
@@ -6817,7 +6912,7 @@ async function testCommand(
       options.json || tellStep(machine, step, context, screen);
     return testMachine(machine, prepare, seconds, context, tell);
   });
-  const results = await Promise.all(tests);
+  const results = await awaitAll("testing machines", tests, screen);
   context.signal.throwIfAborted();
   const reports = [
     ...testOf("installation", checkInstallation(machines, context)),
@@ -7095,7 +7190,8 @@ async function statusCommand(
       }, context);
       return { output: "", exitCode: 0 };
     }
-    const statuses = await Promise.all(machines.map(look));
+    const looks = machines.map(look);
+    const statuses = await awaitAll("asking machines", looks, screen);
     for (const { machine, timeDifference = 0 } of statuses) {
       if (timeDifference >= 0) continue;
       const name = machine.replace(/:22$/, "");
@@ -7889,17 +7985,30 @@ const STANDARD_OUTPUT = 1;
 const STANDARD_ERROR = 2;
 
 /** Writes all of `text` at once, so that nothing is lost at the exit. */
-function writeLine(file: number, text: string): void {
+function writeText(file: number, text: string): void {
   try {
-    writeFileSync(file, `${text}\n`);
+    writeFileSync(file, text);
   } catch {
     // The client is gone; the build goes on until the daemon ends it.
   }
 }
 
+function writeLine(file: number, text: string): void {
+  writeText(file, `${text}\n`);
+}
+
+/** Makes the foot of the terminal that standard error is; `undefined`: none. */
+function makeFoot({ TERM = "dumb" }: Variables): Foot | undefined {
+  if (TERM === "dumb" || !isatty(STANDARD_ERROR)) return undefined;
+  return new Foot((text) => writeText(STANDARD_ERROR, text));
+}
+
 /** Makes a log on standard error, which the daemon shows to the client. */
-function makeLog(environment: Variables): Log {
-  const line = (text: string) => writeLine(STANDARD_ERROR, printable(text));
+function makeLog(environment: Variables, foot?: Foot): Log {
+  const line = (text: string) => {
+    const write = () => writeLine(STANDARD_ERROR, printable(text));
+    foot === undefined ? write() : foot.above(write);
+  };
   const report = (kind: string, problem: unknown) => {
     line(`offload: ${kind}: ${reason(problem)}`);
     if (problem instanceof OffloadError && problem.hint !== undefined) {
@@ -7921,16 +8030,23 @@ function makeLog(environment: Variables): Log {
 }
 
 /** Makes the screen of a command. */
-function makeScreen(environment: Variables): Screen {
+function makeScreen(environment: Variables, foot?: Foot): Screen {
   const isTerminal = isatty(STANDARD_OUTPUT);
   const hasColours = isTerminal && !environment.NO_COLOR &&
     environment.TERM !== "dumb";
+  const { LC_ALL, LC_CTYPE, LANG } = environment;
+  const isUnicode = /utf-?8/i.test(LC_ALL || LC_CTYPE || LANG || "");
   return {
     isTerminal,
     paint: (style, text) =>
       hasColours ? `\x1b[${STYLES[style]}m${text}\x1b[0m` : text,
     size: () => [process.stdout.columns ?? 80, process.stdout.rows ?? 24],
     print: (text) => writeFileSync(STANDARD_OUTPUT, text),
+    progress: (what, total) =>
+      foot?.progress(total, (done) => {
+        const columns = process.stderr.columns ?? 80;
+        return progressBar(what, done, total, columns, isUnicode);
+      }) ?? { step: () => {}, end: () => {} },
   };
 }
 
@@ -8134,7 +8250,8 @@ function abortOnSignals(): AbortSignal {
 /** Runs the program and returns its exit code. */
 async function main(args: readonly string[]): Promise<number> {
   const environment = process.env;
-  const log = makeLog(environment);
+  const foot = makeFoot(environment);
+  const log = makeLog(environment, foot);
   try {
     checkRuntime();
     const signal = abortOnSignals();
@@ -8153,7 +8270,7 @@ async function main(args: readonly string[]): Promise<number> {
     const { output, exitCode } = await runCommand(
       args,
       (file) => makeContext(NO_HOOK, environment, log, signal, file),
-      makeScreen(environment),
+      makeScreen(environment, foot),
     );
     if (output !== "") writeLine(STANDARD_OUTPUT, output);
     return exitCode;

@@ -20,6 +20,7 @@ import {
   formatJunit,
   parseAcl,
   parseSexp,
+  progressBar,
   replaceFile,
 } from "../mod.ts";
 import { HOST_KEY, machine, makeContext } from "./context.ts";
@@ -241,6 +242,23 @@ test("replaceFile() leaves nothing beside what it can't replace", async () => {
     );
     assert.equal(readdirSync(directory), ["acl", "busy"]);
   });
+});
+
+test("progressBar() shows the part that is done, where there is room", () => {
+  const bar = (done: number, columns: number, isUnicode = true) =>
+    progressBar("asking machines", done, 50, columns, isUnicode);
+  assert.is(bar(25, 33), "asking machines 25/50 ▕████    ▏");
+  assert.is(bar(12, 35), "asking machines 12/50 ▕██▍       ▏");
+  assert.is(bar(12, 35, false), "asking machines 12/50 [##        ]");
+  assert.is(bar(0, 30), "asking machines  0/50 ▕     ▏");
+  assert.is(bar(50, 30, false), "asking machines 50/50 [#####]");
+  assert.is(bar(3, 27), "asking machines  3/50");
+  assert.is(bar(3, 10), "asking ma");
+  for (let columns = 0; columns < 120; columns++) {
+    const widths = [0, 1, 17, 49, 50].map((done) => bar(done, columns).length);
+    assert.is(new Set(widths).size, 1, `${columns}: ${widths}`);
+    assert.ok(widths[0]! < Math.max(columns, 1), `${columns}: ${widths}`);
+  }
 });
 
 test("completion knows all commands and options", () => {

@@ -162,6 +162,17 @@ function changedFiles(host: string): string[] {
     .map((file) => file.replace(/^\/gnu\/store\/\w+-/, "")).sort();
 }
 
+/** A line that was drawn alone, and then erased. */
+function barOf(text: string): RegExp {
+  return RegExp(`\\r\\x1b\\[K${text}\\r\\x1b\\[K`);
+}
+
+/** What is left on a terminal of what was erased line by line. */
+function whatIsLeft(text: string): string {
+  return text.split("\n").map((line) => line.split("\r\x1b[K").at(-1))
+    .join("\n");
+}
+
 function suiteUnder(runtime: Runtime, isFirst: boolean): void {
   const test = suite(`commands under ${runtime}`);
   const command = (...args: string[]) => offloadCommand(runtime, ...args);
@@ -308,6 +319,44 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
     const { stdout } = await within("the end", plain);
     assert.not.match(stdout.replaceAll("\x1b", "ESC"), /ESC\[\d+m/);
     assert.match(stdout, /^w1:22 +up +0\/2 /m);
+  });
+
+  test("a bar shows on a terminal how many have answered", async () => {
+    const file = "/tmp/waiting.scm";
+    const text = lab("machines", "head", "w1", "w2")
+      .replace('(name "w1")', `$& (port ${PORTS.silent})`);
+    writeFileSync(root("head") + file, text);
+    const ask = (name: string) => command(name, file, "--timeout=4");
+    const json = ["sh", "-c", `exec "$@" >/tmp/status.json`, "sh"]
+      .concat(ask("status"), "--json");
+    const shown = [
+      onTerminal("head", ask("status")),
+      onTerminal("head", ask("test")),
+      onTerminal("head", ask("status"), 15),
+      onTerminal("head", json),
+      onTerminal("head", ["env", "TERM=dumb", ...ask("status")]),
+      watch(start("head", ...ask("status"))),
+    ].map(({ ended }) => within("the end", ended));
+    const [status, test, narrow, toFile, ...others] = await Promise.all(shown);
+    assert.match(status!.stdout, barOf("asking machines 1/2 ▕█{20} {20}▏"));
+    assert.match(test!.stdout, barOf("testing machines 1/2 ▕█{20} {20}▏"));
+    assert.match(narrow!.stdout, barOf("asking machine"));
+    assert.match(toFile!.stdout, barOf("asking machines 1/2 ▕█{20} {20}▏"));
+    for (const { stdout } of [status!, test!, narrow!, toFile!]) {
+      const left = whatIsLeft(stdout);
+      assert.not.match(left, /▕|(asking|testing) machine/);
+      assert.match(left, "build machines...");
+    }
+    // A step that is told meanwhile is not written into the bar.
+    assert.match(whatIsLeft(test!.stdout), /^w1:2202: host key: .*failed/m);
+    const written = `${root("head")}/tmp/status.json`;
+    const statuses = JSON.parse(readFileSync(written, "utf8"));
+    assert.is(statuses.length, 2);
+    for (const { stdout, stderr } of others) {
+      assert.match(stdout, /up|w2/);
+      assert.not.match(stdout + stderr, /▕|asking machines/);
+      assert.not.ok((stdout + stderr).includes("\x1b[K"));
+    }
   });
 
   test("status --watch draws until interrupted", async () => {

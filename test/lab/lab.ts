@@ -124,10 +124,11 @@ export function watch(child: ChildProcess): Running {
 export function onTerminal(
   host: string,
   command: readonly string[],
+  columns = 100,
 ): Running {
   const words = ["env", "TERM=xterm", ...command];
   const line = words.map((word) => `'${word}'`).join(" ");
-  const script = `stty cols 100 rows 30; exec ${line}`;
+  const script = `stty cols ${columns} rows 30; exec ${line}`;
   const program = ["env", "SHELL=/bin/sh", "script", "-qefc", script];
   return watch(start(host, ...program, "/dev/null"));
 }
