@@ -118,6 +118,7 @@ function suiteUnder(runtime: Runtime): void {
   test.before.each(() => useMachines("head", ["w1"]));
 
   test("what goes a slow way is compressed, unless that is off", async () => {
+    assertOffloaded(...buildWork(), ["w1"]); // it has what all builds need
     useMachines("head", ["w1"], relayed);
     const packed = await wireSizes("--compressible");
     assert.ok(packed.up < 3, `${packed.up} MiB`);
