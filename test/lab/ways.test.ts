@@ -112,8 +112,6 @@ function suiteUnder(runtime: Runtime): void {
   test.before(() => {
     up("head", "w1");
     useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
-    useMachines("head", ["w1"]);
-    buildWork(); // what all builds need is there, whatever was collected
   });
   test.before.each(() => useMachines("head", ["w1"]));
 
