@@ -12,6 +12,8 @@ import {
   existsSync,
   mkdirSync,
   readFileSync,
+  renameSync,
+  rmSync,
   statSync,
   writeFileSync,
 } from "node:fs";
@@ -76,6 +78,23 @@ export function privateDirectory(
   return directory;
 }
 
+/** Writes a file as a whole or not at all, for the eyes of its owner. */
+export function writePrivately(file: string, text: string): void {
+  const temporary = `${file}.${process.pid}`;
+  rmSync(temporary, { force: true });
+  try {
+    writeFileSync(temporary, text, { mode: 0o600, flag: "wx" });
+    renameSync(temporary, file);
+  } finally {
+    rmSync(temporary, { force: true });
+  }
+}
+
+/** A short stand-in for a text that may be long or secret. */
+export function digest(data: string | Uint8Array): string {
+  return createHash("sha256").update(data).digest("hex");
+}
+
 /** Seconds since a file was written; Infinity where it is missing. */
 function ageOf(file: string): number {
   const time = statSync(file, { throwIfNoEntry: false })?.mtimeMs;
@@ -113,8 +132,8 @@ export async function cachedOutput(
   const [lifetime, timeout] = ["lifetime", "timeout"].map((name) =>
     Number(context.options[name])
   );
-  const hash = createHash("sha256").update(command).digest("hex");
-  const file = `${privateDirectory("programs", context)}/${hash.slice(0, 16)}`;
+  const name = digest(command).slice(0, 16);
+  const file = `${privateDirectory("programs", context)}/${name}`;
   const isMissing = ageOf(file) === Infinity;
   const mustRun = Math.min(ageOf(file), ageOf(`${file}.error`)) >= lifetime!;
   if (mustRun && (isMissing || ageOf(`${file}.asked`) > timeout!)) {
