@@ -1,0 +1,313 @@
+/**
+ * Has the real Guix evaluate a machine file, and tells what that read. It is no
+ * plugin.
+ *
+ * @module
+ */
+
+import { spawn } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
+import process from "node:process";
+import type { PluginContext } from "../mod.ts";
+
+/** How long Guile may take; the file may contain an endless loop. */
+const TIMEOUT = 10_000;
+
+/** How much Guile may write: far more than 10,000 machines. */
+const MAXIMUM_OUTPUT = 1 << 26;
+
+/** What an evaluation by Guile says, as `PROGRAM` writes it. */
+export interface Outcome {
+  /** Fields and place of the machines; absent where there is no such list. */
+  readonly machines?: readonly {
+    readonly fields: Record<string, unknown>;
+    readonly place: string | null;
+  }[];
+  /** What is wrong with the file, and where if it is known. */
+  readonly error?: {
+    readonly message: string;
+    readonly place: string | null;
+    readonly variable: string | null;
+  };
+  /** Files that were opened or looked for. */
+  readonly files: readonly string[];
+  /** Files of modules that were loaded. */
+  readonly modules: readonly string[];
+  /** Environment variables that were asked for. */
+  readonly variables: readonly string[];
+  /** Whether it asked for the name of this host. */
+  readonly host: boolean;
+  /** Whether it ran programs or listed directories: never the same twice. */
+  readonly volatile: boolean;
+  /** Whether it took too long: it may not, another time. */
+  readonly isLate?: true;
+}
+
+/**
+ * What Guile runs, with the name of the machine file in `file`. It evaluates it
+ * like the procedure `build-machines` of (guix scripts offload), in the same
+ * module and with the same HOME, watches what is read meanwhile, and writes one
+ * line: a record separator and JSON.
+ */
+const PROGRAM = String.raw`
+(use-modules (guix scripts offload) (guix diagnostics) (ice-9 match)
+             (srfi srfi-1))
+
+(define out (fdopen (dup->fdes 1) "w"))
+(set-port-encoding! out "UTF-8")
+(set-current-output-port (current-error-port))
+(set-current-input-port (open-input-file "/dev/null"))
+(false-if-exception (setrlimit 'as (expt 2 32) (expt 2 32)))
+(false-if-exception (setenv "HOME" (passwd:dir (getpw (getuid)))))
+
+(define files '())
+(define modules '())
+(define variables '())
+(define host? #f)
+(define volatile? #f)
+
+(define (note-file! name . _)
+  (when (string? name)
+    (set! files (cons (if (string-prefix? "/" name)
+                          name
+                          (string-append (getcwd) "/" name))
+                      files))))
+(define (note-module! name . _)
+  (set! modules (cons (%search-load-path name) modules)))
+(define (note-variable! name . _)
+  (set! variables (cons name variables)))
+(define (note-host! . _) (set! host? #t))
+(define (note-volatile! . _) (set! volatile? #t))
+
+(define (watch module name note!)
+  (let ((variable (module-variable module name)))
+    (when variable
+      (let ((original (variable-ref variable)))
+        (variable-set! variable
+                       (lambda args
+                         (false-if-exception (apply note! args))
+                         (apply original args)))))))
+
+(define (watch-all names note!)
+  (for-each (lambda (name) (watch the-root-module name note!)) names))
+
+(define (escape char)
+  (cond ((memv char '(#\" #\\)) (string #\\ char))
+        ((char<? char #\space)
+         (string-append "\\u" (string-pad (number->string (char->integer char)
+                                                          16)
+                                          4 #\0)))
+        (else (string char))))
+
+(define (json value)
+  (match value
+    (#t "true")
+    (#f "false")
+    ('null "null")
+    ((? string?)
+     (string-append "\"" (string-concatenate (map escape (string->list value)))
+                    "\""))
+    ((? exact-integer?) (number->string value))
+    ((and (? real?) (not (? nan?)) (not (? inf?)))
+     (number->string (exact->inexact value)))
+    (#(pairs ...)
+     (string-append "{" (string-join (map (match-lambda
+                                            ((name . value)
+                                             (string-append (json name) ":"
+                                                            (json value))))
+                                          pairs)
+                                     ",")
+                    "}"))
+    ((items ...)
+     (string-append "[" (string-join (map json items) ",") "]"))
+    (_ (json (vector (cons "scheme" (object->string value)))))))
+
+(define (plain value)
+  (match value
+    ((or (? string?) (? boolean?) (? real?)) value)
+    ((items ...) (map plain items))
+    (_ (vector (cons "scheme" (object->string value))))))
+
+(define (machine->json machine)
+  (let* ((type (struct-vtable machine))
+         (fields (map (lambda (field)
+                        (cons field ((record-accessor type field) machine)))
+                      (record-type-fields type)))
+         (location (assq-ref fields 'location)))
+    (vector (cons "fields"
+                  (list->vector
+                   (filter-map (match-lambda
+                                 (('location . _) #f)
+                                 ((field . value)
+                                  (cons (symbol->string field) (plain value))))
+                               fields)))
+            (cons "place" (if (location? location)
+                              (location->string location)
+                              'null)))))
+
+(define (error->json message place variable)
+  (vector (cons "error" (vector (cons "message" message)
+                                (cons "place" (or place 'null))
+                                (cons "variable" (or variable 'null))))))
+
+(define (formatted procedure format-string args)
+  (let ((message (if (and (string? format-string) (list? args))
+                     (apply simple-format #f format-string args)
+                     (object->string (list format-string args)))))
+    (if procedure
+        (simple-format #f "~a: ~a" procedure message)
+        message)))
+
+(define (report key . args)
+  (match (cons key args)
+    (('system-error _ _ ((? string? reason) (? string? name)) . _)
+     (error->json (string-append "failed to open '" name "': " reason) #f #f))
+    (('syntax-error _ (? string? message) properties . _)
+     (error->json message
+                  (let ((location (and properties
+                                       (source-properties->location
+                                        properties))))
+                    (and location (location->string location)))
+                  #f))
+    (('read-error _ (? string? message) (args ...) . _)
+     (error->json (formatted #f message args) "" #f))
+    (('unbound-variable _ _ ((? symbol? name)) . _)
+     (error->json (formatted #f "Unbound variable: ~a" (list name))
+                  #f (symbol->string name)))
+    (('quit . _)
+     (error->json "the file ends the process" #f #f))
+    ((_ procedure (? string? message) args . _)
+     (error->json (formatted procedure message (or args '())) #f #f))
+    (x (error->json (object->string x) #f #f))))
+
+(define (evaluate)
+  (catch #t
+    (lambda ()
+      (save-module-excursion
+       (lambda ()
+         (set-current-module (@@ (guix scripts offload) %user-module))
+         (match (primitive-load file)
+           (((? build-machine? machines) ...)
+            (vector (cons "machines" (map machine->json machines))))
+           (_ (vector))))))
+    report))
+
+(watch-all '(open-file open open-fdes stat access? primitive-load) note-file!)
+(watch-all '(primitive-load-path) note-module!)
+(watch-all '(getenv) note-variable!)
+(watch-all '(gethostname uname) note-host!)
+(watch-all '(primitive-fork system system* spawn opendir environ current-time
+             gettimeofday)
+           note-volatile!)
+(watch (resolve-module '(ice-9 popen)) 'piped-process note-volatile!)
+
+(let ((result (vector->list (evaluate))))
+  (display (string-append
+            "\x1e"
+            (json (list->vector
+                   (append result
+                           (list (cons "files" (delete-duplicates files))
+                                 (cons "modules"
+                                       (filter string? modules))
+                                 (cons "variables"
+                                       (delete-duplicates variables))
+                                 (cons "host" host?)
+                                 (cons "volatile" volatile?)))))
+            "\n")
+           out)
+  (force-output out)
+  (primitive-exit 0))
+`;
+
+/** The outcome when Guile takes too long. */
+const TIMED_OUT: Outcome = {
+  error: {
+    message: `no result after ${TIMEOUT / 1000} seconds: an endless loop?`,
+    place: null,
+    variable: null,
+  },
+  files: [],
+  modules: [],
+  variables: [],
+  host: false,
+  volatile: false,
+  isLate: true,
+};
+
+/** Writes a string as Scheme reads it. */
+function schemeString(text: string): string {
+  return `"${text.replace(/[\\"]/g, "\\$&")}"`;
+}
+
+/** Kills a process, unless it has ended, and what it has started. */
+function kill(child: ChildProcess): void {
+  const { exitCode, pid, signalCode } = child;
+  if (pid === undefined || exitCode !== null || signalCode !== null) return;
+  try {
+    process.kill(-pid, "SIGKILL");
+  } catch {
+    child.kill("SIGKILL");
+  }
+}
+
+/** Runs `guix repl` with a program; gives what it writes, none after timeout. */
+function runGuile(
+  context: PluginContext,
+  input: string,
+): Promise<string | undefined> {
+  return new Promise((resolve, reject) => {
+    const child = spawn(context.guix, ["repl", "-t", "machine"], {
+      // A process group of its own, to be killed with all that is in it.
+      detached: true,
+      env: {
+        ...context.environment,
+        GUILE_AUTO_COMPILE: "0",
+      } as NodeJS.ProcessEnv,
+    });
+    let output = "";
+    let errors = "";
+    const finish = (end: () => void) => {
+      clearTimeout(timer);
+      context.signal.removeEventListener("abort", abort);
+      kill(child);
+      end();
+    };
+    const fail = (reason: string) => finish(() => reject(new Error(reason)));
+    const abort = () => fail("interrupted");
+    const timer = setTimeout(() => finish(() => resolve(undefined)), TIMEOUT);
+    context.signal.addEventListener("abort", abort);
+    if (context.signal.aborted) abort();
+    child.stdout.setEncoding("utf8").on("data", (text: string) => {
+      output += text;
+      if (output.length > MAXIMUM_OUTPUT) fail("it writes too much");
+    });
+    child.stderr.setEncoding("utf8").on("data", (text: string) => {
+      errors = (errors + text).slice(-4096);
+    });
+    child.stdin.on("error", () => {
+      // It has ended early: 'close' says how.
+    });
+    child.on("error", (error) => fail(error.message));
+    child.on("close", (code, signal) => {
+      if (output.includes("\x1e")) finish(() => resolve(output));
+      else fail(errors.trim() || `it ended with ${signal ?? `code ${code}`}`);
+    });
+    child.stdin.end(input);
+  });
+}
+
+/**
+ * Has Guile evaluate a machine file.
+ *
+ * @throws {Error} where there is no Guile to do that.
+ */
+export async function evaluate(
+  context: PluginContext,
+  file: string,
+): Promise<Outcome> {
+  const input = `(define file ${schemeString(file)})\n${PROGRAM}`;
+  const output = await runGuile(context, input);
+  if (output === undefined) return TIMED_OUT;
+  const start = output.indexOf("\x1e") + 1;
+  return JSON.parse(output.slice(start, output.indexOf("\n", start)));
+}
