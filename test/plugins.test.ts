@@ -5,6 +5,8 @@ import {
   chmodSync,
   globSync,
   mkdtempSync,
+  readdirSync,
+  readFileSync,
   rmSync,
   writeFileSync,
 } from "node:fs";
@@ -125,6 +127,24 @@ test("a plugin is type-checked against mod.ts", () => {
   );
   assert.throws(() => check(plugin("scor: () => 1")), /scor/);
   assert.throws(() => check(plugin('score: () => "1"')), /string/);
+});
+
+test("built-in plugins are short, and read mod.ts for its types alone", () => {
+  const read = (file: string) => readFileSync(`${root}plugins/${file}`, "utf8");
+  const imports = read("mod.ts").matchAll(/^import \w+ from "\.\/(.*)";$/gm);
+  const listed = [...imports].map(([, file]) => file!);
+  assert.is(listed.length, builtinPlugins.length);
+  for (const file of listed) {
+    const lines = read(file).trimEnd().split("\n").length;
+    assert.ok(lines <= 150, `plugins/${file} has ${lines} lines`);
+  }
+  // What plugins share, too; the contract's tests do use it.
+  const types = /^import type [^;]* from "\.\.\/mod\.ts";$/gm;
+  for (const file of readdirSync(`${root}plugins`)) {
+    if (!file.endsWith(".ts") || file === "contract.ts") continue;
+    const rest = read(file).replace(types, "");
+    assert.not.match(rest, /["'`]\.\.\/mod\.ts["'`]/, `plugins/${file}`);
+  }
 });
 
 /** Scores of three machines, as the plugins give them. */
