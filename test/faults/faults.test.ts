@@ -1,6 +1,12 @@
 /**
- * Builds that meet a fault: the quick ones, each under one runtime, or those
- * whose titles, with `under RUNTIME`, match OFFLOAD_FAULTS: `.` for all.
+ * Builds that meet a fault: the quick ones, each under one runtime, and some of
+ * them with other plugins than the usual `guix`. With OFFLOAD_FAULTS, a regular
+ * expression, those whose titles match it: all faults are there under both
+ * runtimes and with each plugin that connects or moves archives, such as
+ *
+ *     sshd killed while sending under deno with openssh
+ *
+ * So `.` has all of them, `with archive-command` all of one plugin.
  */
 
 import process from "node:process";
@@ -9,6 +15,7 @@ import * as assert from "uvu/assert";
 import { assertStoreIsSound, build, makeWork, RUNTIMES } from "../lab/lab.ts";
 import type { Runtime } from "../lab/lab.ts";
 import {
+  CHOICES,
   FAULTS,
   makeField,
   meet,
@@ -16,24 +23,28 @@ import {
   titleOf,
   whatRemains,
 } from "./faults.ts";
-import type { Fault, Field } from "./faults.ts";
+import type { Choice, Fault, Field } from "./faults.ts";
 
 const pattern = process.env.OFFLOAD_FAULTS;
 
-for (const runtime of RUNTIMES) suiteUnder(runtime);
+for (const choice of Object.keys(CHOICES) as Choice[]) {
+  for (const runtime of RUNTIMES) suiteUnder(runtime, choice);
+}
 
-function suiteUnder(runtime: Runtime): void {
+function suiteUnder(runtime: Runtime, choice: Choice): void {
+  const place = `under ${runtime} with ${choice}`;
   const faults = FAULTS.filter((fault) =>
-    pattern === undefined
-      ? fault.quick === runtime
-      : RegExp(pattern).test(`${titleOf(fault)} under ${runtime}`)
+    pattern !== undefined
+      ? RegExp(pattern).test(`${titleOf(fault)} ${place}`)
+      : runtime ===
+        (choice === "guix" ? fault.quick : fault.quickWith?.[choice])
   );
   if (faults.length === 0) return;
-  const test = suite(`faults under ${runtime}`);
+  const test = suite(`faults ${place}`);
   let field: Field;
 
   test.before(async () => {
-    field = await makeField(runtime);
+    field = await makeField(runtime, choice);
   });
   test.after(() => {
     field.relay.stop();
@@ -52,7 +63,8 @@ async function hold(fault: Fault, field: Field): Promise<void> {
   const before = strays();
   const { ending, seconds, text } = await meet(fault, field, fault.seconds);
   assert.is(ending, fault.ends, `${seconds} s: ${text}`);
-  if (fault.says !== undefined) assert.ok(fault.says.test(text), text);
+  const says = fault.saysWith?.[field.choice] ?? fault.says;
+  if (says !== undefined) assert.ok(says.test(text), text);
   assert.equal(await whatRemains(), [], text);
   // What a hook that was killed left, the next one removes.
   const [next] = makeWork("head");

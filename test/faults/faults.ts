@@ -48,6 +48,18 @@ import type { Relay, Result, Running, Runtime } from "../lab/lab.ts";
 /** What runs the hook: Offload under a runtime, or `guix offload`. */
 export type HookKind = Runtime | "reference";
 
+/**
+ * The built-in plugins that connect or move archives, and by which variables
+ * the hook is told to use them. What must hold of a fault holds with each.
+ */
+export const CHOICES = {
+  "guix": [],
+  "openssh": ["OFFLOAD_CONNECT=openssh"],
+  "archive-command": ["OFFLOAD_TRANSPORT=archive-command"],
+} as const satisfies Record<string, readonly string[]>;
+
+export type Choice = keyof typeof CHOICES;
+
 /** How far a build is when a fault is injected. */
 export type Phase = "before" | "sending" | "building" | "retrieving";
 
@@ -70,10 +82,14 @@ export interface Fault {
   readonly ends: Ending;
   /** What must be said of it. */
   readonly says?: RegExp;
+  /** The same, where a plugin has words of its own. */
+  readonly saysWith?: Partial<Record<Choice, RegExp>>;
   /** In how many seconds, from the fault on, it must end. */
   readonly seconds: number;
   /** The runtime under which the ordinary tests try it. */
   readonly quick?: Runtime;
+  /** The same, with other plugins. */
+  readonly quickWith?: Partial<Record<Choice, Runtime>>;
   /** Whether scripts/faults tries it with `guix offload`, too. */
   readonly compared?: true;
 }
@@ -103,6 +119,8 @@ const SLOW = 3_000_000;
 export interface Field {
   /** What offloads on head. */
   readonly hook: HookKind;
+  /** By which of the plugins. */
+  readonly choice: Choice;
   /** Before w1. */
   readonly relay: Relay;
 }
@@ -118,19 +136,26 @@ export const SETTINGS: readonly string[] = [
 ];
 
 /** Restarts the daemon of a master so that it offloads with a hook. */
-export function useHook(hook: HookKind, master = "head"): void {
+export function useHook(
+  hook: HookKind,
+  master = "head",
+  choice: Choice = "guix",
+): void {
   if (hook === "reference") useReference(master);
-  else useOffload(master, hook, ...SETTINGS);
+  else useOffload(master, hook, ...SETTINGS, ...CHOICES[choice]);
 }
 
 /** Brings the hosts up and a relay before w1. */
-export async function makeField(hook: HookKind): Promise<Field> {
+export async function makeField(
+  hook: HookKind,
+  choice: Choice = "guix",
+): Promise<Field> {
   up("head", "w1", "w2");
   // Few may wait for one that is stopped.
   const relay = await startRelay("w1", `--rate=${SLOW}`, "--backlog=1");
-  useHook(hook);
+  useHook(hook, "head", choice);
   makeWork("head"); // else a new host has no database of its store
-  return { hook, relay };
+  return { hook, choice, relay };
 }
 
 /** Edits a machine file so that w1 is preferred, and reached by the relay. */
@@ -151,6 +176,9 @@ const PROGRAM = {
   builder: "-u guixbuilder01,guixbuilder02,guixbuilder03,guixbuilder04",
   archive: "-f '[g]uix archive'",
   hook: "-f '[o]ffload/mod.ts|[g]uix offload'",
+  // The first keep a connection, the others are a hook's.
+  kept: "-f '^ssh: .*[[]mux]'",
+  ssh: "-f '^ssh -'",
 } as const;
 
 /** The processes of a program in a host. */
@@ -167,6 +195,11 @@ export function signal(
 ): void {
   const pids = processes(host, program);
   run(host, "kill", `-${name}`, ...pids);
+}
+
+/** Ends what the plugin 'openssh' keeps: no fault meets another's connection. */
+function endKeptConnections(): void {
+  if (processes("head", "kept").length > 0) signal("head", "TERM", "kept");
 }
 
 /** Starts the SSH server of a host whose processes were killed. */
@@ -282,7 +315,10 @@ const restartedDaemon = {
 };
 
 const LOST = /lost connection to 'w1': /;
-const SILENT = /lost connection to 'w1': Keepalive timeout/;
+const SILENT = {
+  says: /lost connection to 'w1': Keepalive timeout/,
+  saysWith: { openssh: LOST }, // its ssh notices, and ends
+};
 const MIDDLE = ["sending", "building", "retrieving"] as const;
 
 /** Faults of the ways to w1, before a build comes there. */
@@ -314,6 +350,19 @@ const UNREACHABLE: readonly Fault[] = [
     seconds: 20,
   },
   {
+    name: "packets dropped since the last build",
+    phase: "before",
+    ...network("drop"),
+    inject: async (field) => {
+      const [derivation] = makeWork("head");
+      assert.is(build("head", derivation!).status, 0);
+      await network("drop").inject(field);
+    },
+    ends: "on w2",
+    seconds: 20,
+    quickWith: { openssh: "node" },
+  },
+  {
     name: "sshd killed",
     phase: "before",
     ...killedSshd,
@@ -335,7 +384,9 @@ const UNREACHABLE: readonly Fault[] = [
     heal: () => rotateHostKey("w1", true),
     ends: "on w2",
     says: /server at 'w1' returned host key/,
+    saysWith: { openssh: /failed to connect to 'w1': it has another host key/ },
     seconds: 15,
+    quickWith: { openssh: "node" },
     compared: true,
   },
   {
@@ -365,9 +416,10 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     phase,
     ...network("drop"),
     ends: "on w2",
-    says: SILENT,
+    ...SILENT,
     seconds: 25,
-    ...(phase === "sending" && { quick: "node" }),
+    ...(phase === "sending" &&
+      { quick: "node", quickWith: { "archive-command": "deno" } }),
     compared: true,
   },
   {
@@ -377,7 +429,8 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     ends: "on w2",
     says: LOST,
     seconds: 20,
-    ...(phase === "building" && { quick: "deno" }),
+    ...(phase === "building" &&
+      { quick: "deno", quickWith: { openssh: "node" } }),
     compared: true,
   },
   {
@@ -393,7 +446,7 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     phase,
     ...frozen("sshd"),
     ends: "on w2",
-    says: SILENT,
+    ...SILENT,
     seconds: 25,
   },
   {
@@ -409,7 +462,8 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     ...killedDaemon,
     ends: "on w2",
     seconds: 25,
-    ...(phase === "retrieving" && { quick: "node" }),
+    ...(phase === "retrieving" &&
+      { quick: "node", quickWith: { "archive-command": "deno" } }),
     compared: true,
   },
   {
@@ -612,7 +666,7 @@ const ABANDONED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     name: "local daemon killed",
     phase,
     inject: () => signal("head", "KILL", "daemon"),
-    heal: ({ hook }) => useHook(hook),
+    heal: ({ hook, choice }) => useHook(hook, "head", choice),
     ends: "fails",
     seconds: 10,
     ...(phase === "retrieving" && { quick: "deno" }),
@@ -695,6 +749,7 @@ export async function meet(
   bound: number,
 ): Promise<Outcome> {
   useBoth();
+  endKeptConnections();
   const work = [...WORK[fault.phase], ...fault.work ?? []];
   const [derivation] = makeWork("head", ...work);
   if (fault.phase === "before") await fault.inject(field);
@@ -764,7 +819,9 @@ function takenSlots(): string[] {
 
 /** What should be gone when no build runs: processes, slots. */
 function remains(machines: readonly string[]): string[] {
-  const left = processes("head", "hook").map((pid) => `hook ${pid} on head`);
+  const left = (["hook", "ssh"] as const).flatMap((program) =>
+    processes("head", program).map((pid) => `${program} ${pid} on head`)
+  );
   for (const machine of machines) {
     for (const program of ["builder", "archive"] as const) {
       for (const pid of processes(machine, program)) {
