@@ -1,9 +1,12 @@
 /**
  * Connects to machines by the system's `ssh`, for sites that need what is in
- * their ~/.ssh/config (ProxyJump, for example), or an agent. All of a master's
- * builds share one connection to a machine, which stays for a minute.
+ * their ~/.ssh/config (ProxyJump, for example), or an agent. The host key stays
+ * pinned: what the machine file says is all that counts.
  *
- * The host key stays pinned: what the machine file says is all that counts.
+ * All of a master's builds share one connection to a machine, which a process
+ * of ssh (a ControlMaster) keeps, and for a minute after the last one. So they
+ * share its fate, too: where it breaks, all of them go elsewhere. Whether the
+ * server lets one in, and which host key it has, counts when it is made.
  *
  * @module
  */
@@ -21,10 +24,13 @@ import { ALIAS, control, execute, ssh, sshArguments } from "./ssh.ts";
 function connectionError({ name }: Machine, cause: unknown): Error {
   const { message } = cause as Error;
   const wrongKey = /host key|REMOTE HOST IDENTIFICATION/i.test(message);
+  const [shown] = /(?<=sent by the remote host is\W+)SHA256:[\w+/]+/
+    .exec(message) ?? [];
   const hint = wrongKey
     ? "if it was changed on purpose, correct the machine's host-key"
     : `try 'ssh ${name}' as the account that guix-daemon runs as`;
-  const text = `failed to connect to '${name}': ${message}`;
+  const why = shown ? `it has another host key, ${shown}` : message;
+  const text = `failed to connect to '${name}': ${why}`;
   return Object.assign(new Error(text, { cause }), { hint });
 }
 
