@@ -785,7 +785,8 @@ export async function meet(
 /** Executes SQL on a database of head, in there; returns the rows. */
 function onDatabase(file: string, sql: string): Record<string, string>[] {
   const script = `const { DatabaseSync } = require("node:sqlite");
-    const rows = new DatabaseSync("${file}").prepare(process.argv[1]).all();
+    const database = new DatabaseSync("${file}", { timeout: 10000 });
+    const rows = database.prepare(process.argv[1]).all();
     console.log(JSON.stringify(rows));`;
   const node = "/offload/node_modules/node/bin/node";
   return JSON.parse(inHost("head", node, "-e", script, sql));
