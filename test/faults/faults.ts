@@ -386,7 +386,6 @@ const UNREACHABLE: readonly Fault[] = [
     says: /server at 'w1' returned host key/,
     saysWith: { openssh: /failed to connect to 'w1': it has another host key/ },
     seconds: 15,
-    quickWith: { openssh: "node" },
     compared: true,
   },
   {

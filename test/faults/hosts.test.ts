@@ -186,6 +186,32 @@ function suiteUnder(runtime: Runtime): void {
     },
   );
 
+  fault(
+    "node",
+    "a build that is given up leaves the connection to who shares it",
+    async () => {
+      useHook(runtime, "head", "openssh");
+      try {
+        useMachines("head", ["w1"]);
+        // Long enough for the connection to be tried, too.
+        const clients = makeWork("head", "--count=2", "--seconds=8")
+          .map((derivation) => startBuild(derivation));
+        for (const { text } of clients) {
+          while (!/^building work$/m.test(text())) await delay(20);
+        }
+        inHost("head", "pkill", "-TERM", "-n", "-f", "[o]ffload/mod.ts");
+        const ends = clients.map(({ ended }) => within("the end", ended));
+        const results = await Promise.all(ends);
+        const [good, ...others] = results.filter(({ status }) => status === 0);
+        const stderr = results.map(({ stderr }) => stderr).join("\n");
+        assert.ok(good !== undefined && others.length === 0, stderr);
+        assert.not.match(good.stderr, "trying another machine");
+      } finally {
+        useHook(runtime);
+      }
+    },
+  );
+
   fault("node", "a broken machine file leaves builds to the daemon", () => {
     const file = `${root("head")}/etc/guix/machines.scm`;
     for (const text of ["((", "", '(list "w1")', "\0\0\0"]) {
