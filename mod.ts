@@ -4443,8 +4443,11 @@ const CLAIM = 1;
 /** How many machines are asked at the same time. */
 const PROBES_AT_ONCE = 32;
 
-/** How much longer than the first answer took others are waited for, in ms. */
-const GRACE = { factor: 2, least: 50, most: 500 } as const;
+/**
+ * How much longer than the first answer took others are waited for, in ms. The
+ * first may come over a connection that a plugin keeps; a new one takes longer.
+ */
+const GRACE = { factor: 2, least: 250, most: 500 } as const;
 
 function makeProspect(
   machine: Machine,

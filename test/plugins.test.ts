@@ -10,6 +10,7 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
+import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -21,7 +22,13 @@ import {
   readSettings,
   scoreCandidates,
 } from "../mod.ts";
-import type { Connection, Context, Exclusion, Plugin } from "../mod.ts";
+import type {
+  Assignment,
+  Connection,
+  Context,
+  Exclusion,
+  Plugin,
+} from "../mod.ts";
 import builtinPlugins from "../plugins/mod.ts";
 import { candidate, machine, makeContext, request } from "./context.ts";
 import { rejects } from "./helpers.ts";
@@ -380,6 +387,29 @@ test("what a start throws, and answers that are none, are told", async () => {
     odd.warnings[0]!,
     /plugin 'out': exclude: expected { why, isBusy }, got {"busy":true}/,
   );
+});
+
+test("a machine has time to be connected to, beside one that is", async () => {
+  const { context } = makeContext({
+    plugins: [{
+      name: "keeping",
+      async connect({ name }) {
+        if (name === "cold") await delay(150); // what ssh takes, nearby
+        return {
+          failure: () => undefined,
+          openSocket: () => Promise.reject(new Error("none")),
+          exec: () => Promise.reject(new Error("none")),
+          close: () => {},
+        };
+      },
+    }],
+  });
+  const machines = [
+    machine({ name: "cold", speed: 9 }),
+    machine({ name: "kept", speed: 1 }),
+  ];
+  const choice = await chooseBuildMachine(machines, request(), context);
+  assert.is((choice as Assignment).prospect.machine.name, "cold");
 });
 
 test("openSession() connects by the first plugin that does", async () => {
