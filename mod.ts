@@ -1727,7 +1727,7 @@ export interface Transport {
   missing(paths: readonly string[]): Awaitable<readonly string[]>;
   /** Sends items, each after those that it refers to. */
   send(items: ReadonlyMap<string, PathInfo>): Awaitable<void>;
-  /** Told when the build of a derivation starts: `retrieve` comes next. */
+  /** Told when a derivation is there and is being built: `retrieve` is next. */
   prepare?(derivation: string): void;
   /**
    * The bundle that `guix archive --export` makes of `paths` there: items of
@@ -2540,8 +2540,14 @@ async function operateAll(
   calls: Sequence<Call>,
   streams?: OperationStreams,
 ): Promise<void> {
-  for await (const message of messagesOf(calls, store)) {
+  const messages = messagesOf(calls, store);
+  let next = messages.next();
+  for (;;) {
+    const { value: message, done } = await next;
+    if (done) return;
     await writeMessage(store, message);
+    next = messages.next(); // made while the daemon is at work
+    next.catch(() => {}); // it is told when it is awaited
     let refused: DaemonError | undefined;
     for (const { result } of message) {
       try {
@@ -4786,10 +4792,11 @@ function storeHash(fingerprint: string): string {
   const folded = new Uint8Array(20);
   createHash("sha256").update(fingerprint).digest()
     .forEach((byte, i) => folded[i % 20]! ^= byte);
-  let rest = littleEndian(folded);
+  // The last five bits come first.
   let text = "";
-  for (let i = 0; i < HASH_PART_LENGTH; i++, rest >>= 5n) {
-    text = NIX_BASE32[Number(rest & 31n)] + text;
+  for (let bit = 5 * (HASH_PART_LENGTH - 1); bit >= 0; bit -= 5) {
+    const [low, high = 0] = folded.subarray(bit >> 3);
+    text += NIX_BASE32[(low! | high << 8) >> (bit & 7) & 31];
   }
   return text;
 }
@@ -5600,6 +5607,7 @@ interface Built {
 async function buildRemotely(
   { derivation, outputs }: Work,
   recipe: PathInfo | undefined,
+  prepare: () => void,
   remote: StoreConnection,
   machine: Machine,
   context: Context,
@@ -5622,8 +5630,8 @@ async function buildRemotely(
     const text = readFileSync(derivation);
     const name = itemName(derivation);
     // Were it made into another item, it could not be built.
-    calls.unshift(addTextCall(name, text, recipe.references, () => {}));
-  }
+    calls.unshift(addTextCall(name, text, recipe.references, prepare));
+  } else prepare();
   const start = performance.now();
   try {
     await operateAll(remote, calls, { log });
@@ -5663,9 +5671,9 @@ async function sendAndBuild(
         ...[missing, derivation, transport, connections, context] as const,
       );
       missing = recipe === undefined ? [] : [derivation];
-      transport.prepare?.(derivation);
+      const prepare = () => transport.prepare?.(derivation);
       return await connections.patiently(() =>
-        buildRemotely(work, recipe, remote, machine, context)
+        buildRemotely(work, recipe, prepare, remote, machine, context)
       );
     } catch (error) {
       if (isAgain || isFinal(error)) throw error;
