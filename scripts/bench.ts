@@ -184,8 +184,10 @@ function measure({ work, runs }: Case): ByHook<number> {
   for (let run = 0; run < runs; run++) {
     for (const [hook, variables] of Object.entries(HOOKS)) {
       lab("daemon", "head", ...variables);
-      // What a daemon's database has not yet put in order slows it down.
+      // What a daemon's database has not yet put in order slows it down, and
+      // so does a machine's memory that was not in use lately.
       for (const host of ["w1", "w2"]) lab("daemon", host);
+      for (const host of ["head", "w1", "w2"]) lab("in", host, "guix", "gc");
       // The first build after a start pays for what is there only then.
       build(makeWork([]));
       (times[hook] ??= []).push(build(makeWork(work)));
