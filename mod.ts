@@ -5440,7 +5440,6 @@ async function sendItems(
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
   let items = await queryItems(paths, local);
-  if (items.size === 0) return undefined;
   const lock = sizeOf(items) < BULK
     ? undefined
     : await context.patiently(() => lockUploads(machine, context));
@@ -5450,6 +5449,7 @@ async function sendItems(
       const missing = await lackingItems([...items.keys()], transport);
       items = new Map(missing.map((path) => [path, items.get(path)!]));
     }
+    if (items.size === 0) return undefined;
     const size = sizeOf(items);
     log.info(
       `sending ${count(items.size)} (${mebibytes(size)} MiB) to ` +
