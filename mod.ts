@@ -302,6 +302,7 @@ class Foot {
       },
       end: () => {
         clearTimeout(timer);
+        isShown = false;
         this.show("");
       },
     };
@@ -2542,6 +2543,8 @@ async function operateAll(
 ): Promise<void> {
   const messages = messagesOf(calls, store);
   let next = messages.next();
+  // What makes the next message may still be reading from somewhere.
+  const failed = (error: unknown) => next.then(() => error, () => error);
   for (;;) {
     const { value: message, done } = await next;
     if (done) return;
@@ -2554,12 +2557,20 @@ async function operateAll(
         await finish(store, streams);
         await result(store.reader);
       } catch (error) {
-        if (!(error instanceof DaemonError)) throw refused ?? error;
+        if (!(error instanceof DaemonError) || isOutOfStep(error)) {
+          throw await failed(refused ?? error);
+        }
         refused ??= error;
       }
     }
-    if (refused !== undefined) throw refused;
+    if (refused !== undefined) throw await failed(refused);
   }
+}
+
+/** Whether a daemon got something while it was at work: it lost count then. */
+function isOutOfStep(error: unknown): boolean {
+  return error instanceof OffloadError && !(error instanceof LocalError) &&
+    (isOutOfStep(error.cause) || error.message.startsWith("EOF expected"));
 }
 
 /**
@@ -4080,7 +4091,7 @@ async function connect(
     failure: () => failure,
     ended: ended.promise,
     openSocket: (file) => openSocket(client, file),
-    pieceSize: OPENSSH_PACKET,
+    pieceSize: pieceSizeOf(client),
     exec: (command) => execute(client, command),
     close: (error) => error === undefined ? client.end() : fail(error),
   };
@@ -4166,10 +4177,14 @@ async function executeThere(
 }
 
 /**
- * What sshd takes in a packet, in bytes, and writes to a socket at once. That
- * ssh2 forwards to sockets means that it is OpenSSH's.
+ * What a server takes in a packet, in bytes, and writes to a socket at once, if
+ * it is OpenSSH's; of others, such as Dropbear, that is not known.
  */
-const OPENSSH_PACKET = 32768;
+function pieceSizeOf(client: Client): number {
+  // ssh2 has no other way to tell; were it gone, no harm would be done.
+  const { _remoteVer: version } = client as { _remoteVer?: unknown };
+  return /^OpenSSH_/.test(String(version)) ? 32768 : 0;
+}
 
 /** Connects to a Unix-domain socket there. */
 function openSocket(client: Client, file: string): Promise<Duplex> {
@@ -5197,7 +5212,9 @@ function protect(
   return {
     stop: () => {
       stopped = true;
-      return done.catch(() => {});
+      return done.catch((error) => {
+        if (isOutOfStep(error)) throw error;
+      });
     },
   };
 }
@@ -5671,12 +5688,18 @@ async function sendAndBuild(
         ...[missing, derivation, transport, connections, context] as const,
       );
       missing = recipe === undefined ? [] : [derivation];
-      const prepare = () => transport.prepare?.(derivation);
+      const prepare = () => {
+        try {
+          transport.prepare?.(derivation);
+        } catch (error) { // it is no more than a hint
+          context.log.warn(error);
+        }
+      };
       return await connections.patiently(() =>
         buildRemotely(work, recipe, prepare, remote, machine, context)
       );
     } catch (error) {
-      if (isAgain || isFinal(error)) throw error;
+      if (isAgain || isFinal(error) || isOutOfStep(error)) throw error;
       const lacking = await lackingItems(needed, transport)
         .catch((): string[] => []);
       const lost = lacking.filter((path) => !missing.includes(path));
@@ -5692,6 +5715,7 @@ async function transferAndOffload(
   work: Work,
   session: Session,
   context: Context,
+  isAdmitted: boolean,
 ): Promise<void> {
   const { derivation, needed, outputs } = work;
   const { machine } = session;
@@ -5712,7 +5736,7 @@ async function transferAndOffload(
       patiently: session.patiently,
       exportBundle: (paths) => exportFromHere(store, paths),
     };
-    await admit(connections);
+    if (!isAdmitted) await admit(connections);
     const transport = await chooseTransport(connections);
     const { seconds, size } = await sendAndBuild(
       ...[work, transport, connections, context] as const,
@@ -5756,12 +5780,6 @@ function watchSession(session: Session, settings: Settings): () => void {
   return () => clearInterval(timer);
 }
 
-/** Whether a daemon was sent something while it was at work. */
-function isOutOfStep(error: unknown): boolean {
-  return error instanceof Error && (isOutOfStep(error.cause) ||
-    (error instanceof DaemonError && error.message.startsWith("EOF expected")));
-}
-
 /** Runs the build on the machine that took it, and lets go of that. */
 async function attempt(
   work: Work,
@@ -5780,13 +5798,13 @@ async function attempt(
     session ??= await openSession(prospect.machine, context);
     unwatch = watchSession(session, context.settings);
     const opened = session;
-    const transfer = () =>
-      transferAndOffload(work, opened, { ...context, signal });
-    const done = transfer().catch((error) => {
+    const transfer = (isAgain: boolean) =>
+      transferAndOffload(work, opened, { ...context, signal }, isAgain);
+    const done = transfer(false).catch((error) => {
       if (!isOutOfStep(error)) throw error;
       // Its socket is some relay's, which breaks messages into pieces.
       opened.askOneByOne();
-      return transfer();
+      return transfer(true);
     });
     await Promise.race([done, session.lost]);
   } catch (error) {
@@ -5921,13 +5939,19 @@ async function readWork(
   return { derivation, needed, outputs: paths(outputs) };
 }
 
+/** What guix-daemon builds beside its own system (nix/libstore/build.cc). */
+const COMPATIBLE: Readonly<Record<string, string>> = {
+  "i686-linux": "x86_64-linux",
+  "armhf-linux": "aarch64-linux",
+};
+
 /** Whether guix-daemon can build by itself now, and may. */
 function mayBuildHere(
   { wantsLocal, system }: Request,
   context: Pick<Context, "system"> & Partial<Pick<Context, "settings">>,
 ): boolean {
-  return wantsLocal && system === context.system &&
-    context.settings?.buildLocally !== false;
+  const isNative = [system, COMPATIBLE[system]].includes(context.system);
+  return wantsLocal && isNative && context.settings?.buildLocally !== false;
 }
 
 /**

@@ -173,7 +173,12 @@ function suiteUnder(runtime: Runtime): void {
     }
   });
 
-  test("a real dropbear is reached by a relay", async () => {
+  for (const options of [[], ["-j"]]) {
+    const how = options.length > 0 ? "by a relay" : "as it forwards to sockets";
+    test(`a real dropbear is reached ${how}`, () => buildByDropbear(options));
+  }
+
+  async function buildByDropbear(options: readonly string[]): Promise<void> {
     inHost("w1", "usermod", "--shell", "/usr/bin/tcsh", "root");
     inHost(
       "w1",
@@ -188,6 +193,7 @@ function suiteUnder(runtime: Runtime): void {
     const address = lab("list").match(/^w1 (\S+)/m)![1]!;
     const dropbear = watch(start("w1", "dropbear", ...[
       ...["-F", "-E", "-r", "/root/dropbear.key", "-p", `${address}:2223`],
+      ...options,
     ]));
     try {
       await until("dropbear", () => /Not backgrounding/.test(dropbear.text()));
@@ -200,7 +206,7 @@ function suiteUnder(runtime: Runtime): void {
             .replace(/ssh-ed25519 [^"]+/, key),
       );
       const [derivation, result] = buildWork(
-        ...["--inputs=20", "--tree", "--outputs=out,lib"],
+        ...["--inputs=60", "--input-size=3000", "--tree", "--outputs=out,lib"],
       );
       assertOffloaded(derivation, result, ["w1"]);
       assertLikeLocal("head", derivation, "w1");
@@ -209,7 +215,7 @@ function suiteUnder(runtime: Runtime): void {
       dropbear.child.kill();
       await dropbear.ended;
     }
-  });
+  }
 
   test("a stream that is cut leaves nothing half-made", async () => {
     useMachines("head", ["w1"], relayed);
@@ -279,9 +285,13 @@ function suiteUnder(runtime: Runtime): void {
     });
     server.listen(`${directory}/pieces`);
     try {
+      // Who asks anew has leave already, if for the only slot.
+      const use = 'OFFLOAD_USE={"leases": {}}';
+      useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1", use);
       useMachines("head", ["w1"], (text) => {
         const file = '"/var/guix/daemon-socket/pieces"';
-        return text.replace('(name "w1")', `$& (daemon-socket ${file})`);
+        return text.replace('(name "w1")', `$& (daemon-socket ${file})`)
+          .replace(/\(parallel-builds \d+\)/, "(parallel-builds 1)");
       });
       const [derivation] = makeWork("head", "--inputs=30");
       const building = watch(start("head", ...buildCommand([derivation!])));
@@ -290,6 +300,7 @@ function suiteUnder(runtime: Runtime): void {
       assert.not.match(result.stderr, /EOF/);
       assert.ok(connections >= 2, `${connections} connections`);
     } finally {
+      useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
       await new Promise((resolve) => server.close(resolve));
     }
   });
