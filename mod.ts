@@ -5583,15 +5583,21 @@ async function retrieveOutputs(
   }
 }
 
-/** Makes a bundle of items of ours: what fails is no fault of a machine. */
+/**
+ * Makes a bundle of items of ours: what fails is no fault of a machine. It has
+ * a connection of its own, for it may be left before its end.
+ */
 async function* exportFromHere(
-  local: StoreConnection,
   paths: readonly string[],
+  context: Context,
 ): AsyncGenerator<Buffer, void> {
+  const local = await openLocalDaemon(context);
   try {
     yield* exportBundle(local, paths);
   } catch (cause) {
     throw new LocalError(`failed to export: ${reason(cause)}`, { cause });
+  } finally {
+    local.stream.destroy();
   }
 }
 
@@ -5734,7 +5740,7 @@ async function transferAndOffload(
       openDaemon: session.openDaemon,
       exec: session.exec,
       patiently: session.patiently,
-      exportBundle: (paths) => exportFromHere(store, paths),
+      exportBundle: (paths) => exportFromHere(paths, context),
     };
     if (!isAdmitted) await admit(connections);
     const transport = await chooseTransport(connections);
