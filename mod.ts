@@ -3403,8 +3403,9 @@ export function acquireBuildSlot(
   const directory = slotDirectory(machine, stateDirectory);
   try {
     makeStateDirectory(directory);
-    for (let slot = 0; slot < machine.parallelBuilds; slot++) {
-      const locked = lockFile(`${directory}/${slot}`);
+    // Twice: of two that try the same slot at once, neither may get it.
+    for (let slot = 0; slot < 2 * machine.parallelBuilds; slot++) {
+      const locked = lockFile(`${directory}/${slot % machine.parallelBuilds}`);
       if (locked !== undefined) return locked;
     }
   } catch (cause) {
