@@ -2692,13 +2692,19 @@ export async function queryPathInfos(
   return infos;
 }
 
-/** Returns the outputs of a derivation. */
+/** Returns the outputs of all derivations. */
 async function queryDerivationOutputs(
   store: StoreConnection,
-  derivation: string,
+  derivations: readonly string[],
 ): Promise<string[]> {
-  await operate(store, [OPERATION.queryDerivationOutputs, derivation]);
-  return store.reader.strings();
+  const outputs: string[] = [];
+  const calls = derivations.map((derivation) => ({
+    request: encode(OPERATION.queryDerivationOutputs, derivation),
+    result: async (reader: ByteReader) =>
+      outputs.push(...await reader.strings()),
+  }));
+  await operateAll(store, calls);
+  return outputs;
 }
 
 /** Protects items from garbage collection while the connection is open. */
@@ -2715,29 +2721,25 @@ export async function addTempRoots(
   await operateAll(store, calls());
 }
 
-/** Adds a text to the store; its path follows from it. */
-function addTextCall(
+/** The request that adds a text to the store. */
+function addTextRequest(
   name: string,
   text: Uint8Array,
   references: readonly string[],
-  take: (path: string) => void,
-): Call {
-  return {
-    request: encode(OPERATION.addTextToStore, name, text, references),
-    result: async (reader) => take(await reader.string(LIMITS.storePath)),
-  };
+): Buffer {
+  return encode(OPERATION.addTextToStore, name, text, references);
 }
 
-/** Adds a nar, or the file that it is, to the store; its path follows from it. */
-function addNarCall(
-  name: string,
-  recursive: boolean,
-  nar: Buffer,
-  take: (path: string) => void,
-): Call {
+/** The request that adds a nar, or the file that it is, to the store. */
+function addNarRequest(name: string, recursive: boolean, nar: Buffer): Buffer {
   const request = [OPERATION.addToStore, name, true, recursive, "sha256"];
+  return Buffer.concat([encode(...request), nar]);
+}
+
+/** Adds an item to the store and hands on its path, which follows from it. */
+function addCall(request: Buffer, take: (path: string) => void): Call {
   return {
-    request: Buffer.concat([encode(...request), nar]),
+    request,
     result: async (reader) => take(await reader.string(LIMITS.storePath)),
   };
 }
@@ -2750,8 +2752,8 @@ export async function addTextToStore(
   references: readonly string[],
 ): Promise<string> {
   let added = "";
-  const take = (path: string) => added = path;
-  await operateAll(store, [addTextCall(name, text, references, take)]);
+  const request = addTextRequest(name, text, references);
+  await operateAll(store, [addCall(request, (path) => added = path)]);
   return added;
 }
 
@@ -2817,7 +2819,7 @@ export async function importPaths(
 const EXPORT_MAGIC = 0x4558494e;
 
 /** Makes a bundle of the signed exports of `paths` (guix/store.scm). */
-async function* exportBundle(
+export async function* exportBundle(
   store: StoreConnection,
   paths: readonly string[],
 ): AsyncGenerator<Buffer, void> {
@@ -4767,11 +4769,9 @@ async function queryInputs(
     const items = new Map<string, InputItem>();
     const infos = await queryPathInfos(store, [derivation]);
     const { references } = infos.get(derivation)!;
-    const roots = [...references];
-    for (const path of references.filter((path) => path.endsWith(".drv"))) {
-      roots.push(...await queryDerivationOutputs(store, path));
-    }
-    let paths = await queryValidPaths(store, roots);
+    const derivations = references.filter((path) => path.endsWith(".drv"));
+    const outputs = await queryDerivationOutputs(store, derivations);
+    let paths = await queryValidPaths(store, [...references, ...outputs]);
     while (paths.length > 0) {
       const next = new Set<string>();
       for (const [path, info] of await queryPathInfos(store, paths)) {
@@ -4918,8 +4918,8 @@ function drain(
 /**
  * What means of sending cost, in milliseconds, as measured: an item by its
  * contents and as a signed archive, starting `guix authenticate` on one side
- * and on both, a message of an archive, its size, and starting `guix archive`
- * there, which needs no round trip for each message.
+ * and on both, a message of an archive, which is of `READ_SIZE`, and starting
+ * `guix archive` there, which needs no round trip for each message.
  */
 const COST = {
   addressed: 0.3,
@@ -4927,7 +4927,6 @@ const COST = {
   sign: 125,
   authenticate: 250,
   message: 0.5,
-  messageSize: 32768,
   archive: 350,
 } as const;
 
@@ -4940,7 +4939,7 @@ function worthAddressing(
 ): boolean {
   const { length } = addressed;
   const size = addressed.reduce((sum, { narSize }) => sum + narSize, 0);
-  const messages = size / COST.messageSize;
+  const messages = size / READ_SIZE;
   const waits = ahead === 0 ? length : Math.min(length, messages + 1);
   const archive = Math.min(messages * (roundTrip + COST.message), COST.archive);
   return COST.addressed * length + waits * roundTrip <
@@ -4953,23 +4952,22 @@ function fileNar(contents: Uint8Array): Buffer {
   return Buffer.concat([encode(...head), encode(contents, ")")]);
 }
 
-/** What adds an item to a remote store by what its name follows from. */
-async function addressedCall(
+/** The request that adds an item to a store by what its name follows from. */
+async function addressedRequest(
   path: string,
   address: ContentAddress,
   { references, narSize }: PathInfo,
   local: StoreConnection,
-  take: (added: string) => void,
-): Promise<Call> {
+): Promise<Buffer> {
   const name = itemName(path);
   if (address === "text") {
-    return addTextCall(name, readFileSync(path), references, take);
+    return addTextRequest(name, readFileSync(path), references);
   }
   const contents = readPlainFile(path);
   const nar = contents === undefined
     ? await readNar(local, path, narSize)
     : fileNar(contents);
-  return addNarCall(name, address === "recursive", nar, take);
+  return addNarRequest(name, address === "recursive", nar);
 }
 
 /** Reads the nar of an item, with which its export begins. */
@@ -5007,30 +5005,21 @@ async function sendAddressed(
 ): Promise<void> {
   const what = `sending ${count(paths.length)} to '${machine.name}'`;
   const progress = makeProgress(what, log);
-  const added: string[] = [];
-  const take = (path: string) => added.push(path);
+  const problems: string[] = []; // told when all is answered
   const calls = async function* () {
     for (const path of paths) {
       const item = items.get(path)!;
-      yield await addressedCall(path, addresses.get(path)!, item, local, take);
+      const address = addresses.get(path)!;
+      const request = await addressedRequest(path, address, item, local);
+      yield addCall(request, (added) => {
+        if (added === path) return;
+        problems.push(`'${machine.name}' made '${added}' of '${path}'`);
+      });
       progress(item.narSize);
     }
   };
   await operateAll(remote, calls());
-  checkAdded(paths, added, machine);
-}
-
-/** Checks that items came out as they are here. */
-function checkAdded(
-  paths: readonly string[],
-  added: readonly string[],
-  { name }: Machine,
-): void {
-  const other = paths.findIndex((path, index) => path !== added[index]);
-  if (other < 0) return;
-  throw new OffloadError(
-    `'${name}' made '${added[other]}' of '${paths[other]}'`,
-  );
+  if (problems.length > 0) throw new OffloadError(problems[0]!);
 }
 
 /** Passes on so many bytes at the most, until the signal. */
@@ -5227,7 +5216,7 @@ async function sendSigned(
   context: TransportContext,
 ): Promise<void> {
   const { machine, remote, roundTrip } = context;
-  const messages = size / COST.messageSize;
+  const messages = size / READ_SIZE;
   const what = `sending ${count(paths.length)} to '${machine.name}'`;
   const makeBundle = () =>
     withProgress(context.exportBundle(paths), what, context.log);
@@ -5654,7 +5643,8 @@ async function buildRemotely(
     const text = readFileSync(derivation);
     const name = itemName(derivation);
     // Were it made into another item, it could not be built.
-    calls.unshift(addTextCall(name, text, recipe.references, prepare));
+    const request = addTextRequest(name, text, recipe.references);
+    calls.unshift(addCall(request, prepare));
   } else prepare();
   const start = performance.now();
   try {
@@ -7369,21 +7359,16 @@ async function findSshKey(
   const comment = `offload@${hostname()}`;
   const key = ["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", file];
   await runHere("ssh-keygen", key, context);
-  const made = [file, `${file}.pub`];
+  const pair = [file, `${file}.pub`];
   try {
-    made.forEach((it) => chownSync(it, uid, gid));
+    pair.forEach((it) => chownSync(it, uid, gid));
   } catch (cause) {
-    made.forEach(removeFile);
+    pair.forEach(removeFile);
     const message = `failed to give '${file}' to guix-daemon's user`;
     throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
   }
-  tellChange(
-    ...[
-      context,
-      `made the SSH key '${file}' for guix-daemon to log in with`,
-    ] as const,
-    `rm ${made.join(" ")}`,
-  );
+  const made = `made the SSH key '${file}' for guix-daemon to log in with`;
+  tellChange(context, made, `rm ${pair.join(" ")}`);
   return file;
 }
 

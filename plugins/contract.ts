@@ -16,8 +16,7 @@ import { isDeepStrictEqual } from "node:util";
 import {
   ByteReader,
   contextFor,
-  encode,
-  exportPath,
+  exportBundle,
   loadPlugins,
   machineFromFields,
   machineToJson,
@@ -298,13 +297,7 @@ async function withConnections<T>(
       openDaemon: session.openDaemon,
       exec: session.exec,
       patiently: session.patiently,
-      exportBundle: async function* (paths) {
-        for (const path of paths) {
-          yield encode(1);
-          yield* exportPath(local, path);
-        }
-        yield encode(0);
-      },
+      exportBundle: (paths) => exportBundle(local, paths),
     });
   } finally {
     session.close();
