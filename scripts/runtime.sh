@@ -61,13 +61,15 @@ run() {
 
     script=$1/$2
     shift 2
+    # A small nursery: what moves is garbage soon, and would be 200 MiB of it.
+    nursery=--max-semi-space-size=2
     case $runtime in
     # Type stripping and SQLite warn while they are young.
-    # A small nursery: what moves is garbage soon, and would be 200 MiB of it.
     node*) exec "${runtime#* }" --disable-warning=ExperimentalWarning \
-        --max-semi-space-size=2 "$script" "$@" ;;
+        "$nursery" "$script" "$@" ;;
     deno*)
         export DENO_NO_UPDATE_CHECK=1
-        exec "${runtime#* }" run --allow-all --no-prompt "$script" "$@" ;;
+        exec "${runtime#* }" run --v8-flags="$nursery" \
+            --allow-all --no-prompt "$script" "$@" ;;
     esac
 }

@@ -87,7 +87,8 @@ function sandbox(work: (box: Sandbox) => Promise<void>): Promise<void> {
 
 const NODE_OPTIONS =
   "--disable-warning=ExperimentalWarning\n--max-semi-space-size=2";
-const DENO_OPTIONS = "run\n--allow-all\n--no-prompt";
+const DENO_OPTIONS =
+  "run\n--v8-flags=--max-semi-space-size=2\n--allow-all\n--no-prompt";
 
 test("guix hands other commands to the real guix", async () => {
   await sandbox(async (box) => {
