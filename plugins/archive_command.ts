@@ -5,6 +5,7 @@
  * @module
  */
 
+import { pipeline } from "node:stream/promises";
 import type { Plugin, TransportContext } from "../mod.ts";
 import { quote } from "./programs.ts";
 
@@ -16,7 +17,7 @@ async function* runArchive(
 ): AsyncGenerator<Uint8Array, void> {
   const command = `exec guix archive ${options.map(quote).join(" ")}`;
   const { channel, ended } = await exec(command);
-  const sent = feed(channel, input);
+  const sent = pipeline(input, channel);
   sent.catch(() => channel.destroy()); // else it would wait for more
   yield* channel;
   const { code, errors } = await ended;
@@ -26,20 +27,6 @@ async function* runArchive(
     );
   }
   await sent;
-}
-
-/** Writes all of `input` at the pace at which it is taken. */
-async function feed(
-  channel: NodeJS.WritableStream,
-  input: Iterable<string> | AsyncIterable<Uint8Array>,
-): Promise<void> {
-  for await (const chunk of input) {
-    if (channel.write(chunk)) continue;
-    await new Promise((resolve) => {
-      channel.once("drain", resolve).once("close", resolve);
-    });
-  }
-  channel.end();
 }
 
 const plugin = {
