@@ -1690,7 +1690,10 @@ export interface TransportContext extends PluginContext {
 export interface RemoteProcess {
   /** Its standard input and output. */
   readonly channel: Duplex;
-  /** Settles at its end: its exit code, and what it wrote to standard error. */
+  /**
+   * Settles at its end, once all its output was read: its exit code, and what
+   * it wrote to standard error.
+   */
   readonly ended: Promise<{ readonly code: number; readonly errors: string }>;
 }
 
@@ -1721,6 +1724,8 @@ export interface Exclusion {
   readonly isBusy: boolean;
   /** Makes it ready, in the background: a build has no other place. */
   start?(): Awaitable<void>;
+  /** Whether it is being made ready: meanwhile no other machine is started. */
+  readonly isStarting?: boolean;
 }
 
 /**
@@ -3472,6 +3477,11 @@ export interface MachineRecord {
   readonly bandwidth: number | undefined;
 }
 
+/** Undoes that JSON has null where a number of inodes is infinite. */
+function restoreInfinity(key: string, value: unknown): unknown {
+  return key === "inodes" ? value ?? Infinity : value;
+}
+
 /** The problem of a machine that took too long; a late answer clears it. */
 const UNANSWERED = "no answer yet";
 
@@ -3550,7 +3560,9 @@ export class Observations {
       id as string,
       {
         ...record as unknown as MachineRecord,
-        facts: facts === null ? undefined : JSON.parse(facts as string),
+        facts: facts === null
+          ? undefined
+          : JSON.parse(facts as string, restoreInfinity),
       },
     ]));
   }
@@ -3995,7 +4007,7 @@ function makeSession(
     problem ??= connection.failure() ?? new Error("connection closed");
     setTimeout(() => lost.reject(problem), LOST_DELAY).unref();
   };
-  connection.ended?.then(lose);
+  connection.ended?.then(lose, lose);
   const fail = (error: Error) => {
     problem ??= connection.failure() ?? error;
     connection.close(error);
@@ -4199,6 +4211,7 @@ function openSocket(client: Client, file: string): Promise<Duplex> {
     client.openssh_forwardOutStreamLocal(file, (cause, stream) => {
       if (cause !== undefined) return reject(cause);
       limitUnread(stream, client);
+      stream.stderr.resume(); // nobody sends any; unread, it would pile up
       resolve(stream);
     });
   });
@@ -4397,7 +4410,10 @@ export function parseFacts(
   // Of df's line, the fourth word is what is available.
   const space = (name: string): FreeSpace | undefined => {
     const bytes = number(`${name}-bytes`, 3, 1024);
-    const inodes = number(`${name}-inodes`, 3) ?? Infinity;
+    // Some file systems, such as btrfs, have no number of them: "0 0 0 -".
+    const limited = number(`${name}-inodes`, 1) !== 0;
+    const free = limited ? number(`${name}-inodes`, 3) : undefined;
+    const inodes = free ?? Infinity;
     return bytes === undefined ? undefined : { bytes, inodes };
   };
   // Not every kernel tells.
@@ -4439,6 +4455,7 @@ const LONGEST_FACTS = 16384;
 async function probe(session: Session, context: Context): Promise<Facts> {
   const start = performance.now();
   const { channel } = await session.exec(probeCommand(context.storeDirectory));
+  channel.end(); // where another command is run instead, it may read
   const roundTrip = performance.now() - start;
   let text = "";
   for await (const chunk of channel) {
@@ -4503,11 +4520,17 @@ function makeProspect(
     until,
     session: undefined,
     dismissed: false,
-    bandwidth: record?.bandwidth,
+    bandwidth: record?.bandwidth ?? undefined, // the database has null
     lastUsed,
     freeSlots: () => countFreeSlots(machine, stateDirectory),
     holds: (paths) => observations.held(id, paths),
   };
+}
+
+/** Whether an answer begins, but does not end. */
+function isBrokenOff(facts: Facts | undefined): boolean {
+  return facts === undefined ||
+    (facts.uname !== undefined && facts.clock === undefined);
 }
 
 /** Connects to a machine and asks it; what is found out goes to `prospect`. */
@@ -4522,9 +4545,11 @@ async function ask(prospect: Prospect, context: Context): Promise<void> {
     // A part of an answer is none, unless it was us who broke it off.
     const lost = prospect.dismissed ? undefined : session.failure();
     if (lost !== undefined) throw connectionError(machine, lost);
+    if (prospect.dismissed) session.close();
+    // Without its load, say, an overloaded machine would look idle.
+    if (prospect.dismissed && isBrokenOff(facts)) return;
     prospect.facts = facts ?? { time: Date.now() };
     observations.saveFacts(id, prospect.facts);
-    if (prospect.dismissed) session.close();
   } catch (error) {
     context.signal.throwIfAborted();
     prospect.problem = reason(error);
@@ -4677,15 +4702,26 @@ export interface Assignment {
   readonly slot: Slot;
 }
 
-/** Takes a slot of the first machine that has one. */
+/**
+ * Takes a slot of the first machine that has one. Where one's slots can't be
+ * locked, that is an error only if no other has one.
+ */
 function takeSlot(
   ranking: readonly Appraisal[],
-  context: Context,
+  { log, stateDirectory }: Context,
 ): Assignment | undefined {
+  const problems: unknown[] = [];
   for (const { prospect } of ranking) {
-    const slot = acquireBuildSlot(prospect.machine, context.stateDirectory);
-    if (slot !== undefined) return { prospect, slot };
+    try {
+      const slot = acquireBuildSlot(prospect.machine, stateDirectory);
+      if (slot === undefined) continue;
+      problems.forEach((problem) => log.warn(problem));
+      return { prospect, slot };
+    } catch (error) {
+      problems.push(error);
+    }
   }
+  if (problems.length > 0) throw problems[0];
   return undefined;
 }
 
@@ -4726,10 +4762,11 @@ async function startMachine(
   prospects: readonly Prospect[],
   { log, settings: { hookTimeout } }: Context,
 ): Promise<void> {
-  const off = prospects.filter(({ excluded }) => excluded?.isBusy)
+  if (prospects.some(({ excluded }) => excluded?.isStarting)) return;
+  const [first] = prospects
+    .filter(({ excluded }) => excluded?.isBusy && excluded.start)
     .sort((a, b) => b.machine.speed - a.machine.speed);
-  const [first] = off;
-  if (!off.every(({ excluded }) => excluded?.start) || !first) return;
+  if (first === undefined) return;
   log.info(`starting '${first.machine.name}'...`);
   try {
     const late = delay(hookTimeout * 1000); // it has the background
@@ -4748,9 +4785,14 @@ export async function chooseBuildMachine(
   const end = performance.now() + context.settings.decisionTimeout * 1000;
   for (;;) {
     const prospects = await survey(machines, context);
-    const ranking = await rank(prospects, request, context);
-    const assignment = takeSlot(ranking, context);
-    dismiss(prospects, assignment?.prospect);
+    let ranking: readonly Appraisal[] = [];
+    let assignment: Assignment | undefined;
+    try {
+      ranking = await rank(prospects, request, context);
+      assignment = takeSlot(ranking, context);
+    } finally {
+      dismiss(prospects, assignment?.prospect);
+    }
     if (assignment !== undefined) return assignment;
     const able = prospects.filter((prospect) =>
       ranking.some((it) => it.prospect === prospect) ||
@@ -8278,6 +8320,12 @@ function abortOnSignals(): AbortSignal {
   return controller.signal;
 }
 
+/** The methods of `console` that print. */
+const PRINTING = [
+  ...["debug", "dir", "error", "info"] as const,
+  ...["log", "table", "trace", "warn"] as const,
+];
+
 /** Runs the program and returns its exit code. */
 async function main(args: readonly string[]): Promise<number> {
   const environment = process.env;
@@ -8292,8 +8340,9 @@ async function main(args: readonly string[]): Promise<number> {
       // daemon, which listens to both outputs, or end the build.
       const print = (...values: unknown[]) =>
         log.info(`plugin: ${format(...values)}`);
-      Object.assign(console, { log: print, info: print, error: print });
+      for (const method of PRINTING) console[method] = print;
       process.on("unhandledRejection", (error) => log.warn(error));
+      process.on("uncaughtException", (error) => log.warn(error));
       const start = (log: Log) => makeContext(hook, environment, log, signal);
       await runHook(hook, start, log, signal);
       return 0;

@@ -143,7 +143,8 @@ export async function checkExclude(
   if (answer === undefined) return;
   demand(typeof answer.why === "string" && answer.why, "exclude: why?");
   demand(typeof answer.isBusy === "boolean", "exclude: isBusy: true or false");
-  const { start } = answer;
+  const { start, isStarting = false } = answer;
+  demand(typeof isStarting === "boolean", "exclude: isStarting: true or false");
   demand(!start || typeof start === "function", "exclude: start: no function");
 }
 

@@ -21,6 +21,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { createConnection } from "node:net";
+import process from "node:process";
 import type { Exclusion, Machine, PluginContext } from "../mod.ts";
 import { runDetached } from "./programs.ts";
 
@@ -144,8 +145,9 @@ export async function excludeOff(
   const [word = "off", time] = readWords(`${directory}/power`);
   const write = (word: string) => {
     const seconds = Math.floor(Date.now() / 1000);
-    writeFileSync(`${directory}/power.hook`, `${word} ${seconds}\n`);
-    renameSync(`${directory}/power.hook`, `${directory}/power`);
+    const file = `${directory}/power.${process.pid}`;
+    writeFileSync(file, `${word} ${seconds}\n`);
+    renameSync(file, `${directory}/power`);
   };
   const keep = (mode: "start" | "watch") => {
     const { start, stop, "boot-timeout": boot, "idle-time": idle } = demand;
@@ -157,7 +159,9 @@ export async function excludeOff(
     return { why: `failed to start: see ${directory}/log`, isBusy: false };
   }
   if (word === "booting" && kept) {
-    if (!await isReachable(machine)) return { why: "starting", isBusy: true };
+    if (!await isReachable(machine)) {
+      return { why: "starting", isBusy: true, isStarting: true };
+    }
     write("up");
     return undefined;
   }

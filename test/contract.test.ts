@@ -102,6 +102,8 @@ test("the checks find what is wrong", async () => {
   await refuses(exclude({ isBusy: true }), /why\?/);
   await refuses(exclude({ why: "so", isBusy: "no" }), /isBusy/);
   await refuses(exclude({ why: "so", isBusy: true, start: 1 }), /start/);
+  const vague = { why: "so", isBusy: true, isStarting: "soon" };
+  await refuses(exclude(vague), /isStarting/);
 });
 
 // ---------------------------------------------------------------------------

@@ -369,9 +369,12 @@ test("one machine at a time is started, the fastest", async () => {
   });
   assert.is((await chooseWith(off, "a", "b")).choice, "busy");
   assert.equal(started, ["a"]);
-  const starting = { why: "starting", isBusy: true };
+  const starting = { why: "starting", isBusy: true, isStarting: true };
   await chooseWith((name) => name === "a" ? starting : off(name), "a", "b");
   assert.equal(started, ["a"]);
+  const taken = { why: "others use it", isBusy: true };
+  await chooseWith((name) => name === "a" ? taken : off(name), "a", "b");
+  assert.equal(started, ["a", "b"]);
 });
 
 test("what a start throws, and answers that are none, are told", async () => {

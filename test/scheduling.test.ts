@@ -1,6 +1,6 @@
 /** Scheduling, as far as it needs no machine: facts, observations, choice. */
 
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -101,6 +101,17 @@ test("readDerivation() finds system, features and outputs", () => {
   });
 });
 
+test("parseFacts() knows file systems without a number of inodes", () => {
+  const text = "store-bytes /dev/vda1 9 1 8 1% /\n" +
+    "store-inodes /dev/vda1 0 0 0 - /\n";
+  const facts = parseFacts(text, 0, 0);
+  assert.is(facts.store?.inodes, Infinity);
+  const { context: { observations } } = makeContext({ plugins: [guix] });
+  observations.saveFacts("some:22", facts);
+  const record = observations.machines("some:22").get("some:22");
+  assert.is(record?.facts?.store?.inodes, Infinity);
+});
+
 test("chooseBuildMachine() takes the one with the highest score", async () => {
   const machines = ["a", "b", "c"].map((name, speed) =>
     machine({ name, speed: speed + 1 })
@@ -148,6 +159,27 @@ test("chooseBuildMachine() goes on to the next with a free slot", async () => {
     choice.slot.release();
   }
   held.release();
+});
+
+test("chooseBuildMachine() goes on to the next where slots fail", async () => {
+  const { context, warnings } = makeContext({ plugins: [guix] });
+  const broken = machine({ name: "broken", speed: 2 });
+  const machines = [broken, machine({ name: "slow" })];
+  for (const each of machines) know(context, each);
+  const directory = `${context.stateDirectory}/offload`;
+  mkdirSync(directory, { recursive: true });
+  writeFileSync(`${directory}/broken:22`, "");
+  const choice = await chooseBuildMachine(machines, request(), context);
+  assert.is.not(typeof choice, "string");
+  if (typeof choice !== "string") {
+    assert.is(choice.prospect.machine.name, "slow");
+    choice.slot.release();
+  }
+  assert.match(warnings.join(), "failed to lock a build slot");
+  let problem: unknown;
+  await chooseBuildMachine([broken], request(), context)
+    .catch((error) => problem = error);
+  assert.match(String(problem), "failed to lock a build slot");
 });
 
 test("chooseBuildMachine() waits for a slot, once in vain", async () => {

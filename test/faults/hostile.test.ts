@@ -116,6 +116,32 @@ function daemonSays(
   return (channel) => void pour(channel, pieces);
 }
 
+/**
+ * Floods what a socket has beside its data and nobody reads, whatever the
+ * window, in pieces with which that is never exactly used up.
+ */
+function flood(channel: Duplex): void {
+  const { stderr, outgoing, _client: { _sock: socket } } = channel as
+    & Duplex
+    & {
+      stderr: Duplex;
+      outgoing: { window: number };
+      _client: { _sock: Duplex };
+    };
+  const piece = Buffer.alloc(30_001);
+  let left = 2 * MEMORY;
+  const go = () => {
+    while (left > 0 && !socket.destroyed) {
+      outgoing.window = 2 ** 31;
+      stderr.write(piece);
+      left -= piece.length;
+      if (socket.writableNeedDrain) return void socket.once("drain", go);
+    }
+  };
+  channel.resume();
+  go();
+}
+
 /** Sends all, whoever reads it. */
 function send(
   bytes: () => Iterable<Uint8Array>,
@@ -438,6 +464,12 @@ const rows: readonly Row[] = [
     machine: "has a daemon that says random bytes",
     lies: () => ({ daemon: daemonSays(Buffer.from(noise(2 ** 20))) }),
     says: /guix-daemon on '/,
+  },
+  {
+    machine: "has a daemon that complains without end",
+    lies: () => ({ daemon: flood }),
+    says: /guix-daemon on '.*no answer/,
+    quick: true,
   },
   {
     machine: "greets with a log without end",

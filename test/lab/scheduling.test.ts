@@ -332,12 +332,14 @@ export default plugin as Plugin;
     writePlugin(
       "rude.mjs",
       'export default { name: "rude", score() { Promise.reject(Error("late"));' +
-        ' console.log("# decline"); return 1; } };',
+        ' setTimeout(() => { throw Error("later"); });' +
+        ' console.warn("# decline"); return 1; } };',
     );
     const [derivation] = makeWork("head");
     const result = build("head", derivation!);
     assertOffloaded(derivation!, result, ["w1", "w2"]);
-    assert.match(result.stderr, "offload: warning: late");
+    assert.match(result.stderr, "offload: warning: late\n");
+    assert.match(result.stderr, "offload: warning: later\n");
     assert.match(result.stderr, "plugin: # decline");
   });
 

@@ -23,6 +23,7 @@ import {
   run,
   RUNTIMES,
   start,
+  startHook,
   startRelay,
   storeNames,
   until,
@@ -152,6 +153,21 @@ function suiteUnder(runtime: Runtime): void {
       assertOffloaded(derivation, result, ["w1"]);
     } finally {
       lab("sshd", "w1");
+    }
+  });
+
+  test("a forced command that reads holds up no answer", async () => {
+    lab("sshd", "w1", "-o", "ForceCommand=cat");
+    try {
+      useMachines("head", ["w1"]); // what it said before is forgotten
+      const [derivation] = makeWork("head");
+      const hook = startHook("head", { runtime });
+      assert.is(await hook.ask(derivation!), "accept");
+      hook.child.stdin!.end();
+      await within("the end", hook.ended);
+    } finally {
+      lab("sshd", "w1");
+      useMachines("head", ["w1"]);
     }
   });
 
