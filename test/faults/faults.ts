@@ -438,6 +438,8 @@ const INTERRUPTED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
     ...killedSshd,
     ends: "on w2",
     says: LOST,
+    // There, a channel's end may be seen before its ssh has ended.
+    saysWith: { openssh: new RegExp(`${LOST.source}|unexpected end of data`) },
     seconds: 20,
   },
   {
