@@ -3556,10 +3556,11 @@ export class Observations {
     const rows = id === undefined
       ? this.#query("SELECT * FROM machine")
       : this.#query("SELECT * FROM machine WHERE id = ?", id);
-    return new Map(rows.map(({ id, facts, ...record }) => [
+    return new Map(rows.map(({ id, facts, bandwidth, ...record }) => [
       id as string,
       {
         ...record as unknown as MachineRecord,
+        bandwidth: bandwidth as number | null ?? undefined,
         facts: facts === null
           ? undefined
           : JSON.parse(facts as string, restoreInfinity),
@@ -4520,7 +4521,7 @@ function makeProspect(
     until,
     session: undefined,
     dismissed: false,
-    bandwidth: record?.bandwidth ?? undefined, // the database has null
+    bandwidth: record?.bandwidth,
     lastUsed,
     freeSlots: () => countFreeSlots(machine, stateDirectory),
     holds: (paths) => observations.held(id, paths),
@@ -4545,9 +4546,11 @@ async function ask(prospect: Prospect, context: Context): Promise<void> {
     // A part of an answer is none, unless it was us who broke it off.
     const lost = prospect.dismissed ? undefined : session.failure();
     if (lost !== undefined) throw connectionError(machine, lost);
-    if (prospect.dismissed) session.close();
-    // Without its load, say, an overloaded machine would look idle.
-    if (prospect.dismissed && isBrokenOff(facts)) return;
+    if (prospect.dismissed) {
+      session.close();
+      // Without its load, say, an overloaded machine would look idle.
+      if (isBrokenOff(facts)) return;
+    }
     prospect.facts = facts ?? { time: Date.now() };
     observations.saveFacts(id, prospect.facts);
   } catch (error) {
