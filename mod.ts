@@ -191,6 +191,17 @@ async function within<T>(
   }
 }
 
+/** Cleans up, each step whatever became of the one before. */
+function cleanUp(log: Log, ...steps: readonly (() => unknown)[]): void {
+  for (const step of steps) {
+    try {
+      step();
+    } catch (error) {
+      log.warn(error);
+    }
+  }
+}
+
 /** Where a request or a command writes its messages, a line each. */
 export interface Log {
   /** Progress that every user sees. */
@@ -1928,6 +1939,20 @@ async function callHook<T>(
       hint: (cause as Partial<OffloadError> | undefined)?.hint,
     });
   }
+}
+
+/** Checks that what a hook came back with has these methods. */
+function checkMethods<T extends object, K extends keyof T & string>(
+  plugin: Plugin,
+  hook: keyof Hooks,
+  answer: T,
+  methods: readonly K[],
+): T {
+  const odd = methods.find((it) => typeof answer?.[it] !== "function");
+  if (odd === undefined) return answer;
+  throw new OffloadError(
+    `plugin '${plugin.name}': ${hook}: '${odd}' is no function`,
+  );
 }
 
 /** Checks what a `machines` hook came back with. */
@@ -3982,9 +4007,36 @@ export async function openSession(
       throw error;
     });
     if (connection === undefined) continue;
-    return makeSession(machine, connection, context);
+    return makeSession(
+      machine,
+      checkConnection(plugin, connection),
+      context,
+    );
   }
   throw new OffloadError(`no plugin connects to '${machine.name}'`);
+}
+
+/** Checks what a plugin connects by, and later what that comes back with. */
+function checkConnection(plugin: Plugin, connection: Connection): Connection {
+  const check = <T extends object>(answer: T, methods: (keyof T & string)[]) =>
+    checkMethods(plugin, "connect", answer, methods);
+  check(connection, ["failure", "openSocket", "exec", "close"]);
+  if (isBuiltin(plugin)) return connection;
+  const { ended, pieceSize } = connection;
+  return {
+    ...(ended && { ended: Promise.resolve(ended) }),
+    ...(pieceSize && { pieceSize }),
+    failure: () => connection.failure(),
+    openSocket: async (file) =>
+      check(await connection.openSocket(file), ["write", "read", "destroy"]),
+    exec: async (command) => {
+      const process = await connection.exec(command);
+      check(process?.ended, ["then"]);
+      check(process.channel, ["write", "read", "destroy"]);
+      return process;
+    },
+    close: (error) => connection.close(error),
+  };
 }
 
 /** Makes a session of a connection. */
@@ -5399,11 +5451,7 @@ async function chooseTransport(
     );
     if (transport === undefined) continue;
     const methods = ["missing", "send", "retrieve"] as const;
-    const odd = methods.find((it) => typeof transport[it] !== "function");
-    if (odd === undefined) return transport;
-    throw new OffloadError(
-      `plugin '${plugin.name}': transport: '${odd}' is no function`,
-    );
+    return checkMethods(plugin, "transport", transport, methods);
   }
   throw new OffloadError(`no transport to '${machine.name}'`);
 }
@@ -5839,7 +5887,7 @@ async function attempt(
   let session = prospect.session;
   let unwatch = () => {};
   try {
-    clearLeftovers(slot, context);
+    await clearLeftovers(slot, work.derivation, context);
     observations.useSlot(prospect.id, slot.file, work.derivation);
     session ??= await openSession(prospect.machine, context);
     unwatch = watchSession(session, context.settings);
@@ -5860,30 +5908,73 @@ async function attempt(
     const message = `lost connection to '${prospect.machine.name}'`;
     throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
   } finally {
-    unwatch();
-    over.abort();
-    session?.close();
-    work.outputs.map(temporaryName).forEach(removeFile);
-    slot.release();
-    observations.releaseSlot(slot.file);
+    cleanUp(
+      ...[context.log, unwatch, () => over.abort()] as const,
+      ...work.outputs.map((output) => () => removeFile(temporaryName(output))),
+      // As long as the lock is held, nobody else notes anything of the slot.
+      () => observations.releaseSlot(slot.file),
+      () => slot.release(),
+      () => session?.close(),
+    );
   }
 }
 
-/** Removes what killed hooks left in the store; `mine` has no hook yet. */
-function clearLeftovers(mine: Slot, { observations, log }: Context): void {
-  const locks = readFileSync("/proc/locks", "latin1");
-  const slots = observations.slots();
-  const alive = slots
-    .filter(({ file }) => file !== mine.file && isLocked(file, locks))
-    .map(({ derivation }) => derivation);
-  for (const { file, derivation } of slots) {
-    if (alive.includes(derivation)) continue;
+/** Removes what the hook of a derivation left in the store. */
+function removeLeftovers(derivation: string, log: Log): void {
+  try {
+    const { outputs } = readDerivation(readFileSync(derivation, "utf8"));
+    outputs.map(temporaryName).forEach(removeFile);
+  } catch (error) { // where it is gone, so are they
+    log.debug(`leftovers of '${derivation}': ${reason(error)}`);
+  }
+}
+
+/**
+ * Removes what a hook left that was killed; returns whether it was. Who holds
+ * the lock of the slot knows, for as long as that is held.
+ */
+function clearSlot(
+  { file, derivation }: UsedSlot,
+  mine: Slot,
+  { observations, log }: Pick<Context, "observations" | "log">,
+): boolean {
+  const lock = file === mine.file ? mine : lockFile(file);
+  if (lock === undefined) return false;
+  try {
+    // Another hook may have had the slot since that was read.
+    const isSame = observations.slots()
+      .some((it) => it.file === file && it.derivation === derivation);
+    if (!isSame) return true;
+    removeLeftovers(derivation, log);
     observations.releaseSlot(file);
+    return true;
+  } finally {
+    if (lock !== mine) lock.release();
+  }
+}
+
+/**
+ * Removes what killed hooks left in the store, before `mine` is used for a
+ * derivation. One that has a hook still, which is ending or being cleared, is
+ * waited for, but not for ever.
+ */
+export async function clearLeftovers(
+  mine: Slot,
+  derivation: string,
+  context: Pick<Context, "observations" | "log" | "signal" | "settings">,
+): Promise<void> {
+  const { observations, log, signal, settings } = context;
+  const end = performance.now() + settings.connectTimeout * 1000;
+  for (const slot of observations.slots()) {
     try {
-      const { outputs } = readDerivation(readFileSync(derivation, "utf8"));
-      outputs.map(temporaryName).forEach(removeFile);
-    } catch (error) { // where it is gone, so are they
-      log.debug(`leftovers of '${derivation}': ${reason(error)}`);
+      while (!clearSlot(slot, mine, context)) {
+        if (slot.derivation !== derivation || performance.now() > end) break;
+        await delay(20);
+        signal.throwIfAborted();
+      }
+    } catch (error) { // its file is gone, say
+      signal.throwIfAborted();
+      log.debug(`leftovers in '${slot.file}': ${reason(error)}`);
     }
   }
 }

@@ -1,12 +1,19 @@
 import { spawn } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
 import { once } from "node:events";
-import { mkdirSync, readdirSync, statSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { createInterface } from "node:readline";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { acquireBuildSlot } from "../mod.ts";
-import type { Slot } from "../mod.ts";
+import { acquireBuildSlot, clearLeftovers, Observations } from "../mod.ts";
+import type { Slot, UsedSlot } from "../mod.ts";
+import { makeContext } from "./context.ts";
 import {
   makeMachine,
   ROOT,
@@ -222,6 +229,103 @@ test("acquireBuildSlot() says where it can't write", async () => {
     mkdirSync(`${directory}/damaged/offload/w1:22`, { recursive: true });
     writeFileSync(`${directory}/damaged/${FILE}`, "no lock file".repeat(99));
     check(`${directory}/damaged`);
+  });
+});
+
+/** A derivation, and what a hook of it has restored so far. */
+function makeLeftovers(directory: string, name: string) {
+  const output = `${directory}/${name}`;
+  const derivation = `${output}.drv`;
+  writeFileSync(
+    derivation,
+    `Derive([("out","${output}","","")],[],[],"x86_64-linux","/sh",[],[])`,
+  );
+  writeFileSync(`${output}.chroot`, "half of it");
+  return { derivation, isThere: () => existsSync(`${output}.chroot`) };
+}
+
+/** A context whose database is in a directory. */
+function contextIn(directory: string) {
+  const { context } = makeContext();
+  const observations = new Observations(`${directory}/offload`, context.log);
+  return { ...context, observations };
+}
+
+test("clearLeftovers() clears what was killed, and no more", async () => {
+  await withDirectory(async (directory) => {
+    const context = contextIn(directory);
+    const { observations } = context;
+    const killed = makeLeftovers(directory, "killed");
+    const alive = makeLeftovers(directory, "alive");
+    const other = await holdSlots("node", directory, 3, 2);
+    assert.is(other.said, '["0","1"]');
+    const files = [0, 1].map((slot) => `${directory}/offload/w1:22/${slot}`);
+    observations.useSlot("w1:22", files[0]!, alive.derivation);
+    const mine = acquire(directory, 3)!;
+    observations.useSlot("w1:22", mine.file, killed.derivation);
+    await clearLeftovers(mine, "/another.drv", context);
+    assert.is(killed.isThere(), false, "my slot's former hook is dead");
+    assert.is(alive.isThere(), true);
+    assert.equal(observations.slots().map(({ file }) => file), [files[0]]);
+    await other.end("SIGKILL");
+    await clearLeftovers(mine, "/another.drv", context);
+    assert.is(alive.isThere(), false);
+    assert.equal(observations.slots(), []);
+    // The lock that this took is free again, mine is not.
+    const again = [acquire(directory, 3), acquire(directory, 3)];
+    assert.equal(again.map((it) => it?.file), files);
+    assert.is(acquire(directory, 3), undefined);
+    [mine, ...again].forEach((slot) => slot!.release());
+  });
+});
+
+test("clearLeftovers() spares a build that began since it looked", async () => {
+  await withDirectory(async (directory) => {
+    const context = contextIn(directory);
+    const mine = acquire(directory, 2)!;
+    const theirs = acquire(directory, 2)!;
+    context.observations.useSlot("w1:22", theirs.file, "/killed.drv");
+    theirs.release();
+    const begun = makeLeftovers(directory, "begun");
+    let other: Holder | undefined;
+    /** As slow as it takes for another hook to begin after each look. */
+    class Slow extends Observations {
+      override slots(): UsedSlot[] {
+        const slots = super.slots();
+        super.useSlot("w1:22", theirs.file, begun.derivation);
+        return slots;
+      }
+    }
+    const { log } = context;
+    const observations = new Slow(`${directory}/offload`, log);
+    await clearLeftovers(mine, "/my.drv", { ...context, observations });
+    assert.is(begun.isThere(), true, "its row was read, its slot free");
+    other = await holdSlots("node", directory, 2, 1);
+    await clearLeftovers(mine, "/my.drv", { ...context, observations });
+    assert.is(begun.isThere(), true, "its slot is taken");
+    await other.end("orderly");
+    mine.release();
+  });
+});
+
+test("clearLeftovers() waits for another hook of the same build", async () => {
+  await withDirectory(async (directory) => {
+    const context = contextIn(directory);
+    const same = makeLeftovers(directory, "same");
+    const other = await holdSlots("node", directory, 2, 1);
+    const file = `${directory}/offload/w1:22/0`;
+    context.observations.useSlot("w1:22", file, same.derivation);
+    const mine = acquire(directory, 2)!;
+    let isClear = false;
+    const clear = clearLeftovers(mine, same.derivation, context)
+      .then(() => isClear = true);
+    // Others need not wait for it meanwhile.
+    await clearLeftovers(mine, "/another.drv", context);
+    assert.is(isClear, false);
+    await other.end("orderly");
+    await settled(clear);
+    assert.is(same.isThere(), false);
+    mine.release();
   });
 });
 
