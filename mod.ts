@@ -202,6 +202,31 @@ function cleanUp(log: Log, ...steps: readonly (() => unknown)[]): void {
   }
 }
 
+/** Seconds after which it is told again what is waited for. */
+const REMINDER = 10;
+
+/**
+ * Does work that may be silent, and says now and then what is waited for:
+ * guix-daemon ends a hook that says nothing for `max-silent-time`.
+ */
+async function remind<T>(
+  what: string,
+  log: Log,
+  work: () => Promise<T>,
+): Promise<T> {
+  const start = performance.now();
+  const tell = () => {
+    const seconds = Math.round((performance.now() - start) / 1000);
+    log.info(`still ${what} after ${seconds} s...`);
+  };
+  const timer = setInterval(tell, REMINDER * 1000);
+  try {
+    return await work();
+  } finally {
+    clearInterval(timer);
+  }
+}
+
 /** Where a request or a command writes its messages, a line each. */
 export interface Log {
   /** Progress that every user sees. */
@@ -1573,6 +1598,8 @@ export interface Facts {
   readonly time: number;
   /** How long a message there and back takes, in milliseconds. */
   readonly roundTrip?: number | undefined;
+  /** How long it took to log in, until its guix-daemon answered, in seconds. */
+  readonly login?: number | undefined;
   /** Load average of the last minute. */
   readonly load?: number | undefined;
   /** Logical processors. */
@@ -1697,6 +1724,12 @@ export interface TransportContext extends PluginContext {
   exportBundle(paths: readonly string[]): AsyncIterable<Uint8Array>;
 }
 
+/**
+ * How far a connection is: a server is there, it has said something, and it has
+ * shown the right host key.
+ */
+export type Reached = "connect" | "greeting" | "host key";
+
 /** A command that runs on a build machine. */
 export interface RemoteProcess {
   /** Its standard input and output. */
@@ -1768,12 +1801,12 @@ export interface Hooks {
   ): Awaitable<Exclusion | undefined>;
   /**
    * Connects to a machine with the pinned host key; the first answer wins. It
-   * may tell `reached` when a server is there, and that it is the right one.
+   * may tell `reached` how far it is.
    */
   connect(
     machine: Machine,
     context: PluginContext,
-    reached?: (what: "connect" | "host key") => void,
+    reached?: (what: Reached) => void,
   ): Awaitable<Connection | undefined>;
   /** Scores a machine; summed. `undefined` abstains, -Infinity vetoes. */
   score(
@@ -3773,6 +3806,8 @@ export interface Session extends Omit<Connection, "openSocket" | "ended"> {
   isPatient(): boolean;
   /** Connects to the guix-daemon there. */
   openDaemon(): Promise<StoreConnection>;
+  /** Does so now, for the next who calls `openDaemon`. */
+  greetDaemon(): Promise<void>;
   /** Has daemons that are connected to from now on be asked one by one. */
   askOneByOne(): void;
 }
@@ -3984,14 +4019,14 @@ function sshOptions(
 
 /**
  * Connects to a build machine, by the first plugin that does. It tells `reached`
- * that the server is there, and then that it is the right one.
+ * how far it is.
  *
  * @throws {OffloadError} that says at which step it failed and what to do.
  */
 export async function openSession(
   machine: Machine,
   context: Omit<PluginContext, "options"> & Pick<Context, "plugins">,
-  reached?: (what: "connect" | "host key") => void,
+  reached?: (what: Reached) => void,
 ): Promise<Session> {
   const { connectTimeout } = context.settings;
   for (const plugin of pluginsWith("connect", context)) {
@@ -4026,7 +4061,13 @@ function checkConnection(plugin: Plugin, connection: Connection): Connection {
   return {
     ...(ended && { ended: Promise.resolve(ended) }),
     ...(pieceSize && { pieceSize }),
-    failure: () => connection.failure(),
+    failure: () => {
+      try {
+        return connection.failure();
+      } catch (error) { // it is of no use any more
+        return new Error(reason(error));
+      }
+    },
     openSocket: async (file) =>
       check(await connection.openSocket(file), ["write", "read", "destroy"]),
     exec: async (command) => {
@@ -4043,9 +4084,9 @@ function checkConnection(plugin: Plugin, connection: Connection): Connection {
 function makeSession(
   machine: Machine,
   connection: Connection,
-  { signal, settings: { connectTimeout } }: Pick<
+  { log, signal, settings: { connectTimeout } }: Pick<
     PluginContext,
-    "signal" | "settings"
+    "log" | "signal" | "settings"
   >,
 ): Session {
   const { name } = machine;
@@ -4054,6 +4095,7 @@ function makeSession(
   const lost = Promise.withResolvers<never>();
   lost.promise.catch(() => {});
   let patient = 0;
+  let greeted: Promise<StoreConnection> | undefined;
   let problem: Error | undefined;
   const failure = () => problem ?? connection.failure();
   const lose = () => {
@@ -4063,8 +4105,7 @@ function makeSession(
   connection.ended?.then(lose, lose);
   const fail = (error: Error) => {
     problem ??= connection.failure() ?? error;
-    connection.close(error);
-    lose();
+    cleanUp(log, () => connection.close(error), lose);
   };
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
@@ -4085,12 +4126,19 @@ function makeSession(
       const daemon = openRemoteDaemon(another, machine, connectTimeout);
       (await daemon).stream.destroy();
     },
-    openDaemon: () => openRemoteDaemon(link, machine, connectTimeout),
+    openDaemon: () => {
+      const daemon = greeted ?? openRemoteDaemon(link, machine, connectTimeout);
+      greeted = undefined;
+      return daemon;
+    },
+    greetDaemon: async () => {
+      await (greeted = openRemoteDaemon(link, machine, connectTimeout));
+    },
     askOneByOne: () => void (link.pieceSize = 0),
     exec: (command) => executeThere(link, command),
     close: () => {
       signal.removeEventListener("abort", abort);
-      connection.close();
+      cleanUp(log, () => connection.close());
     },
   };
 }
@@ -4099,7 +4147,7 @@ function makeSession(
 async function openConnection(
   machine: Machine,
   context: PluginContext,
-  reached?: (what: "connect" | "host key") => void,
+  reached?: (what: Reached) => void,
 ): Promise<Connection> {
   for (let retries = 0;; retries++) {
     try {
@@ -4124,7 +4172,7 @@ const CROWDED = {
 async function connect(
   machine: Machine,
   { signal, settings }: PluginContext,
-  reached?: (what: "connect" | "host key") => void,
+  reached?: (what: Reached) => void,
   others: Partial<ConnectConfig> = {},
 ): Promise<Connection> {
   signal.throwIfAborted();
@@ -4145,6 +4193,9 @@ async function connect(
     client.on("connect", () => {
       client.setNoDelay(true);
       reached?.("connect");
+      // ssh2 has no event of its own for it.
+      const { _sock: socket } = client as { _sock?: Duplex };
+      socket?.once("data", () => reached?.("greeting"));
     });
     // Its first message after the host key was found to be right.
     client.on("handshake", () => reached?.("host key"));
@@ -4529,8 +4580,14 @@ export interface Prospect extends Candidate {
   excluded: Exclusion | undefined;
   /** Until when it is left alone, in milliseconds since 1970. */
   readonly until: number;
-  /** Kept for the build, where it was opened to ask. */
+  /** Kept for the build, where its guix-daemon has answered. */
   session: Session | undefined;
+  /** The same, where the build was accepted before that. */
+  opening: Promise<Session> | undefined;
+  /** Whether its server has said something. */
+  hasGreeted: boolean;
+  /** Who is to answer next, as messages call it. */
+  awaited: string;
   /** Whether it is too late to answer. */
   dismissed: boolean;
 }
@@ -4542,10 +4599,26 @@ const CLAIM = 1;
 const PROBES_AT_ONCE = 32;
 
 /**
+ * For how many seconds a machine is believed to be well that can't log in while
+ * others are waited for.
+ */
+const REMEMBERED = 300;
+
+/**
  * How much longer than the first answer took others are waited for, in ms. The
  * first may come over a connection that a plugin keeps; a new one takes longer.
  */
 const GRACE = { factor: 2, least: 250, most: 500 } as const;
+
+/** Whether facts are of the last so many seconds, `factsLifetime` unless told. */
+function isFresh(
+  facts: Facts | undefined,
+  { settings }: Context,
+  lifetime: number = settings.factsLifetime,
+): facts is Facts {
+  const age = Date.now() - (facts?.time ?? 0);
+  return age >= 0 && age < lifetime * 1000;
+}
 
 function makeProspect(
   machine: Machine,
@@ -4558,8 +4631,8 @@ function makeProspect(
   const id = machineId(machine);
   const now = Date.now();
   const facts = record?.facts;
-  const age = now - (facts?.time ?? 0);
-  const isFresh = age >= 0 && age < factsLifetime * 1000;
+  const isSlow = 1000 * (facts?.login ?? 0) > GRACE.most;
+  const lifetime = isSlow ? Math.max(REMEMBERED, factsLifetime) : factsLifetime;
   const same = record?.definition === JSON.stringify(machine);
   // Times too far in the future are of before the clock was set back.
   const latest = now + 1000 * Math.max(backoff, backoffLimit);
@@ -4567,11 +4640,14 @@ function makeProspect(
   return {
     machine,
     id,
-    facts: isFresh ? facts : undefined,
+    facts: isFresh(facts, context, lifetime) ? facts : undefined,
     problem: until > now ? record?.problem : undefined,
     excluded: undefined,
     until,
     session: undefined,
+    opening: undefined,
+    hasGreeted: false,
+    awaited: `'${machine.name}'`,
     dismissed: false,
     bandwidth: record?.bandwidth,
     lastUsed,
@@ -4580,43 +4656,62 @@ function makeProspect(
   };
 }
 
-/** Whether an answer begins, but does not end. */
-function isBrokenOff(facts: Facts | undefined): boolean {
-  return facts === undefined ||
-    (facts.uname !== undefined && facts.clock === undefined);
+/**
+ * Logs in to a machine, and sees that its guix-daemon answers; beside that it
+ * is asked for its facts, where they are not fresh, which are noted.
+ */
+async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
+  const { machine, id } = prospect;
+  const start = performance.now();
+  const session = await openSession(machine, context, (what) => {
+    prospect.hasGreeted ||= what !== "connect";
+  });
+  prospect.awaited = `guix-daemon on '${machine.name}'`;
+  try {
+    const known = isFresh(prospect.facts, context) ? prospect.facts : undefined;
+    // An account may be unable to run commands and still be of use.
+    const asked = known ?? probe(session, context).catch(() => undefined);
+    await session.greetDaemon();
+    const login = (performance.now() - start) / 1000;
+    const facts = await asked;
+    // A part of an answer is none.
+    if (session.failure() !== undefined) throw session.failure();
+    prospect.facts = { ...facts ?? { time: Date.now() }, login };
+    if (known === undefined) context.observations.saveFacts(id, prospect.facts);
+    return session;
+  } catch (error) {
+    const lost = session.failure();
+    session.close();
+    throw lost === undefined ? error : connectionError(machine, lost);
+  }
+}
+
+/** Notes why a machine can't be used. */
+function noteFailure(
+  prospect: Prospect,
+  error: unknown,
+  { log, observations, settings, signal }: Context,
+): void {
+  signal.throwIfAborted();
+  prospect.problem = reason(error);
+  observations.saveFailure(prospect.machine, prospect.problem, settings);
+  log.warn(error);
 }
 
 /** Connects to a machine and asks it; what is found out goes to `prospect`. */
 async function ask(prospect: Prospect, context: Context): Promise<void> {
-  const { machine, id } = prospect;
-  const { observations, settings } = context;
   try {
-    const session = await openSession(machine, context);
-    prospect.session = session;
-    // An account may be unable to run commands and still be of use.
-    const facts = await probe(session, context).catch(() => undefined);
-    // A part of an answer is none, unless it was us who broke it off.
-    const lost = prospect.dismissed ? undefined : session.failure();
-    if (lost !== undefined) throw connectionError(machine, lost);
-    if (prospect.dismissed) {
-      session.close();
-      // Without its load, say, an overloaded machine would look idle.
-      if (isBrokenOff(facts)) return;
-    }
-    prospect.facts = facts ?? { time: Date.now() };
-    observations.saveFacts(id, prospect.facts);
+    const session = await logInTo(prospect, context);
+    if (prospect.dismissed) session.close();
+    else prospect.session = session;
   } catch (error) {
-    context.signal.throwIfAborted();
-    prospect.problem = reason(error);
-    observations.saveFailure(machine, prospect.problem, settings);
-    context.log.warn(error);
+    noteFailure(prospect, error, context);
   }
 }
 
 /** Waits for the answer that another of our processes asked for. */
 async function awaitOther(prospect: Prospect, context: Context): Promise<void> {
-  const seconds = context.settings.decisionTimeout;
-  for (let waited = 0; waited < seconds * 1000; waited += 20) {
+  while (!prospect.dismissed) {
     await delay(20);
     if (context.observations.claim(prospect.id, CLAIM)) {
       return ask(prospect, context); // the other one is gone, or slow
@@ -4636,38 +4731,119 @@ async function consult(prospect: Prospect, context: Context): Promise<void> {
   if (prospect.facts === undefined) throw new Error(prospect.problem);
 }
 
-/**
- * Consults machines side by side. Once one has answered, the rest has little
- * time left, as all have where there is `another` choice.
- */
-async function consultAll(
+/** Whether a machine can take a build now, for all that is known of it. */
+function isFree(prospect: Prospect, context: Context): boolean {
+  return exclusion(prospect, context) === undefined && prospect.freeSlots() > 0;
+}
+
+/** How many milliseconds there are until a time of `performance.now()`. */
+function timeUntil(end: number): number {
+  return Math.max(0, end - performance.now());
+}
+
+/** Machines that are consulted, side by side. */
+interface Consultation {
+  /** Settles when one was found that can take a build. */
+  readonly found: Promise<void>;
+  /** Settles when all that were asked have answered. */
+  readonly all: Promise<unknown>;
+  /** Asks no further ones; returns those that were not asked. */
+  stop(): Prospect[];
+}
+
+/** Consults so many at a time, and goes on until one can take a build. */
+function consultSome(
   prospects: readonly Prospect[],
-  another: boolean,
+  context: Context,
+): Consultation {
+  const left = [...prospects];
+  let unasked: Prospect[] = [];
+  const stop = () => unasked = unasked.concat(left.splice(0));
+  const found = Promise.withResolvers<void>();
+  const consultOn = async () => {
+    for (let next; (next = left.shift()) !== undefined;) {
+      await consult(next, context).catch(() => {});
+      if (!isFree(next, context)) continue;
+      stop();
+      found.resolve();
+    }
+  };
+  const all = Promise.all(Array.from({ length: PROBES_AT_ONCE }, consultOn));
+  return { found: found.promise, all, stop };
+}
+
+/** Waits for those who have said something, as long as connecting may take. */
+async function awaitGreeted(
+  prospects: readonly Prospect[],
   context: Context,
 ): Promise<void> {
-  const { observations, settings } = context;
-  const start = performance.now();
-  const answers = prospects.map((prospect) => consult(prospect, context));
-  const bound = delay(settings.decisionTimeout * 1000);
-  const firstAndGrace = Promise.any(answers).then(() => {
-    const grace = GRACE.factor * (performance.now() - start);
-    return delay(Math.min(Math.max(grace, GRACE.least), GRACE.most));
-  }).catch(() => bound);
-  const grace = another ? delay(GRACE.most) : firstAndGrace;
-  await Promise.race([Promise.allSettled(answers), grace, bound]);
-  for (const prospect of prospects) {
-    if (prospect.facts !== undefined || prospect.problem) continue;
-    prospect.problem = UNANSWERED;
-    // Slow is not broken: this doesn't grow.
-    const fixed = { ...settings, backoffLimit: settings.backoff };
-    observations.saveFailure(prospect.machine, UNANSWERED, fixed);
+  const end = performance.now() + context.settings.connectTimeout * 1000;
+  const isComing = ({ facts, problem, hasGreeted }: Prospect) =>
+    hasGreeted && facts === undefined && problem === undefined;
+  while (timeUntil(end) > 0 && prospects.some(isComing)) {
+    if (prospects.some((prospect) => isFree(prospect, context))) return;
+    await delay(20);
+    context.signal.throwIfAborted();
   }
 }
 
-/** Finds out about the machines, asking only those that nothing is known of. */
+/** Notes who has not answered: slow is not broken, so this doesn't grow. */
+function noteUnanswered(
+  { machine, awaited, hasGreeted }: Prospect,
+  seconds: number,
+  { log, observations, settings }: Context,
+): void {
+  const fixed = { ...settings, backoffLimit: settings.backoff };
+  observations.saveFailure(machine, UNANSWERED, fixed);
+  const message = `${awaited} has not answered within ${seconds.toFixed(1)} s`;
+  const hint = "if that is what it takes, and no other machine is to be " +
+    "preferred, raise the setting 'decisionTimeout'";
+  log.warn(new OffloadError(message, hasGreeted ? { hint } : {}));
+}
+
+/** What there is beside the machines that are consulted. */
+type Alternative = "a free machine" | "something" | "nothing";
+
+/**
+ * Consults machines until `end`. Once one can take the build, the rest has
+ * little time left, as all have where there is a free machine anyway; where
+ * there is nothing else, those who have said something have more.
+ */
+async function consultAll(
+  prospects: readonly Prospect[],
+  alternative: Alternative,
+  end: number,
+  context: Context,
+): Promise<void> {
+  const start = performance.now();
+  const { found, all, stop } = consultSome(prospects, context);
+  const foundAndGrace = found.then(() => {
+    const grace = GRACE.factor * (performance.now() - start);
+    return delay(Math.min(Math.max(grace, GRACE.least), GRACE.most));
+  });
+  const grace = alternative === "a free machine"
+    ? delay(GRACE.most)
+    : foundAndGrace;
+  await Promise.race([all, grace, delay(timeUntil(end))]);
+  for (const prospect of stop()) prospect.problem = "not asked yet";
+  if (alternative === "nothing") await awaitGreeted(prospects, context);
+  const seconds = (performance.now() - start) / 1000;
+  for (const prospect of prospects) {
+    if (prospect.facts !== undefined || prospect.problem) continue;
+    prospect.problem = UNANSWERED;
+    noteUnanswered(prospect, seconds, context);
+  }
+}
+
+/**
+ * Finds out about the machines until `end`, asking only those that nothing is
+ * known of.
+ */
 async function survey(
   machines: readonly Machine[],
+  request: Request,
   context: Context,
+  end: number = answerBy(context),
 ): Promise<Prospect[]> {
   const records = context.observations.machines();
   const lastUsed = context.observations.lastUsed();
@@ -4682,11 +4858,30 @@ async function survey(
     .filter((prospect) => prospect.freeSlots() > 0)
     .sort((a, b) => b.machine.speed - a.machine.speed);
   if (unknown.length > 0) {
-    const another = prospects.some(({ facts }) => facts !== undefined);
-    await consultAll(unknown.slice(0, PROBES_AT_ONCE), another, context);
+    const known = prospects.filter((prospect) => !unknown.includes(prospect));
+    const alternative = alternativeTo(known, request, context);
+    await consultAll(unknown, alternative, end, context);
   }
   context.signal.throwIfAborted();
   return prospects;
+}
+
+/** By when a request is to be answered that is served now. */
+function answerBy({ settings }: Context): number {
+  return performance.now() + settings.decisionTimeout * 1000;
+}
+
+/** What there is beside machines that nothing is known of. */
+function alternativeTo(
+  known: readonly Prospect[],
+  request: Request,
+  context: Context,
+): Alternative {
+  if (known.some((prospect) => isFree(prospect, context))) {
+    return "a free machine";
+  }
+  const isComing = known.some((it) => exclusion(it, context)?.isBusy);
+  return isComing || mayBuildHere(request, context) ? "something" : "nothing";
 }
 
 /** Says why a machine gets no build now, if it gets none. */
@@ -4784,7 +4979,7 @@ function takeSlot(
 function dismiss(prospects: readonly Prospect[], chosen?: Prospect): void {
   for (const prospect of prospects) {
     if (prospect === chosen) continue;
-    prospect.dismissed = true;
+    prospect.dismissed = true; // who is still asked closes it himself
     prospect.session?.close();
   }
 }
@@ -4831,15 +5026,15 @@ async function startMachine(
   }
 }
 
-/** Chooses who takes a build, or says why nobody does. */
+/** Chooses who takes a build until `end`, or says why nobody does. */
 export async function chooseBuildMachine(
   machines: readonly Machine[],
   request: ScoredRequest,
   context: Context,
+  end: number = answerBy(context),
 ): Promise<Assignment | "busy" | "unreachable"> {
-  const end = performance.now() + context.settings.decisionTimeout * 1000;
   for (;;) {
-    const prospects = await survey(machines, context);
+    const prospects = await survey(machines, request, context, end);
     let ranking: readonly Appraisal[] = [];
     let assignment: Assignment | undefined;
     try {
@@ -4857,6 +5052,63 @@ export async function chooseBuildMachine(
     await startMachine(prospects, context);
     const busy = able.filter((prospect) => prospect.freeSlots() === 0);
     if (!await waitForSlot(busy, context, end)) return "busy";
+  }
+}
+
+/** Gives a machine back that was to take a build. */
+function letGo({ slot, prospect }: Assignment, { log }: Context): void {
+  const { session, opening } = prospect;
+  cleanUp(
+    ...[log, () => slot.release(), () => session?.close()] as const,
+    () => opening?.then((late) => late.close(), () => {}),
+  );
+}
+
+/**
+ * Makes sure that a machine can take the build that it was chosen for: nothing
+ * excludes it now that the slot is taken, and its guix-daemon has answered. One
+ * whose login takes longer than until `end` has answered another hook.
+ */
+async function makeReady(
+  { prospect }: Assignment,
+  end: number,
+  context: Context,
+): Promise<boolean> {
+  const { facts } = prospect;
+  const [excluded] = await findExclusions([prospect], context);
+  if (excluded !== undefined) return false;
+  if (prospect.session !== undefined) return true;
+  prospect.opening = logInTo(prospect, context);
+  prospect.opening.catch(() => {}); // whoever waits for it learns of it
+  const isTooSlow = (facts?.login ?? 0) > context.settings.decisionTimeout;
+  const late = delay(isTooSlow ? 0 : timeUntil(end));
+  try {
+    await Promise.race([prospect.opening, late]);
+    return exclusion(prospect, context) === undefined;
+  } catch (error) {
+    noteFailure(prospect, error, context);
+    return false;
+  }
+}
+
+/** Chooses a machine that is ready to take a build, or says why none does. */
+async function chooseReadyMachine(
+  machines: readonly Machine[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Assignment | "busy" | "unreachable"> {
+  const end = answerBy(context);
+  for (;;) {
+    const choice = await chooseBuildMachine(machines, request, context, end);
+    if (typeof choice === "string") return choice;
+    try {
+      if (await makeReady(choice, end, context)) return choice;
+    } catch (error) {
+      letGo(choice, context);
+      throw error;
+    }
+    letGo(choice, context);
+    if (timeUntil(end) === 0) return "unreachable";
   }
 }
 
@@ -5346,7 +5598,8 @@ async function sendSigned(
   } finally {
     await protection.stop();
   }
-  await archive.finish();
+  const unpacking = `waiting for '${machine.name}' to unpack them`;
+  await remind(unpacking, context.log, () => archive.finish());
 }
 
 /** The bundle that `guix archive` makes there. */
@@ -5480,13 +5733,17 @@ async function lockUploads(
   { stateDirectory, log, signal }: PluginContext,
 ): Promise<Slot> {
   const file = `${slotDirectory(machine, stateDirectory)}/upload`;
-  for (let told = false;; told = true) {
-    const lock = lockFile(file);
-    if (lock !== undefined) return lock;
-    if (!told) log.info(`waiting for another upload to '${machine.name}'...`);
-    await delay(100);
-    signal.throwIfAborted();
-  }
+  let lock = lockFile(file);
+  if (lock !== undefined) return lock;
+  const what = `waiting for another upload to '${machine.name}'`;
+  log.info(`${what}...`);
+  return await remind(what, log, async () => {
+    while ((lock = lockFile(file)) === undefined) {
+      await delay(100);
+      signal.throwIfAborted();
+    }
+    return lock;
+  });
 }
 
 /** Has the machine fetch what its own substitute servers have of `paths`. */
@@ -5500,8 +5757,9 @@ async function substitute(
   const available = items.filter((path) => found.has(path));
   if (available.length === 0) return;
   log.info(`'${machine.name}' fetches ${count(available.length)} itself...`);
+  const fetch = () => patiently(() => buildThings(remote, available, () => {}));
   try {
-    await patiently(() => buildThings(remote, available, () => {}));
+    await remind(`waiting for '${machine.name}' to fetch them`, log, fetch);
   } catch (error) {
     if (!(error instanceof DaemonError)) throw error;
     log.info(`'${machine.name}' could not: ${reason(error)}`);
@@ -5884,38 +6142,40 @@ async function attempt(
   // What is given up must not go on beside the next attempt.
   const over = new AbortController();
   const signal = AbortSignal.any([context.signal, over.signal]);
-  let session = prospect.session;
+  const { log } = context;
   let unwatch = () => {};
   try {
     await clearLeftovers(slot, work.derivation, context);
     observations.useSlot(prospect.id, slot.file, work.derivation);
-    session ??= await openSession(prospect.machine, context);
+    const { machine, opening } = prospect;
+    const connect = () => opening ?? openSession(machine, context);
+    const session = prospect.session ??= await remind(
+      ...[`connecting to '${machine.name}'`, log, connect] as const,
+    );
     unwatch = watchSession(session, context.settings);
-    const opened = session;
     const transfer = (isAgain: boolean) =>
-      transferAndOffload(work, opened, { ...context, signal }, isAgain);
+      transferAndOffload(work, session, { ...context, signal }, isAgain);
     const done = transfer(false).catch((error) => {
       if (!isOutOfStep(error)) throw error;
       // Its socket is some relay's, which breaks messages into pieces.
-      opened.askOneByOne();
+      session.askOneByOne();
       return transfer(true);
     });
     await Promise.race([done, session.lost]);
   } catch (error) {
     context.signal.throwIfAborted();
-    const cause = session?.failure();
+    const cause = prospect.session?.failure();
     if (cause === undefined || isFinal(error)) throw error;
     const message = `lost connection to '${prospect.machine.name}'`;
     throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
   } finally {
     cleanUp(
-      ...[context.log, unwatch, () => over.abort()] as const,
+      ...[log, unwatch, () => over.abort()] as const,
       ...work.outputs.map((output) => () => removeFile(temporaryName(output))),
       // As long as the lock is held, nobody else notes anything of the slot.
       () => observations.releaseSlot(slot.file),
-      () => slot.release(),
-      () => session?.close(),
     );
+    letGo({ prospect, slot }, context);
   }
 }
 
@@ -5989,24 +6249,37 @@ async function chooseAnother(
   context: Context,
 ): Promise<Assignment | string> {
   const { log, settings: { outageTimeout }, signal } = context;
+  if (machines.length === 0) return "unreachable";
   const end = performance.now() + outageTimeout * 1000;
-  for (let told = false;;) {
-    const choice = machines.length === 0
-      ? "unreachable"
-      : await chooseBuildMachine(machines, request, context);
-    if (typeof choice !== "string") return choice;
-    if (choice === "unreachable") {
-      if (machines.length === 0 || performance.now() >= end) return choice;
-      if (!told) {
-        log.info(
-          `no machine can be reached: waiting for ${outageTimeout} s...`,
-        );
-      }
-      told = true;
+  const accepted = { ...request, wantsLocal: false }; // no more
+  let told = "";
+  const tell = (what: string) => {
+    if (told !== what) log.info(`${what}...`);
+    told = what;
+  };
+  return await remind("waiting for a machine", log, async () => {
+    for (;;) {
+      const choice = await chooseBuildMachine(machines, accepted, context);
+      if (typeof choice !== "string") return choice;
+      if (choice === "busy") tell("waiting for a free slot");
+      else if (timeUntil(end) === 0) return choice;
+      else tell(`no machine can be reached: waiting for ${outageTimeout} s`);
+      await delay(1000);
+      signal.throwIfAborted();
     }
-    await delay(1000);
-    signal.throwIfAborted();
-  }
+  });
+}
+
+/** What to type where no machine does a build that was accepted. */
+function instead(
+  derivation: string,
+  { system }: Request,
+  context: Context,
+): string {
+  const request = { wantsLocal: true, system, derivation, features: [] };
+  if (!mayBuildHere(request, context)) return "";
+  return "; guix-daemon can build it here: run " +
+    `'guix build --no-offload --max-jobs=1 ${derivation}'`;
 }
 
 /**
@@ -6025,9 +6298,9 @@ async function offload(
   let others = machines;
   for (let assignment: Assignment | string = first;;) {
     if (typeof assignment === "string") {
-      throw new OffloadError(causes.join("; "), {
-        hint: `no other machine can take '${work.derivation}': ${assignment}`,
-      });
+      const why = `no other machine can take it: ${assignment}`;
+      const hint = instead(work.derivation, request, context);
+      throw new OffloadError(causes.join("; "), { hint: why + hint });
     }
     const { machine } = assignment.prospect;
     try {
@@ -6040,7 +6313,8 @@ async function offload(
         observations.saveFailure(machine, reason(error), settings);
         causes.push(reason(error));
         if (causes.length >= settings.attempts) {
-          throw new OffloadError(causes.join("; "), { cause: error });
+          const hint = instead(work.derivation, request, context).slice(2);
+          throw new OffloadError(causes.join("; "), { cause: error, hint });
         }
         if (error instanceof ProtocolError) {
           others = others.filter((other) => other !== machine);
@@ -6124,7 +6398,7 @@ export async function processRequest(
     return false;
   }
   const scored = scoredRequest(request, context);
-  const choice = await chooseBuildMachine(machines, scored, context);
+  const choice = await chooseReadyMachine(machines, scored, context);
   if (typeof choice === "string") {
     const gone = choice === "unreachable" && mayBuildHere(request, context);
     conversation.answer(gone ? "decline" : "postpone");
@@ -6133,8 +6407,7 @@ export async function processRequest(
   conversation.answer("accept");
   const work = await readWork(request.derivation, conversation)
     .catch((error) => {
-      choice.slot.release();
-      choice.prospect.session?.close();
+      letGo(choice, context);
       throw error;
     });
   await offload(work, scored, machines, choice, context);
@@ -6408,7 +6681,7 @@ async function explain(
   const matching = machines.filter((machine) =>
     machineMatches(machine, request)
   );
-  const prospects = await survey(matching, context);
+  const prospects = await survey(matching, request, context);
   const ranking = await rank(
     prospects,
     scoredRequest(request, context),
@@ -6756,6 +7029,7 @@ async function testSession(
 ): Promise<Session | undefined> {
   const { machine } = trial;
   const reached = (name: string) => {
+    if (name === "greeting") return;
     // A server that is crowded is tried again.
     if (trial.steps.some((step) => step.name === name)) return;
     const key = () => fingerprint(parseHostKey(machine).key);

@@ -402,7 +402,7 @@ const UNREACHABLE: readonly Fault[] = [
     phase: "before",
     ...frozen("daemon"),
     ends: "on w2",
-    says: /failed to connect to guix-daemon on 'w1': no answer/,
+    says: /guix-daemon on 'w1' has not answered/,
     seconds: 25,
     compared: true,
   },
@@ -784,7 +784,10 @@ export async function meet(
 // ---------------------------------------------------------------------------
 
 /** Executes SQL on a database of head, in there; returns the rows. */
-function onDatabase(file: string, sql: string): Record<string, string>[] {
+export function onDatabase(
+  file: string,
+  sql: string,
+): Record<string, string>[] {
   const script = `const { DatabaseSync } = require("node:sqlite");
     const database = new DatabaseSync("${file}", { timeout: 10000 });
     const rows = database.prepare(process.argv[1]).all();

@@ -38,6 +38,7 @@ import {
   withSignature,
 } from "./liar.ts";
 import type { Liar, Lies } from "./liar.ts";
+import { onDatabase } from "./faults.ts";
 
 /** A machine, and what must hold. */
 interface Row {
@@ -160,13 +161,19 @@ function send(
 class Signer {
   readonly #child = start("w1", "guix", "authenticate");
   #text = "";
+  #last: Promise<string> = Promise.resolve("");
 
   constructor() {
     this.#child.stdout!.setEncoding("latin1")
       .on("data", (chunk: string) => this.#text += chunk);
   }
 
-  async sign(hash: string): Promise<string> {
+  /** One at a time: the answers come without their questions. */
+  sign(hash: string): Promise<string> {
+    return this.#last = this.#last.then(() => this.#ask(hash));
+  }
+
+  async #ask(hash: string): Promise<string> {
     const key = "/etc/guix/signing-key.sec";
     const words = [key, hash].map((word) => `${word.length}:${word}`);
     this.#child.stdin!.write(`sign ${words.join(" ")}\n`);
@@ -287,13 +294,13 @@ const rows: readonly Row[] = [
       connection: send(() => [Buffer.from("HTTP/1.1 400 Bad Request\r\n\r\n")]),
     }),
     answer: "postpone",
-    says: /failed to connect to |no answer yet/,
+    says: /failed to connect to |has not answered/,
   },
   {
     machine: "says nothing",
     lies: () => ({ connection: () => {} }),
     answer: "postpone",
-    says: /failed to connect to .*[Tt]imed out|no answer yet/,
+    says: /failed to connect to .*[Tt]imed out|has not answered/,
     quick: true,
   },
   {
@@ -316,7 +323,7 @@ const rows: readonly Row[] = [
       connection: send(() => [Buffer.from("SSH-2.0-liar\r\n")]),
     }),
     answer: "postpone",
-    says: /failed to connect to .*[Tt]imed out|no answer yet/,
+    says: /failed to connect to .*[Tt]imed out|has not answered/,
   },
   {
     machine: "sends noise after its identification",
@@ -393,7 +400,7 @@ const rows: readonly Row[] = [
     machine: "does not answer the probe",
     lies: () => ({ stops: { probe: "is silent" } }),
     answer: "postpone",
-    says: /^$/,
+    says: /has not answered/,
   },
   {
     machine: "prints megabytes for the probe",
@@ -401,14 +408,15 @@ const rows: readonly Row[] = [
       facts: () => mebibytes(400),
       stops: { daemon: "closes" },
     }),
-    says: /lost connection to '/,
+    answer: "postpone",
+    says: /failed to connect to '/,
     quick: true,
   },
   {
     machine: "prints to the probe's standard error without end",
     lies: () => ({ complaints: () => endless(MEBIBYTE) }),
     answer: "postpone",
-    says: /^$/,
+    says: /has not answered/,
   },
   {
     machine: "prints absurd numbers for the probe",
@@ -420,7 +428,8 @@ const rows: readonly Row[] = [
         ),
       stops: { daemon: "closes" },
     }),
-    says: /lost connection to '/,
+    answer: "postpone",
+    says: /failed to connect to '/,
   },
 
   // The way to its daemon.
@@ -429,17 +438,20 @@ const rows: readonly Row[] = [
     lies: () => ({
       stops: { probe: "refuses", daemon: "refuses", command: "refuses" },
     }),
+    answer: "postpone",
     says: /failed to connect to guix-daemon on '/,
     quick: true,
   },
   {
     machine: "closes when the daemon is asked for",
     lies: () => ({ stops: { daemon: "closes" } }),
-    says: /lost connection to '/,
+    answer: "postpone",
+    says: /failed to connect to '/,
   },
   {
     machine: "does not open a channel to the daemon",
     lies: () => ({ stops: { daemon: "is silent", command: "is silent" } }),
+    answer: "postpone",
     says: /guix-daemon on '.*no answer/,
   },
 
@@ -447,27 +459,32 @@ const rows: readonly Row[] = [
   {
     machine: "has a daemon that never answers",
     lies: () => ({ daemon: () => {} }),
+    answer: "postpone",
     says: /failed to connect to guix-daemon on '.*no answer/,
     quick: true,
   },
   {
     machine: "has a daemon that greets wrongly",
     lies: () => ({ daemon: daemonSays(encode(1, 2, 3)) }),
+    answer: "postpone",
     says: /guix-daemon on '.*unexpected greeting/,
   },
   {
     machine: "has a daemon of another protocol",
     lies: () => ({ daemon: daemonSays(encode(0x6478696f, 0x364, 1)) }),
+    answer: "postpone",
     says: /guix-daemon on '.*unsupported protocol/,
   },
   {
     machine: "has a daemon that says random bytes",
     lies: () => ({ daemon: daemonSays(Buffer.from(noise(2 ** 20))) }),
+    answer: "postpone",
     says: /guix-daemon on '/,
   },
   {
     machine: "has a daemon that complains without end",
     lies: () => ({ daemon: flood }),
+    answer: "postpone",
     says: /guix-daemon on '.*no answer/,
     quick: true,
   },
@@ -478,6 +495,7 @@ const rows: readonly Row[] = [
         greeting: () => endless(encode(0x6478696f, 0x164), LOG, LOG),
       },
     }),
+    answer: "postpone",
     says: /guix-daemon on '/,
   },
   {
@@ -947,12 +965,19 @@ interface Outcome {
   readonly memory: number;
 }
 
-/** Has the liar asked once, so that the next hook need not. */
+/**
+ * Has the liar asked once, so that the next hook need not, and noted that
+ * logging in takes longer than an answer may.
+ */
 async function seed(runtime: Runtime, derivation: string): Promise<void> {
   const hook = startHook("head", { runtime });
   assert.is(await hook.ask(derivation), "accept");
   hook.close();
   await within("the end", hook.ended);
+  onDatabase(
+    "/var/guix/offload/observations.sqlite",
+    "UPDATE machine SET facts = json_set(facts, '$.login', 60) RETURNING *",
+  );
 }
 
 /** Runs a hook against a machine that lies. */

@@ -8,16 +8,21 @@ import {
   assertOffloaded,
   build,
   buildCommand,
+  closure,
   down,
   forget,
   inHost,
   lab,
   makeWork,
+  offloadCommand,
+  relayed,
   root,
   run,
   RUNTIMES,
   start,
   startHook,
+  startRelay,
+  until,
   up,
   useMachines,
   useOffload,
@@ -39,6 +44,23 @@ async function ask(derivation: string, options: HookOptions) {
   hook.close();
   const { stderr } = await within("the end of the hook", hook.ended);
   return { answer, took, stderr };
+}
+
+/** Holds an fcntl lock on a file until its input ends. */
+const HOLD = `use Fcntl qw(:DEFAULT :seek); $| = 1;
+open my $file, "+>>", $ARGV[0] or die "$ARGV[0]: $!";
+my $lock = pack "s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0;
+fcntl($file, F_SETLK, $lock) or die; print "held\n"; <STDIN>`;
+
+/** Whether head has facts of a machine. */
+function isKnown(id: string): boolean {
+  const script = `const { DatabaseSync } = require("node:sqlite");
+    const file = "/var/guix/offload/observations.sqlite";
+    const database = new DatabaseSync(file, { timeout: 10000 });
+    const sql = "SELECT 1 FROM machine WHERE id = ? AND facts IS NOT NULL";
+    console.log(database.prepare(sql).all(process.argv[1]).length);`;
+  const node = "/offload/node_modules/node/bin/node";
+  return inHost("head", node, "-e", script, id).trim() === "1";
 }
 
 /** The process of a host's sshd that listens. */
@@ -420,6 +442,171 @@ export default plugin as Plugin;
       [["w1:22", false], ["w2:22", true], ["dead:22", false]],
     );
     assert.is(builds("w2"), 0);
+  });
+
+  test("nothing is accepted for a machine whose daemon is down", async () => {
+    useMachines("head", ["w1"]);
+    const pid = readFileSync(`${root("w1")}/run/guix-daemon.pid`, "utf8");
+    const [derivation] = makeWork("head");
+    // What is known of the machine is of before: so is the answer fresh.
+    assert.is((await ask(derivation!, { runtime })).answer, "accept");
+    inHost("w1", "kill", pid.trim());
+    try {
+      const variables = ["OFFLOAD_FACTS_LIFETIME=600"];
+      const here = { runtime, variables, wantsLocal: true };
+      const { answer, stderr } = await ask(derivation!, here);
+      assert.is(answer, "decline");
+      assert.match(stderr, "failed to connect to guix-daemon on 'w1'");
+      forget("head");
+      assert.is((await ask(derivation!, here)).answer, "decline");
+      assert.is((await ask(derivation!, { runtime })).answer, "postpone");
+      const local = ["guix", "build", "--max-jobs=1", derivation!];
+      assertBuilt(run("head", ...local));
+    } finally {
+      lab("daemon", "w1");
+    }
+  });
+
+  test("the fast machines being down holds nothing up", async () => {
+    const down = (text: string) =>
+      text.replace(/^\(list\n([^]*)\)\n$/, (_, machines: string) => {
+        const [first = ""] = machines.split("(build-machine").slice(1);
+        const others = Array.from({ length: 100 }, (_, number) => {
+          const port = `(port ${3000 + number}) (speed 9.)`;
+          return ` (build-machine${first.replace("(systems", `${port} $&`)}`;
+        });
+        return `(list\n${machines}${others.join("\n")})\n`;
+      });
+    useMachines("head", ["w1", "w2"], down);
+    const [derivation] = makeWork("head");
+    for (const wantsLocal of [false, true]) {
+      forget("head");
+      const { answer, stderr, took } = await ask(derivation!, {
+        ...{ runtime, wantsLocal },
+        variables: ["OFFLOAD_DECISION_TIMEOUT=10"],
+      });
+      assert.is(answer, "accept", stderr);
+      assert.ok(took < 10_000, `${took} ms`); // that of the decision
+      assert.match(stderr, "connection refused");
+    }
+  });
+
+  test("a login may take longer than an answer", async () => {
+    const relay = await startRelay("w1", "--delay=200");
+    useMachines("head", ["w1"], (text) => relayed(text, "w1"));
+    useOffload("head", runtime, "OFFLOAD_DECISION_TIMEOUT=1");
+    const variables = ["OFFLOAD_DECISION_TIMEOUT=1"];
+    try {
+      const work = makeWork("head", "--count=3");
+      // Never seen, and no other place: it is waited for.
+      const first = build("head", work[0]!);
+      assertOffloaded(work[0]!, first, ["w1"]);
+      assert.not.match(first.stderr, "offload: ");
+      // Known: it is not waited for, whatever there is else.
+      const here = { runtime, variables, wantsLocal: true };
+      const { answer, took } = await ask(work[1]!, here);
+      assert.is(answer, "accept");
+      assert.ok(took < 2500, `${took} ms`); // the login takes 3 s or more
+      assertOffloaded(work[1]!, build("head", work[1]!), ["w1"]);
+      // Never seen, and it could be built here: the client is told.
+      forget("head");
+      const hook = startHook("head", here);
+      assert.is(await hook.ask(work[2]!), "decline");
+      assert.match(hook.text(), /'w1' has not answered within 1\.\d s/);
+      assert.match(hook.text(), /^hint: .*decisionTimeout/m);
+      // Once it has answered after all, it is used.
+      await until("the login", () => isKnown("w1:2222"));
+      assert.is(await hook.ask(work[2]!), "accept");
+      hook.close();
+      await within("the end of the hook", hook.ended);
+    } finally {
+      relay.stop();
+      useOffload("head", runtime);
+    }
+  });
+
+  test("who waits says so again and again", async () => {
+    useMachines("head", ["w1"]);
+    const [derivation] = makeWork(
+      "head",
+      ...["--inputs=1", "--input-size=5000000"],
+    );
+    const directory = "/var/guix/offload/w1:22";
+    inHost("head", "mkdir", "-p", directory);
+    const holder = start("head", "perl", "-e", HOLD, `${directory}/upload`);
+    const { text } = watch(holder);
+    await until("the lock", () => text() === "held\n");
+    const building = startBuild(derivation!);
+    const again = /^still waiting for another upload to 'w1' after 10 s/m;
+    await until("the reminder", () => again.test(building.text()));
+    holder.stdin!.end();
+    assertBuilt(await within("the end", building.ended));
+  });
+
+  test("what a plugin connects by is checked, and named", async () => {
+    const [derivation] = makeWork("head");
+    const cases = [
+      ["{ exec() {} }", "'failure' is no function"],
+      ["7", "'failure' is no function"],
+      [
+        "{ failure() {}, close() {}, openSocket() {}, exec: () => ({}) }",
+        "'write' is no function",
+      ],
+    ];
+    for (const [answer, problem] of cases) {
+      const text =
+        `export default { name: "odd", connect: () => (${answer}) };`;
+      writePlugin("odd.mjs", text);
+      forget("head");
+      const hook = await ask(derivation!, { runtime, wantsLocal: true });
+      assert.is(hook.answer, "decline");
+      assert.match(hook.stderr, `plugin 'odd': connect: ${problem}`);
+      // To 'status', an account that runs no commands is one like another.
+      const commands = answer === "{ exec() {} }"
+        ? ["test", "status"]
+        : ["test"];
+      for (const command of commands) {
+        const { status, stdout, stderr } = run(
+          "head",
+          ...offloadCommand(runtime, command),
+        );
+        assert.is(status, 1, stderr);
+        assert.match(stdout + stderr, `plugin 'odd': connect: ${problem}`);
+        assert.not.match(stdout + stderr, /TypeError|\n {4}at /);
+      }
+    }
+  });
+
+  test("a slot is free again whatever a plugin does at the end", async () => {
+    const oneSlot = (text: string) =>
+      text.replaceAll("(parallel-builds 2)", "(parallel-builds 1)");
+    useMachines("head", ["w1"], oneSlot);
+    const [derivation] = makeWork("head");
+    assert.is((await ask(derivation!, { runtime })).answer, "accept");
+    // It is later than an answer may be, and all that it does fails.
+    writePlugin(
+      "odd.mjs",
+      `const fail = () => { throw new Error("odd"); };
+const odd = { failure: fail, openSocket: fail, exec: fail, close: fail };
+const later = (resolve) => setTimeout(resolve, 2000, odd);
+export default { name: "odd", connect: () => new Promise(later) };`,
+    );
+    const variables = [
+      ...["OFFLOAD_DECISION_TIMEOUT=0.5", "OFFLOAD_FACTS_LIFETIME=600"],
+      ...["OFFLOAD_BACKOFF=600", "OFFLOAD_OUTAGE_TIMEOUT=600"],
+    ];
+    const hook = startHook("head", { runtime, variables });
+    assert.is(await hook.ask(derivation!), "accept", hook.text());
+    hook.work(closure("head", derivation!), ["/gnu/store/none"]);
+    const waits = /no machine can be reached: waiting/;
+    await until("the failure", () => waits.test(hook.text()));
+    rmSync(root("head") + PLUGINS, { recursive: true });
+    forget("head");
+    assert.is((await ask(derivation!, { runtime })).answer, "accept");
+    hook.child.kill();
+    const { stderr } = await within("the end of the hook", hook.ended);
+    assert.match(stderr, "warning: odd");
+    assert.not.match(stderr, /\n {4}at /);
   });
 
   test("50 hooks at once on 3 machines finish without a failure", async () => {
