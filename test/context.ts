@@ -4,8 +4,9 @@
  * @module
  */
 
-import { mkdtempSync } from "node:fs";
+import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
+import process from "node:process";
 import { machineFromFields, Observations, readSettings } from "../mod.ts";
 import type {
   Candidate,
@@ -67,6 +68,19 @@ export function request(fields: Partial<ScoredRequest> = {}): ScoredRequest {
   };
 }
 
+const made: string[] = [];
+
+process.on("exit", () => {
+  for (const each of made) rmSync(each, { recursive: true, force: true });
+});
+
+/** A new directory, which is there until all suites have run. */
+function makeStateDirectory(): string {
+  const directory = mkdtempSync(`${tmpdir()}/offload-state-`);
+  made.push(directory);
+  return directory;
+}
+
 /** A context with these parts, and the warnings that it collects. */
 export function makeContext(
   parts: Partial<Context> = {},
@@ -82,10 +96,11 @@ export function makeContext(
     warn,
     error: warn,
   };
-  const stateDirectory = mkdtempSync(`${tmpdir()}/offload-state-`);
+  const stateDirectory = makeStateDirectory();
   const context: Context = {
     log,
     signal: new AbortController().signal,
+    // Only what never answers is to meet it: these hooks wait for nothing.
     settings: { ...readSettings("/nonexistent", {}), hookTimeout: 0.1 },
     options: {},
     environment: {},

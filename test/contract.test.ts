@@ -40,7 +40,9 @@ async function withContext(
   try {
     const options = optionsFor(plugin.name, directory);
     const context = makePluginContext(plugin, options);
-    await work({ ...context, stateDirectory: directory });
+    // A program may take its time on a busy machine.
+    const settings = { ...context.settings, hookTimeout: 60 };
+    await work({ ...context, settings, stateDirectory: directory });
   } finally {
     rmSync(directory, { recursive: true });
   }

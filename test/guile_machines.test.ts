@@ -6,6 +6,7 @@ import { join } from "node:path";
 import plugin from "../plugins/guile_machines.ts";
 import type { PluginContext, Problem } from "../mod.ts";
 import { makeContext } from "./context.ts";
+import { until } from "./helpers.ts";
 
 const plugins = suite("guile machines");
 
@@ -222,11 +223,10 @@ plugins("kills Guile when it is told to stop", async () => {
   playGuix({}, "sleep 60 & echo $! >>'" + runs + "'; wait");
   const controller = new AbortController();
   const failure = failureOf({ signal: controller.signal });
-  while (
-    !/\d\n/.test(fs.existsSync(runs) ? fs.readFileSync(runs, "utf8") : "")
-  ) {
-    await new Promise((resolve) => setTimeout(resolve, 20));
-  }
+  await until(
+    "Guile runs",
+    () => fs.existsSync(runs) && /\d\n/.test(fs.readFileSync(runs, "utf8")),
+  );
   controller.abort();
   assert.match(await failure, /failed: interrupted$/);
   const pid = fs.readFileSync(runs, "utf8").trim();
@@ -238,10 +238,7 @@ plugins("kills Guile when it is told to stop", async () => {
     }
   };
   const hasEnded = () => ["gone", "X", "Z"].includes(stateOf());
-  for (let i = 0; i < 100 && !hasEnded(); i++) {
-    await new Promise((resolve) => setTimeout(resolve, 20));
-  }
-  assert.ok(hasEnded(), stateOf());
+  await until("it has ended", hasEnded);
 });
 
 plugins.run();

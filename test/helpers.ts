@@ -13,6 +13,7 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { Duplex } from "node:stream";
 import { buffer } from "node:stream/consumers";
+import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import * as assert from "uvu/assert";
 import { encode, exportPath, OffloadError, openStore } from "../mod.ts";
@@ -133,17 +134,41 @@ export async function* chunks(
   yield* parts;
 }
 
+/** In milliseconds: what takes longer hangs, however busy the machine is. */
+const PATIENCE = 60_000;
+
 /** Fails where `promise` takes much longer than anything here should. */
 export async function settled<T>(promise: Promise<T>): Promise<T> {
   let timer;
   const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new Error("it hangs")), 10_000);
+    timer = setTimeout(() => reject(new Error("it hangs")), PATIENCE);
   });
   try {
     return await Promise.race([promise, late]);
   } finally {
     clearTimeout(timer);
   }
+}
+
+/** Waits until `condition` holds, asking again every few milliseconds. */
+export async function until(
+  what: string,
+  condition: () => boolean,
+): Promise<void> {
+  const end = performance.now() + PATIENCE;
+  while (!condition()) {
+    if (performance.now() > end) throw new Error(`waited in vain: ${what}`);
+    await delay(5);
+  }
+}
+
+/**
+ * The milliseconds that processors were at work for this process. Unlike the
+ * time on a clock, it is no matter what else they are at.
+ */
+export function processorTime(): number {
+  const { user, system } = process.cpuUsage();
+  return (user + system) / 1000;
 }
 
 function checkError(error: unknown, pattern: RegExp): OffloadError {

@@ -22,7 +22,7 @@ import {
   playedHead,
   recorded,
 } from "./lab_machine_file.ts";
-import { fuzz, ownRuntime, ROOT } from "./helpers.ts";
+import { fuzz, ownRuntime, processorTime, ROOT } from "./helpers.ts";
 
 const key =
   "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp";
@@ -334,9 +334,9 @@ evaluating("ends on hostile texts, soon", () => {
   );
   texts.push(`(apply list '(${"1 ".repeat(200_000)}))`);
   for (const text of texts) {
-    const start = performance.now();
+    const start = processorTime();
     errorOf(text);
-    assert.ok(performance.now() - start < 3000, text.slice(0, 20));
+    assert.ok(processorTime() - start < 3000, text.slice(0, 20));
   }
 });
 
@@ -555,13 +555,11 @@ speed("reads 10,000 machines in a second", () => {
   const text = `(list ${
     Array.from({ length: 10_000 }, () => machine()).join("\n")
   })`;
-  const start = performance.now();
+  const start = processorTime();
   assert.is(evaluate(text).machines.length, 10_000);
-  // Twice the bound: other tests may run beside this one.
-  assert.ok(
-    performance.now() - start < 2000,
-    `${performance.now() - start} ms`,
-  );
+  const took = processorTime() - start;
+  // Twice the bound: the first time is the slowest.
+  assert.ok(took < 2000, `${took} ms`);
 });
 
 speed("reads 100 machines in some milliseconds", () => {
@@ -569,9 +567,9 @@ speed("reads 100 machines in some milliseconds", () => {
     Array.from({ length: 100 }, () => machine()).join("\n")
   })`;
   const times = Array.from({ length: 9 }, () => {
-    const start = performance.now();
+    const start = processorTime();
     evaluate(text);
-    return performance.now() - start;
+    return processorTime() - start;
   });
   assert.ok(Math.min(...times) < 10, `${times}`);
 });
@@ -695,7 +693,7 @@ function generate(random: () => number, depth: number): string {
 
 /** Evaluates a text, which must not fail in another way than it may. */
 function survive(text: string): void {
-  const start = performance.now();
+  const start = processorTime();
   try {
     const { needsGuile, machines } = evaluate(text);
     assert.ok(needsGuile === undefined || machines.length === 0);
@@ -703,7 +701,7 @@ function survive(text: string): void {
     assert.instance(error, OffloadError, `${error}: ${text}`);
     assert.match((error as Error).message, /^f\.scm:\d+:\d+: /);
   }
-  assert.ok(performance.now() - start < 5000, text);
+  assert.ok(processorTime() - start < 5000, text);
 }
 
 fuzzed("survives mutations of the corpus", () => {

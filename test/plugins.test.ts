@@ -50,7 +50,7 @@ function write(name: string, text: string): void {
 /** Loads what was written; returns the site's plugins and the warnings. */
 async function load() {
   const { context, warnings } = makeContext();
-  const settings = readSettings(directory, {});
+  const settings = { ...readSettings(directory, {}), hookTimeout: 60 };
   const plugins = await loadPlugins(directory, settings, context.log);
   const builtin = ["guix", ...builtinPlugins.map(({ name }) => name)];
   const names = plugins.map(({ name }) => name);
@@ -259,7 +259,7 @@ test("listMachines() leaves out what is no machine, and says so", async () => {
 function loadUsing(use: Record<string, Record<string, unknown>>) {
   const { context } = makeContext();
   write("settings.json", JSON.stringify({ use }));
-  const settings = readSettings(directory, {});
+  const settings = { ...readSettings(directory, {}), hookTimeout: 60 };
   return loadPlugins(directory, settings, context.log);
 }
 

@@ -14,6 +14,7 @@ import {
 } from "../mod.ts";
 import type { Context, Machine, Plugin } from "../mod.ts";
 import { machine, makeContext, request } from "./context.ts";
+import { processorTime, until } from "./helpers.ts";
 
 const test = suite("scheduling");
 const MEBIBYTE = 2 ** 20;
@@ -184,8 +185,8 @@ test("chooseBuildMachine() goes on to the next where slots fail", async () => {
 
 test("chooseBuildMachine() waits for a slot, once in vain", async () => {
   const { context } = makeContext({ plugins: [guix] });
-  const short = { ...context.settings, decisionTimeout: 0.3 };
-  const patient = { ...context, settings: short };
+  const settings = { ...context.settings, decisionTimeout: 2 };
+  const patient = { ...context, settings };
   const only = machine({ name: "only" });
   know(context, only);
   const held = acquireBuildSlot(only, context.stateDirectory)!;
@@ -196,10 +197,10 @@ test("chooseBuildMachine() waits for a slot, once in vain", async () => {
   };
   const [first, waited] = await timed();
   assert.is(first, "busy");
-  assert.ok(waited >= 300, `${waited} ms`);
+  assert.ok(waited >= 1990, `${waited} ms`); // timers may be a bit early
   const [second, atOnce] = await timed();
   assert.is(second, "busy");
-  assert.ok(atOnce < 200, `${atOnce} ms`);
+  assert.ok(atOnce < waited / 2, `${atOnce} ms`);
   context.observations.releaseSlot(held.file);
   setTimeout(() => held.release(), 100);
   const [third] = await timed();
@@ -231,9 +232,9 @@ test("chooseBuildMachine() decides among 1,000 machines in 50 ms", async () => {
   for (const each of machines) know(context, each);
   const times = [];
   for (let i = 0; i < 5; i++) {
-    const start = performance.now();
+    const start = processorTime();
     const choice = await chooseBuildMachine(machines, request(), context);
-    times.push(performance.now() - start);
+    times.push(processorTime() - start);
     assert.is(typeof choice === "string" || choice.prospect.machine.speed, 9);
     if (typeof choice !== "string") choice.slot.release();
   }
@@ -241,7 +242,7 @@ test("chooseBuildMachine() decides among 1,000 machines in 50 ms", async () => {
   assert.ok(Math.min(...times) < 50, `${Math.min(...times)} ms`);
 });
 
-test("Observations double the time for which a machine is left alone", () => {
+test("Observations double the time for which a machine is left alone", async () => {
   const { context } = makeContext();
   const settings = { ...context.settings, backoff: 0.001, backoffLimit: 0.003 };
   const { observations } = context;
@@ -252,11 +253,10 @@ test("Observations double the time for which a machine is left alone", () => {
   };
   for (let failures = 1; failures <= 3; failures++) {
     observations.saveFailure(each, "gone", settings);
-    const [count, until] = left();
+    const [count, remaining] = left();
     assert.is(count, failures);
-    assert.ok(until <= 3);
-    const end = Date.now() + 5; // until it is over
-    while (Date.now() < end);
+    assert.ok(remaining <= 3);
+    await until("it is over", () => left()[1] < 0);
   }
   observations.saveFailure(each, "gone", { ...settings, backoff: 100 });
   observations.saveFailure(each, "gone", settings); // part of the same failure
@@ -309,11 +309,11 @@ test("Observations are claimed by one process at a time", () => {
   const { context } = makeContext();
   const { observations, log, stateDirectory } = context;
   const other = new Observations(stateDirectory, log);
-  assert.ok(observations.claim("a:22", 3));
-  assert.not(other.claim("a:22", 3));
+  assert.ok(observations.claim("a:22", 60));
+  assert.not(other.claim("a:22", 60));
   assert.ok(other.claim("a:22", 0 - 1), "one that took too long is void");
   know(context, machine({ name: "a" }));
-  assert.ok(other.claim("a:22", 3), "once it is answered");
+  assert.ok(other.claim("a:22", 60), "once it is answered");
 });
 
 test("Observations survive a database that is none", () => {
