@@ -63,7 +63,7 @@ async function main(args: readonly string[]): Promise<void> {
     }
     columns.set(hook, cells);
   }
-  field.relay.stop();
+  await field.relay.stop();
   const row = (...cells: string[]) => console.log(`| ${cells.join(" | ")} |`);
   row("fault", ...Object.keys(HOOKS));
   row("---", ...Object.keys(HOOKS).map(() => "---"));

@@ -46,8 +46,8 @@ function suiteUnder(runtime: Runtime, choice: Choice): void {
   test.before(async () => {
     field = await makeField(runtime, choice);
   });
-  test.after(() => {
-    field.relay.stop();
+  test.after(async () => {
+    await field.relay.stop();
     for (const host of ["head", "w1", "w2"]) assertStoreIsSound(host);
   });
 

@@ -102,7 +102,7 @@ function* endless(...pieces: readonly Uint8Array[]): Generator<Uint8Array> {
 
 const DONE = encode(STDERR.last, 1);
 
-/** The same, after some seconds. */
+/** The same, after some seconds, for which it can flood. */
 async function* slowly(bytes: Uint8Array): AsyncGenerator<Uint8Array> {
   await delay(5000);
   yield bytes;
@@ -221,6 +221,19 @@ function changes(
     return await change(await signed(file("a good output"), path), path);
   };
   return () => ({ item });
+}
+
+/** A machine that closes the connection behind half a message. */
+function closesInArchive(): Lies {
+  let close = () => {};
+  async function* half(): AsyncGenerator<Uint8Array> {
+    yield encode(STDERR.write, "x".repeat(100)).subarray(0, 50);
+    close();
+  }
+  return {
+    answers: { exportPath: half },
+    session: (connection) => close = () => connection.end(),
+  };
 }
 
 /** A copy with one bit flipped. */
@@ -714,13 +727,7 @@ const rows: readonly Row[] = [
   },
   {
     machine: "closes in the middle of an archive",
-    lies: (outputs) => ({
-      answers: {
-        exportPath: () => encode(STDERR.write, "x".repeat(100)).subarray(0, 50),
-      },
-      item: () => signed(file(), outputs[0]!),
-      session: (connection) => setTimeout(() => connection.end(), 1500),
-    }),
+    lies: closesInArchive,
     says: /lost connection to '/,
   },
   {

@@ -4,12 +4,12 @@
  * both.
  */
 
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import process from "node:process";
-import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
+  addressOf,
   assertOffloaded,
   build,
   buildCommand,
@@ -26,6 +26,7 @@ import {
   startHook,
   storeNames,
   SYSTEM,
+  until,
   up,
   useMachines,
   watch,
@@ -58,6 +59,20 @@ function loseMachines(log: string): void {
   const [, working] = /^offloading '.*' to '(\w+)'/m.exec(log)!;
   const others = MACHINES.filter((machine) => machine !== working);
   for (const machine of [...others, working!]) signal(machine, "KILL", "sshd");
+}
+
+/** Whether the builder of a client has begun. */
+function isBuilding({ text }: Running): boolean {
+  return /^building work$/m.test(text());
+}
+
+/** Whether somebody has a connection to a machine's sshd. */
+function isConnectedTo(machine: string): boolean {
+  const hex = addressOf(machine).split(".").reverse()
+    .map((byte) => Number(byte).toString(16).padStart(2, "0")).join("");
+  // Local address, remote address, and 01 for established.
+  const line = RegExp(`^ *\\d+: \\S+ ${hex}:0016 01 `, "im");
+  return line.test(readFileSync("/proc/net/tcp", "latin1"));
 }
 
 /** Edits a machine file so that a machine is preferred. */
@@ -146,9 +161,10 @@ function suiteUnder(runtime: Runtime): void {
     async () => {
       const [derivation] = makeWork("head", "--seconds=8");
       const client = startBuild(derivation!);
-      while (!/^building work$/m.test(client.text())) await delay(20);
+      await until("the build", () => isBuilding(client));
       loseMachines(client.text());
-      await delay(5000);
+      const waits = /no machine can be reached: waiting/;
+      await until("it waits", () => waits.test(client.text()));
       restartSshd("w2");
       const result = await within("the end", client.ended);
       restartSshd("w1");
@@ -164,7 +180,7 @@ function suiteUnder(runtime: Runtime): void {
     const hook = startHook("head", { runtime, variables });
     assert.is(await hook.ask(derivation!), "accept");
     hook.work(closure("head", derivation!), outputs);
-    while (!/^@ build-remote/m.test(hook.text())) await delay(20);
+    await until("a machine", () => /^@ build-remote/m.test(hook.text()));
     loseMachines(hook.text());
     const { status, stderr } = await within("the end", hook.ended);
     MACHINES.forEach(restartSshd);
@@ -206,9 +222,7 @@ function suiteUnder(runtime: Runtime): void {
         // Long enough for the connection to be tried, too.
         const clients = makeWork("head", "--count=2", "--seconds=8")
           .map((derivation) => startBuild(derivation));
-        for (const { text } of clients) {
-          while (!/^building work$/m.test(text())) await delay(20);
-        }
+        await until("both builds", () => clients.every(isBuilding));
         inHost("head", "pkill", "-TERM", "-n", "-f", "[o]ffload/mod.ts");
         const ends = clients.map(({ ended }) => within("the end", ended));
         const results = await Promise.all(ends);
@@ -275,9 +289,10 @@ function suiteUnder(runtime: Runtime): void {
       for (const name of ["TERM", "KILL"] as const) {
         const hook = startHook("head", { runtime });
         hook.say(`0 ${SYSTEM} ${derivation} `);
-        await delay(1500); // it takes 3 s, since nobody answers
+        // It takes 3 s, since nobody answers.
+        await until("it asks", () => MACHINES.every(isConnectedTo));
         signal("head", name, "hook");
-        const { status, stdout } = await within("the end", hook.ended, 5000);
+        const { status, stdout } = await within("the end", hook.ended);
         assert.is.not(status, 0);
         assert.is(stdout, "");
         useMachines("head", MACHINES);

@@ -49,8 +49,8 @@ const PATIENT = [
 /** What goes wrong with a machine, and how it gets well. */
 interface Trouble {
   readonly name: string;
-  begin(machine: string, relay: Relay): void;
-  end(machine: string, relay: Relay): void;
+  begin(machine: string, relay: Relay): Promise<void> | void;
+  end(machine: string, relay: Relay): Promise<void> | void;
 }
 
 const nothing = () => {};
@@ -124,9 +124,9 @@ async function trouble(
       Math.floor(random() * TROUBLES.length)
     ]!;
     counts[name] = (counts[name] ?? 0) + 1;
-    begin(machine, relay);
-    const heals = delay(500 + random() * 5500).then(() => {
-      end(machine, relay);
+    await begin(machine, relay);
+    const heals = delay(500 + random() * 5500).then(async () => {
+      await end(machine, relay);
       healing.delete(machine);
     });
     healing.set(machine, heals);
@@ -178,7 +178,9 @@ function suiteUnder(runtime: Runtime): void {
     useOffload("head", runtime, ...PATIENT);
     inHost("head", "guix", "gc");
   });
-  test.after(() => relays.forEach((relay) => relay.stop()));
+  test.after(async () => {
+    for (const relay of relays.values()) await relay.stop();
+  });
 
   test("200 builds on 4 slots while machines come and go", async () => {
     const machines = ["w1", "w2"];
@@ -188,12 +190,13 @@ function suiteUnder(runtime: Runtime): void {
     const client = startBuilds(work);
     let over = false;
     client.ended.finally(() => over = true);
+    // How long each is away, and all are there, is the fault itself.
     for (let turn = 0; !over; turn++) {
       const machine = machines[turn % 2]!;
       const relay = relays.get(machine)!;
-      relay.become("refuse");
+      await relay.become("refuse");
       await Promise.race([client.ended, delay(4000)]);
-      relay.become("pass");
+      await relay.become("pass");
       await Promise.race([client.ended, delay(2000)]);
     }
     const { status, stderr } = await client.ended;

@@ -32,6 +32,7 @@ async function runDemo(directory: string): Promise<string> {
     return demo.text();
   } catch (error) {
     if (child.exitCode === null) process.kill(-child.pid!);
+    await demo.ended; // else it writes to what is removed
     throw error;
   }
 }

@@ -14,6 +14,7 @@ import {
   outputsOf,
   pathInfo,
   root,
+  run,
   start,
   storeNames,
   until,
@@ -25,18 +26,23 @@ import {
 } from "./lab.ts";
 import type { Running } from "./lab.ts";
 
-/** Bytes, so many that the collector is through before they are. */
-const SIZE = 400_000_000;
+/** Bytes, so many that they can be stopped on their way. */
+const SIZE = 200_000_000;
 
 const test = suite("garbage collector");
 
-/** A build whose output is coming back. */
+/** A build whose output is coming back, and stands still on its way. */
 interface Retrieval {
   readonly derivation: string;
   readonly output: string;
   /** Where the output waits, seen from here. */
   readonly temporary: string;
   readonly client: Running;
+}
+
+/** Has what w1 sends stand still, or go on. */
+function signalSessions(name: "STOP" | "CONT"): void {
+  run("w1", "sh", "-c", `kill -${name} $(pgrep -x sshd-session)`);
 }
 
 async function startRetrieval(): Promise<Retrieval> {
@@ -48,8 +54,11 @@ async function startRetrieval(): Promise<Retrieval> {
     names = besides(output);
     return existsSync(`${root("head")}/gnu/store/${names[0]}/data`);
   });
+  signalSessions("STOP");
   const temporary = `${root("head")}/gnu/store/${names[0]}`;
-  return { derivation: derivation!, output, temporary, client };
+  const retrieval = { derivation: derivation!, output, temporary, client };
+  assert.ok(retrieved(retrieval) < SIZE, "it was stopped too late");
+  return retrieval;
 }
 
 /** What else stands in head's store under the name of an output. */
@@ -70,6 +79,9 @@ test.before(() => {
   useMachines("head", ["w1"]);
 });
 
+// Where a test has failed.
+test.after.each(() => signalSessions("CONT"));
+
 test.after(() => {
   for (const host of ["head", "w1"]) inHost(host, "guix", "gc");
 });
@@ -81,6 +93,7 @@ test("an output that comes back is spared", async () => {
   inHost("head", "guix", "gc");
   assert.ok(retrieved(retrieval) < SIZE, "the collector came too late");
   assert.not.ok(existsSync(root("head") + garbage!));
+  signalSessions("CONT");
   const { derivation, output, client } = retrieval;
   const result = await within("the build", client.ended);
   assertOffloaded(derivation, result, ["w1"]);
@@ -92,6 +105,7 @@ test("an output that comes back is spared", async () => {
 test("what a killed hook left is removed", async () => {
   const { derivation, temporary, output, client } = await startRetrieval();
   useOffload("head", "node"); // the lab kills the daemon and all its children
+  signalSessions("CONT");
   await within("the client's end", client.ended);
   assert.ok(existsSync(temporary), "nothing was left");
   assert.not.ok(existsSync(root("head") + output));
@@ -104,6 +118,7 @@ test("what a killed hook left is removed", async () => {
 test("what a killed hook left is replaced by the next", async () => {
   const { derivation, temporary, output, client } = await startRetrieval();
   useOffload("head", "node");
+  signalSessions("CONT");
   await within("the client's end", client.ended);
   assert.ok(existsSync(temporary), "nothing was left");
   assert.is(build("head", derivation).status, 0);
@@ -115,6 +130,7 @@ test("a client that leaves leaves nothing in the way", async () => {
   const { derivation, output, client } = await startRetrieval();
   client.child.kill();
   await within("the client's end", client.ended);
+  signalSessions("CONT");
   // The daemon ends the hook, then its lock is free.
   assert.is(build("head", derivation).status, 0);
   assert.equal(pathInfo("head", [output]), pathInfo("w1", [output]));

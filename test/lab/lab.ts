@@ -8,6 +8,7 @@
 import { spawn, spawnSync } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
 import { Buffer } from "node:buffer";
+import { once } from "node:events";
 import {
   existsSync,
   readdirSync,
@@ -40,7 +41,7 @@ export const LAB: string = `${ROOT}scripts/lab/lab`;
 const STORE = "/gnu/store";
 
 /** In milliseconds: what takes longer hangs. The first `up` makes roots. */
-const TIMEOUTS = { command: 120_000, up: 900_000, wait: 60_000 } as const;
+const TIMEOUTS = { command: 120_000, up: 900_000, wait: 120_000 } as const;
 
 // ---------------------------------------------------------------------------
 // Commands
@@ -434,12 +435,12 @@ export const RELAY_PORT = 2222;
 export interface Relay {
   /** Connections and bytes to the host (up) and from it since last asked. */
   count(): Promise<{ connections: number; up: number; down: number }>;
-  /** Has it do that from now on. */
-  become(command: "pass" | "drop" | "cut" | "refuse"): void;
+  /** Has it do that from now on; settles when it does. */
+  become(command: "pass" | "drop" | "cut" | "refuse"): Promise<void>;
   /** Its process. */
   readonly child: ChildProcess;
-  /** Ends it, and what runs over it. */
-  stop(): void;
+  /** Ends it, and what runs over it; settles when its port is free. */
+  stop(): Promise<void>;
 }
 
 /** The address of a host. */
@@ -457,6 +458,7 @@ export async function startRelay(
   const child = spawn(`${ROOT}scripts/lab/relay`, [
     ...[`${address}:${RELAY_PORT}`, `${address}:22`, ...options],
   ], { stdio: ["pipe", "pipe", "inherit"] });
+  const ended = once(child, "exit");
   const lines = createInterface(child.stdout)[Symbol.asyncIterator]();
   const next = async (): Promise<string> =>
     (await within("the relay", lines.next())).value ?? "";
@@ -466,12 +468,15 @@ export async function startRelay(
       child.stdin.write("\n");
       return JSON.parse(await next());
     },
-    become(command) {
+    async become(command) {
       child.stdin.write(`${command}\n`);
-      next(); // what it counted
+      await next(); // what it counted
     },
     child,
-    stop: () => void child.kill("SIGKILL"),
+    async stop() {
+      child.kill("SIGKILL");
+      await ended;
+    },
   };
 }
 

@@ -60,7 +60,7 @@ async function wireSizes(
     const { up, down } = await relay.count();
     return { up: up / MEBIBYTE, down: down / MEBIBYTE };
   } finally {
-    relay.stop();
+    await relay.stop();
   }
 }
 
@@ -245,7 +245,7 @@ function suiteUnder(runtime: Runtime): void {
           ...["--inputs=1", `--input-size=${size}`, "--outputs=out,lib"],
           `--output-size=${size / 2}`,
         );
-        relay.stop();
+        await relay.stop();
         assert.is.not(result.status, 0, `${cut} ${offset}`);
         assert.match(result.stderr, "'w1'", `${cut} ${offset}`);
         assert.equal(leftovers(derivation), [], `${cut} ${offset}`);
