@@ -8655,7 +8655,11 @@ async function runHook(
   let answered: string | undefined;
   const log = tellOnce(everything, () => answered === "accept");
   const conversation: Conversation = {
-    readLine: async () => (await lines.next()).value,
+    readLine: async () => {
+      const { value } = await lines.next();
+      signal.throwIfAborted(); // that ended the lines
+      return value;
+    },
     answer: (word) => {
       answered = word;
       writeLine(STANDARD_OUTPUT, `# ${word}`);

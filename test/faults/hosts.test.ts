@@ -287,9 +287,11 @@ function suiteUnder(runtime: Runtime): void {
     for (const machine of MACHINES) signal(machine, "STOP", "sshd");
     try {
       for (const name of ["TERM", "KILL"] as const) {
-        const hook = startHook("head", { runtime });
+        // Nobody answers: it asks for as long as that.
+        const variables = ["OFFLOAD_DECISION_TIMEOUT=50"]
+          .concat("OFFLOAD_CONNECT_TIMEOUT=50");
+        const hook = startHook("head", { runtime, variables });
         hook.say(`0 ${SYSTEM} ${derivation} `);
-        // It takes 3 s, since nobody answers.
         await until("it asks", () => MACHINES.every(isConnectedTo));
         signal("head", name, "hook");
         const { status, stdout } = await within("the end", hook.ended);
