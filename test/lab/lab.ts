@@ -332,6 +332,34 @@ export function buildLocally(master: string, derivation: string): void {
   inHost(master, "guix", "build", "--no-offload", "--max-jobs=1", derivation);
 }
 
+/** Holds the lock in its argument until its input ends. */
+const HOLD_SCRIPT = `
+(use-modules (guix build syscalls) (guix build utils) (ice-9 rdelim))
+(define file (cadr (command-line)))
+(mkdir-p (dirname file))
+(define port (open-file file "a+"))
+(fcntl-flock port 'write-lock)
+(display "held\\n")
+(force-output)
+(read-line)
+`;
+
+/** Keeps a master from sending to a machine, until what is returned is called. */
+export async function holdUploads(
+  master: string,
+  machine: string,
+): Promise<() => Promise<void>> {
+  writeFileSync(`${root(master)}/tmp/hold.scm`, HOLD_SCRIPT);
+  const file = `/var/guix/offload/${machine}:22/upload`;
+  const command = ["guix", "repl", "--", "/tmp/hold.scm", file];
+  const holder = watch(start(master, ...command));
+  await until("the lock", () => holder.text().includes("held"));
+  return async () => {
+    holder.child.stdin!.end();
+    await holder.ended;
+  };
+}
+
 /** What a store says of a valid item. */
 export interface PathInfo {
   /** Hash of its nar. */

@@ -35,7 +35,7 @@ import {
   within,
   wrongKey,
 } from "./lab.ts";
-import type { Result, Runtime } from "./lab.ts";
+import type { Result, Running, Runtime } from "./lab.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
@@ -56,26 +56,46 @@ function builds(machine: string): number {
   return new Set(stdout.match(/^guixbuilder\d+/gm)).size;
 }
 
-/** Builds on masters at the same time; returns how many ran at most on w1. */
-async function mostBuilds(
-  masters: readonly string[],
-): Promise<number> {
-  const clients = masters.flatMap((master) => {
-    const work = makeWork(master, "--count=3", "--seconds=2");
+/** Starts three builds on each of these masters. */
+function startBuilds(masters: readonly string[], seconds: number): Running[] {
+  return masters.map((master) => {
+    const work = makeWork(master, "--count=3", `--seconds=${seconds}`);
     return watch(start(master, ...buildCommand(work)));
   });
+}
+
+/** Ends clients and what w1 builds for them. */
+async function endBuilds(clients: readonly Running[]): Promise<void> {
+  for (const { child } of clients) child.kill();
+  for (const { ended } of clients) await within("the client's end", ended);
+  await until("w1 is idle", () => builds("w1") === 0);
+}
+
+/** Builds on masters at the same time; returns how many ran at most on w1. */
+async function mostBuilds(masters: readonly string[]): Promise<number> {
+  let most = 0;
+  const look = () => most = Math.max(most, builds("w1"));
+  // As many as there may be, and another that is refused.
+  const long = startBuilds(masters, 100);
+  const refused = () => long.some(({ text }) => text().includes(ALL_USED));
+  await until("a refusal", () => look() >= 2 && refused());
+  look();
+  await endBuilds(long);
+  const short = startBuilds(masters, 1);
   let over = false;
-  const all = Promise.all(clients.map(({ ended }) => ended));
+  const all = Promise.all(short.map(({ ended }) => ended));
   const ended = within("the end of the builds", all);
   ended.finally(() => over = true);
-  let most = 0;
   while (!over) {
-    most = Math.max(most, builds("w1"));
+    look();
     await delay(20);
   }
   for (const { status, stderr } of await ended) assert.is(status, 0, stderr);
   return most;
 }
+
+/** What is said where a lease is refused. */
+const ALL_USED = "others use all slots of 'w1'";
 
 /** Asks a new hook once; returns its answer and what it wrote. */
 async function ask(
@@ -299,16 +319,9 @@ function suiteUnder(runtime: Runtime): void {
       useMachines(master, ["w1"]);
       useOffload(master, runtime);
     }
-    const clients = ["head", "head2"].map((master) => {
-      const work = makeWork(master, "--count=3", "--seconds=100");
-      return watch(start(master, ...buildCommand(work)));
-    });
+    const clients = startBuilds(["head", "head2"], 100);
     await until("more builds on w1", () => builds("w1") > 2);
-    for (const { child, ended } of clients) {
-      child.kill();
-      await within("the end of the client", ended);
-    }
-    await until("w1 is idle", () => builds("w1") === 0);
+    await endBuilds(clients);
   });
 
   test("masters that take leases never build more than that", async () => {
@@ -352,7 +365,7 @@ function suiteUnder(runtime: Runtime): void {
     const waiting = watch(start("head", ...buildCommand([derivation!])));
     await until(
       "the lease is found to be taken",
-      () => waiting.text().includes("others use all slots of 'w1'"),
+      () => waiting.text().includes(ALL_USED),
     );
     inHost("head2", "sh", "-c", "kill -KILL $(pgrep -f 'mod[.]ts')");
     assertOffloaded(derivation!, await within("it", waiting.ended), ["w1"]);
@@ -448,7 +461,7 @@ function suiteUnder(runtime: Runtime): void {
       const running = watch(start("head", ...buildCommand([derivation!])));
       await until(
         "it is refused",
-        () => running.text().includes("others use all slots of 'w1'"),
+        () => running.text().includes(ALL_USED),
       );
       writeFileSync(`${root("w1")}/tmp/may-build`, "");
       const result = await within("the build", running.ended);

@@ -10,6 +10,7 @@ import {
   assertStoreIsSound,
   build,
   buildCommand,
+  holdUploads,
   inHost,
   lab,
   makeWork,
@@ -18,6 +19,7 @@ import {
   RUNTIMES,
   start,
   storeNames,
+  until,
   up,
   useMachines,
   useOffload,
@@ -171,13 +173,19 @@ function suiteUnder(runtime: Runtime): void {
     writeFileSync(`${root("head")}/tmp/sharing.scm`, SHARING);
     const work = inHost("head", "guix", "repl", "--", "/tmp/sharing.scm")
       .trim().split("\n");
+    const release = await holdUploads("head", "w1");
     const builds = work.map((derivation) =>
       watch(start("head", ...buildCommand([derivation])))
     );
+    const waits = "waiting for another upload to 'w1'";
+    await until(
+      "both wait",
+      () => builds.every((it) => it.text().includes(waits)),
+    );
+    await release();
     const results = await Promise.all(builds.map(({ ended }) => ended));
     for (const { status, stderr } of results) assert.is(status, 0, stderr);
     const text = results.map(({ stderr }) => stderr).join("");
-    assert.match(text, "waiting for another upload to 'w1'");
     assert.is(text.match(/^sending .*\(60\.\d MiB\)/gm)?.length, 1, text);
   });
 

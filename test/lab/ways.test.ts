@@ -1,6 +1,6 @@
 /** Slow, odd and broken ways to the machines, and what becomes of archives. */
 
-import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { createConnection, createServer } from "node:net";
 import { basename } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
@@ -13,6 +13,7 @@ import {
   build,
   buildCommand,
   closure,
+  holdUploads,
   inHost,
   lab,
   makeWork,
@@ -95,17 +96,6 @@ function leftovers(derivation: string): string[] {
     !name.endsWith(".lock") // guix-daemon's
   );
 }
-
-/** Holds the upload lock of w1 on head until its input is closed. */
-const HOLD_UPLOADS = `
-(use-modules (guix build syscalls) (guix build utils) (ice-9 rdelim))
-(mkdir-p "/var/guix/offload/w1:22")
-(define port (open-file "/var/guix/offload/w1:22/upload" "a+"))
-(fcntl-flock port 'write-lock)
-(display "held\\n")
-(force-output)
-(read-line)
-`;
 
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`ways under ${runtime}`);
@@ -263,20 +253,17 @@ function suiteUnder(runtime: Runtime): void {
     );
     const input = closure("head", second!)
       .find((path) => path.endsWith("-work-builder"));
-    writeFileSync(`${root("head")}/tmp/hold.scm`, HOLD_UPLOADS);
-    const lock = watch(start("head", "guix", "repl", "--", "/tmp/hold.scm"));
-    await until("the lock", () => lock.text().includes("held"));
+    const release = await holdUploads("head", "w1");
     const building = watch(start("head", ...buildCommand([second!])));
     await until(
       "waiting",
       () => building.text().includes("waiting for another upload"),
     );
     inHost("w1", "guix", "gc", "--delete", input!);
-    lock.child.stdin!.end("\n");
+    await release();
     const result = await within("the build", building.ended);
     assertOffloaded(second!, result, ["w1"]);
     assert.match(result.stderr, /'w1' has lost 1 store item/);
-    await lock.ended;
   });
 
   test("a relay before a daemon may break messages into pieces", async () => {
