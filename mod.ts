@@ -8643,6 +8643,19 @@ function tellOnce(log: Log, isOver: () => boolean): Log {
   return { ...log, warn: once(log.warn), error: once(log.error) };
 }
 
+/**
+ * Tells the shim, which hands requests over to `guix offload` where nobody
+ * reads them, that they are read from now on; its end is ours.
+ */
+function tellShim({ OFFLOAD_SHIM }: Variables): void {
+  const shim = process.ppid;
+  if (OFFLOAD_SHIM !== String(shim)) return;
+  process.kill(shim, "SIGUSR1");
+  setInterval(() => {
+    if (process.ppid !== shim) process.kill(process.pid, "SIGTERM");
+  }, 1000).unref();
+}
+
 /** Serves the daemon's requests until one is accepted and built. */
 async function runHook(
   { system }: HookArguments,
@@ -8716,6 +8729,7 @@ async function main(args: readonly string[]): Promise<number> {
       process.on("unhandledRejection", (error) => log.warn(error));
       process.on("uncaughtException", (error) => log.warn(error));
       const start = (log: Log) => makeContext(hook, environment, log, signal);
+      tellShim(environment);
       await runHook(hook, start, log, signal);
       return 0;
     }

@@ -9,6 +9,12 @@ fail() {
     exit 1
 }
 
+# cannot_start REASON HINT: what is done where `run` can't.
+cannot_start() { fail "$@"; }
+
+# start PROGRAM ARGUMENT…: how `run` starts it.
+start() { exec "$@"; }
+
 # new_enough VERSION MAJOR MINOR PATCH: whether VERSION is at least that.
 new_enough() {
     IFS=. read -r major minor patch <<END
@@ -39,6 +45,11 @@ find_runtime() {
 # run ROOT FILE ARGUMENT…: becomes the script FILE of the checkout or release
 # ROOT.
 run() {
+    # A release has all in one file.
+    [ "$2" = offload.mjs ] || [ -d "$1/node_modules" ] ||
+        cannot_start "there is no '$1/node_modules'" "run 'npm ci' in '$1'"
+    [ -r "$1/$2" ] || cannot_start "cannot read '$1/$2'" \
+        "install Offload anew, readable for all"
     # Where this is a checkout, `npm install` brought both; where it was
     # installed, `runtime` is what that found, whatever the daemon's PATH is.
     node=$1/node_modules/node/bin/node
@@ -48,7 +59,7 @@ run() {
     node) runtime=$(find_runtime node "$node") ;;
     deno) runtime=$(find_runtime deno "$deno") ;;
     *) runtime=$(find_runtime "$OFFLOAD_RUNTIME") ;;
-    esac || fail "neither Node 22.18 nor Deno 2.7.14, or newer, is there" \
+    esac || cannot_start "neither Node 22.18 nor Deno 2.7.14, or newer, is there" \
         "install one of them, or set OFFLOAD_RUNTIME to its file name"
 
     # Both compile a script once where they can keep the result, and guix-daemon
@@ -65,11 +76,11 @@ run() {
     nursery=--max-semi-space-size=2
     case $runtime in
     # Type stripping and SQLite warn while they are young.
-    node*) exec "${runtime#* }" --disable-warning=ExperimentalWarning \
+    node*) start "${runtime#* }" --disable-warning=ExperimentalWarning \
         "$nursery" "$script" "$@" ;;
     deno*)
         export DENO_NO_UPDATE_CHECK=1
-        exec "${runtime#* }" run --v8-flags="$nursery" \
+        start "${runtime#* }" run --v8-flags="$nursery" \
             --allow-all --no-prompt "$script" "$@" ;;
     esac
 }

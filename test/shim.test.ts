@@ -1,12 +1,18 @@
+import { spawn } from "node:child_process";
+import { once } from "node:events";
 import {
+  chmodSync,
   copyFileSync,
   existsSync,
   mkdirSync,
+  readlinkSync,
+  rmSync,
   symlinkSync,
   writeFileSync,
 } from "node:fs";
 import { dirname } from "node:path";
 import process from "node:process";
+import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { ROOT, run, runtimes, settled, withDirectory } from "./helpers.ts";
@@ -35,6 +41,8 @@ class Sandbox {
     copyFileSync(`${ROOT}/scripts/guix`, this.shim);
     const library = `${dirname(this.shim)}/runtime.sh`;
     copyFileSync(`${ROOT}/scripts/runtime.sh`, library);
+    mkdirSync(`${directory}/checkout/node_modules`);
+    writeFileSync(this.mod, "");
     // There may be runtimes, or even a guix, where the system's tools are.
     mkdirSync(`${directory}/tools`);
     for (const name of TOOLS) {
@@ -44,6 +52,10 @@ class Sandbox {
 
   get shim(): string {
     return `${this.directory}/checkout/scripts/guix`;
+  }
+
+  get mod(): string {
+    return `${this.directory}/checkout/mod.ts`;
   }
 
   /** Makes a program and returns its file name. */
@@ -56,9 +68,16 @@ class Sandbox {
 
   /** Makes a runtime of that version. */
   runtime(name: string, version: string): string {
-    const script = `if [ "$1" = --version ]; then printf '${version}\\n'
-      else echo "${name}:"; printf '%s\\n' "$@"; fi`;
-    return this.program(name, script);
+    return this.pretend(
+      ...[name, version, `echo "${name}:"; printf '%s\\n' "$@"`] as const,
+    );
+  }
+
+  /** Makes a runtime that does something else. */
+  pretend(name: string, version: string, script: string): string {
+    const say =
+      `if [ "$1" = --version ]; then printf '${version}\\n'; exit; fi`;
+    return this.program(name, `${say}\n${script}`);
   }
 
   /** Makes a guix of that name. */
@@ -161,6 +180,9 @@ test("guix says where there is no real guix", async () => {
     assert.ok(code !== 0);
   });
 });
+
+/** How the daemon starts its hook. */
+const HOOK = ["offload", "x86_64-linux", "3600", "true", "86400"] as const;
 
 test("guix offload runs mod.ts with Node, else Deno", async () => {
   await sandbox(async (box) => {
@@ -321,7 +343,183 @@ test("guix offload accepts the oldest runtimes and previews", async () => {
   });
 });
 
+/** What the shim waits for, before what else a runtime does. */
+const STARTED = `kill -USR1 "$PPID"`;
+
+/** Shells that are there: the daemon's /bin/sh may be any. */
+const SHELLS = ["dash", "bash"];
+
+/** Demands that the hook's requests go to the real guix, and commands fail. */
+async function assertHandedOver(
+  box: Sandbox,
+  why: RegExp,
+  env: Record<string, string>,
+  shells = SHELLS,
+): Promise<void> {
+  box.program("bin/guix", 'printf "%s\\n" "$*"; cat; exit 42');
+  const input = "1 x86_64-linux /gnu/store/x.drv \n0 y\n";
+  for (const shell of shells) {
+    const shim = box.program(
+      "call",
+      `exec ${findTool(shell)} ${box.shim} "$@"`,
+    );
+    const result = await box.call(HOOK, { env, input, shim });
+    assert.is(result.stdout, `${HOOK.join(" ")}\n${input}`, result.stderr);
+    assert.match(result.stderr, why);
+    assert.is(result.stderr.split("offload: warning: ").length, 2);
+    assert.match(
+      result.stderr,
+      /^offload: warning: .*: 'guix offload' takes over\nhint: .+\n$/m,
+    );
+    assert.is(result.code, 42);
+    const failed = await box.call(["offload", "test"], { env, shim });
+    assert.ok(![0, 42].includes(failed.code), failed.stderr);
+    assert.is(failed.stdout, "");
+  }
+}
+
+const NO_RUNTIME = /neither Node 22\.18 nor Deno 2\.7\.14/;
+
+test("guix offload hands over where no runtime runs", () =>
+  sandbox(async (box) => {
+    const check = (why: RegExp, OFFLOAD_RUNTIME: string) =>
+      assertHandedOver(box, why, { OFFLOAD_RUNTIME });
+    await check(NO_RUNTIME, `${box.directory}/none`);
+    await check(NO_RUNTIME, box.runtime("old", "v22.17.9"));
+    await check(NO_RUNTIME, box.program("failing", "exit 1"));
+    await check(NO_RUNTIME, box.program("dying", "kill -SEGV $$"));
+    const damaged = box.program("damaged", "");
+    writeFileSync(damaged, "\x7fELF\x02\x01\x01\0\0".padEnd(200, "\0"));
+    await check(NO_RUNTIME, damaged);
+    writeFileSync(damaged, "#!/no/such/loader\n");
+    await check(NO_RUNTIME, damaged);
+    chmodSync(damaged, 0o644);
+    await check(NO_RUNTIME, damaged);
+    const ends = (script: string) => box.pretend("ending", "v24.1.0", script);
+    await check(/ending' ended with exit code 1 /, ends("exit 1"));
+    await check(/ending' ended with exit code 1\d\d /, ends("kill -SEGV $$"));
+    await check(/ending' ended with exit code 137 /, ends("kill -KILL $$"));
+  }));
+
 for (const kind of ["node", "deno"] as const) {
+  test(`guix offload hands over what ${kind} does not start`, () =>
+    sandbox(async (box) => {
+      const { directory, mod } = box;
+      const check = (why: RegExp) =>
+        assertHandedOver(
+          ...[box, why, { OFFLOAD_RUNTIME: runtimes[kind][0] }] as const,
+          ["sh"],
+        );
+      const ended = /' ended with exit code 1 before it read a request/;
+      rmSync(mod);
+      await check(/cannot read '.*\/mod\.ts'/);
+      mkdirSync(mod);
+      await check(ended);
+      rmSync(mod, { recursive: true });
+      writeFileSync(mod, "const = 1;\n");
+      await check(ended);
+      writeFileSync(mod, 'import "./deps.ts";\n');
+      await check(ended);
+      writeFileSync(mod, 'import "no-such-package";\n');
+      await check(ended);
+      writeFileSync(mod, 'throw new Error("too old");\n');
+      await check(ended);
+      rmSync(`${directory}/checkout/node_modules`, { recursive: true });
+      await check(/there is no '.*\/node_modules'/);
+      writeFileSync(`${dirname(box.shim)}/offload.mjs`, "import {");
+      await check(ended);
+    }));
+}
+
+test("guix offload says where there is nobody to hand over to", () =>
+  sandbox(async (box) => {
+    const env = { OFFLOAD_RUNTIME: `${box.directory}/none` };
+    const { code, stdout, stderr } = await box.call(HOOK, { env });
+    assert.match(stderr, NO_RUNTIME);
+    assert.match(stderr, /^offload: error: cannot find guix\nhint: .+\n$/m);
+    assert.is(stdout, "");
+    assert.is(code, 1);
+    // Another one, through which it comes back.
+    const guix = { ...env, OFFLOAD_GUIX: box.shim };
+    const shim = box.program("limited", `ulimit -t 2; '${box.shim}' "$@"`);
+    const back = await box.call(HOOK, { env: guix, shim });
+    assert.match(back.stderr, /^offload: error: .*leads back to/m);
+    assert.is(back.code, 1);
+  }));
+
+test("guix offload hands nothing over once it has started", () =>
+  sandbox(async (box) => {
+    box.guix("bin/guix");
+    for (const code of [0, 1, 2, 100, 101, 127]) {
+      const script = `${STARTED}; cat; echo wrong >&2; exit ${code}`;
+      box.pretend("bin/node", "v24.1.0", script);
+      for (const shell of SHELLS) {
+        const shim = box.program(
+          ...["call", `exec ${findTool(shell)} ${box.shim} "$@"`] as const,
+        );
+        const result = await box.call(HOOK, { shim, input: "a\nb" });
+        assert.is(result.stdout, "a\nb");
+        assert.is(result.stderr, "wrong\n");
+        assert.is(result.code, code);
+      }
+    }
+    box.pretend("bin/node", "v24.1.0", `${STARTED}; kill -KILL $$`);
+    const killed = await box.call(HOOK);
+    assert.is(killed.stdout + killed.stderr, "");
+    assert.is(killed.code, 137);
+  }));
+
+/** Starts the hook; it says a word once it has started, or before. */
+async function startHook(box: Sandbox, shell: string, env = {}) {
+  const stdio = ["pipe", "pipe", "pipe", "ignore", "pipe"] as const;
+  const child = spawn(findTool(shell), [box.shim, ...HOOK], {
+    env: { PATH: `${box.directory}/bin:${box.directory}/tools`, ...env },
+    stdio: [...stdio],
+  });
+  const ended = new Promise<number | null>((resolve) =>
+    child.on("close", resolve)
+  );
+  const [first] = await once(child.stdout!, "data");
+  return { child, ended, first: String(first) };
+}
+
+test("guix offload passes signals on, and keeps nothing open", () =>
+  sandbox(async (box) => {
+    box.guix("bin/guix");
+    const wait = "echo $$; while :; do sleep 0.05; done";
+    symlinkSync(findTool("sleep"), `${box.directory}/tools/sleep`);
+    for (const shell of SHELLS) {
+      for (const [signal, code] of [["TERM", 7], ["HUP", 8]] as const) {
+        for (const started of [STARTED, ":"]) {
+          const script = `trap 'exit ${code}' ${signal}; ${started}; ${wait}`;
+          box.pretend("bin/node", "v24.1.0", script);
+          const { child, ended } = await settled(startHook(box, shell));
+          const open = () =>
+            ["0", "1", "2", "4", "8"].filter((fd) => {
+              const file = `/proc/${child.pid}/fd/${fd}`;
+              return existsSync(file) && readlinkSync(file) !== "/dev/null";
+            });
+          while (started === STARTED && open().length > 0) await delay(5);
+          child.kill(`SIG${signal}`);
+          assert.is(await settled(ended), code);
+        }
+      }
+    }
+  }));
+
+for (const kind of ["node", "deno"] as const) {
+  test(`guix offload ends with its shim, under ${kind}`, async () => {
+    const env = { ...process.env, OFFLOAD_RUNTIME: runtimes[kind][0] };
+    const child = spawn(`${ROOT}/scripts/guix`, HOOK, { env });
+    child.stdin.write("0 riscv64-none /x.drv \n");
+    const [answer] = await settled(once(child.stdout, "data"));
+    assert.is(String(answer), "# decline\n");
+    // The shim keeps no pipe: they end with the hook.
+    const ended = once(child.stdout, "end");
+    child.kill("SIGKILL");
+    await settled(ended);
+  });
+
   test(`guix offload works with the real ${kind}`, async () => {
     const env = { ...process.env, OFFLOAD_RUNTIME: runtimes[kind][0] };
     const args = ["offload", "x86_64-linux", "3600", "true", "86400"];

@@ -5,9 +5,11 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   assertOffloaded,
+  build,
   buildCommand,
   buildLog,
   closure,
+  inHost,
   lab,
   makeWork,
   outputsOf,
@@ -195,6 +197,47 @@ function suiteUnder(runtime: Runtime): void {
       );
       assert.not.match(stderr, "at "); // no stack
     }));
+
+  test("guix offload builds where Offload does not start", () => {
+    const copy = "/tmp/checkout";
+    inHost("head", "mkdir", "-p", `${copy}/scripts`);
+    const files = ["guix", "runtime.sh"].map((it) => `/offload/scripts/${it}`);
+    inHost("head", "cp", ...files, `${copy}/scripts`);
+    inHost("head", "ln", "-sfn", "/offload/node_modules", copy);
+    writeFileSync(`${root("head")}${copy}/mod.ts`, "const = 1;\n");
+    const ways = [
+      ["OFFLOAD_RUNTIME=/none", /warning: neither Node .* takes over/],
+      [`GUIX=${copy}/scripts/guix`, /' ended with exit code 1 .* takes over/],
+    ] as const;
+    try {
+      for (const [variable, why] of ways) {
+        useOffload("head", runtime, variable);
+        const [derivation] = makeWork("head");
+        const built = build("head", derivation!);
+        assertOffloaded(derivation!, built, ["w1", "w2"]);
+        assert.match(built.stderr, why);
+        assert.is(built.stderr.split("takes over").length, 2);
+      }
+    } finally {
+      useOffload("head", runtime);
+    }
+  });
+
+  test("the hook works below busybox's shell", () => {
+    const shell = "/tmp/guix";
+    const script = '#!/bin/sh\nexec busybox sh /offload/scripts/guix "$@"\n';
+    writeFileSync(root("head") + shell, script, { mode: 0o755 });
+    useOffload("head", runtime, `GUIX=${shell}`);
+    try {
+      const [derivation, other] = makeWork("head", "--count=2");
+      assertOffloaded(derivation!, build("head", derivation!), ["w1", "w2"]);
+      useOffload("head", runtime, `GUIX=${shell}`, "OFFLOAD_RUNTIME=/none");
+      const { stderr } = build("head", other!);
+      assert.match(stderr, "'guix offload' takes over");
+    } finally {
+      useOffload("head", runtime);
+    }
+  });
 
   test("an input that ends ends the hook quietly", async () => {
     const [derivation] = makeWork("head");
