@@ -227,10 +227,21 @@ async function remind<T>(
   }
 }
 
+/** How a piece of text is meant. */
+export type Style = "good" | "bad" | "doubtful" | "heading";
+
+/** A piece of text that is coloured, where there are colours. */
+export interface Styled {
+  /** What it means. */
+  readonly style: Style;
+  /** As it came: it is cleaned before it is coloured. */
+  readonly text: string;
+}
+
 /** Where a request or a command writes its messages, a line each. */
 export interface Log {
-  /** Progress that every user sees. */
-  info(message: string): void;
+  /** Progress that every user sees; what follows is of the same line. */
+  info(message: string, ...more: readonly (string | Styled)[]): void;
   /** A trace that clients parse, such as `@ build-remote`. */
   trace(line: string): void;
   /** Something is wrong, and work goes on. */
@@ -240,9 +251,6 @@ export interface Log {
   /** For debugging: written only where OFFLOAD_DEBUG is set. */
   debug(message: string): void;
 }
-
-/** How a piece of text is meant. */
-export type Style = "good" | "bad" | "doubtful" | "heading";
 
 const STYLES: Readonly<Record<Style, number>> = {
   good: 32, // green
@@ -255,7 +263,7 @@ const STYLES: Readonly<Record<Style, number>> = {
 export interface Screen {
   /** Whether a person looks at it: only then there are tables. */
   readonly isTerminal: boolean;
-  /** Colours a text, where there are colours. */
+  /** Colours a text, which is clean, where there are colours. */
   paint(style: Style, text: string): string;
   /** How many columns and lines there is room for. */
   size(): readonly [columns: number, lines: number];
@@ -6578,19 +6586,25 @@ function hasErrors({ problems }: Context): boolean {
 
 /** Lays out rows, the first one being the heading, or separates by tabs. */
 function formatTable(
-  rows: readonly (readonly string[])[],
+  rows: readonly (readonly (string | Styled)[])[],
   { isTerminal, paint }: Screen,
 ): string {
-  if (!isTerminal) return rows.map((row) => row.join("\t")).join("\n");
+  const texts = rows.map((row) =>
+    row.map((it) => inOneLine(typeof it === "string" ? it : it.text))
+  );
+  if (!isTerminal) return texts.map((row) => row.join("\t")).join("\n");
   const widths: number[] = [];
-  const width = (cell: string) => stripVTControlCharacters(cell).length;
-  for (const row of rows) {
-    row.forEach((cell, i) => widths[i] = Math.max(widths[i] ?? 0, width(cell)));
+  for (const row of texts) {
+    row.forEach((text, i) => widths[i] = Math.max(widths[i] ?? 0, text.length));
   }
-  const line = (row: readonly string[]) =>
-    row.map((cell, i) => cell + " ".repeat(widths[i]! - width(cell)))
-      .join("  ").trimEnd();
-  const [heading, ...others] = rows.map(line);
+  const lines = texts.map((row, y) =>
+    row.map((text, x) => {
+      const cell = rows[y]![x]!;
+      const painted = typeof cell === "string" ? text : paint(cell.style, text);
+      return painted + " ".repeat(widths[x]! - text.length);
+    }).join("  ").trimEnd()
+  );
+  const [heading, ...others] = lines;
   return [paint("heading", heading!), ...others].join("\n");
 }
 
@@ -6727,9 +6741,7 @@ function formatExplanation(
       load === undefined ? "-" : load.toFixed(2),
       free === undefined ? "-" : `${mebibytes(free)} MiB`,
       scores === undefined ? "-" : String(scores.total),
-      chosen
-        ? "takes it"
-        : inOneLine(excluded ?? "another one is as good or better"),
+      chosen ? "takes it" : excluded ?? "another one is as good or better",
       byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
     ];
   });
@@ -7182,12 +7194,11 @@ function tellStep(
   machine: Machine,
   { name, outcome, detail }: Step,
   { log }: Context,
-  screen: Screen,
 ): void {
   if (outcome === "skipped") return;
   const what = detail === "" ? "" : `: ${detail}`;
-  const painted = screen.paint(OUTCOME_STYLES[outcome], outcome);
-  log.info(`${machineId(machine)}: ${name}: ${painted}${what}`);
+  const styled = { style: OUTCOME_STYLES[outcome], text: outcome };
+  log.info(`${machineId(machine)}: ${name}: `, styled, what);
 }
 
 /** The bits of a mode, as of others. */
@@ -7264,7 +7275,7 @@ function formatReports(
 ): string {
   const rows = reports.map(({ machine, outcome, seconds, steps }) => [
     machine,
-    screen.paint(OUTCOME_STYLES[outcome], outcome),
+    { style: OUTCOME_STYLES[outcome], text: outcome },
     `${steps.filter((step) => step.outcome === "ok").length}/${steps.length}`,
     `${seconds.toFixed(2)} s`,
     steps.filter((step) => step.outcome === outcome && outcome !== "ok")
@@ -7274,9 +7285,10 @@ function formatReports(
   const remedies = reports.flatMap(({ machine, steps }) =>
     steps.filter(({ outcome }) => outcome === "failed" || outcome === "warning")
       .map(({ name, outcome, detail, hint }) =>
-        `\n${machine}: ${name}: ` +
-        `${screen.paint(OUTCOME_STYLES[outcome], outcome)}: ${detail}` +
-        (hint === undefined ? "" : `\n  hint: ${hint}`)
+        `\n${inOneLine(machine)}: ${inOneLine(name)}: ` +
+        screen.paint(OUTCOME_STYLES[outcome], outcome) +
+        printable(`: ${detail}`) +
+        (hint === undefined ? "" : `\n  hint: ${inOneLine(hint)}`)
       )
   );
   return [formatTable([header, ...rows], screen), ...remedies].join("\n");
@@ -7355,7 +7367,7 @@ async function testCommand(
   const prepare = () => sample ??= makeSample(context);
   const tests = machines.map((machine) => {
     const tell = (step: Step) =>
-      options.json || tellStep(machine, step, context, screen);
+      options.json || tellStep(machine, step, context);
     return testMachine(machine, prepare, seconds, context, tell);
   });
   const results = await awaitAll("testing machines", tests, screen);
@@ -7535,9 +7547,9 @@ function formatStatus(statuses: readonly MachineStatus[]): string {
       latency,
       slots,
     }).filter(([, value]) => value !== undefined)
-      .map(([name, value]) => `${name}: ${value}`);
+      .map(([name, value]) => `${name}: ${inOneLine(String(value))}`);
     const work = describeWork({ ...status, problem: undefined });
-    const name = status.machine.replace(/:22$/, "");
+    const name = inOneLine(status.machine).replace(/:22$/, "");
     return [name, ...[...fields, ...work].map((line) => `  ${line}`)];
   });
   return lines.join("\n");
@@ -7551,9 +7563,9 @@ function formatStatusTable(
   const rows = statuses.map((status) => {
     const { load, disk, clock, latency } = formatNumbers(status);
     const { machine, reachable, builds, slots } = status;
-    const state = reachable
-      ? screen.paint("good", "up")
-      : screen.paint("bad", reachable === false ? "down" : "?");
+    const state: Styled = reachable
+      ? { style: "good", text: "up" }
+      : { style: "bad", text: reachable === false ? "down" : "?" };
     const numbers = [`${builds.length}/${slots}`, load, disk, clock, latency];
     const names = [status.hostName, status.architecture, status.kernel];
     const cells = [...numbers, ...names].map((cell) => cell ?? "-");
@@ -8214,7 +8226,7 @@ async function trustCommand(
   const file = options.file === undefined ? undefined : String(options.file);
   const known = await findMachine(target, file, context);
   const { machine, sample } = await introduce(target, known, options, context);
-  const tell = (step: Step) => tellStep(machine, step, context, screen);
+  const tell = (step: Step) => tellStep(machine, step, context);
   const report = await testMachine(
     ...[
       machine,
@@ -8444,10 +8456,25 @@ function makeFoot({ TERM = "dumb" }: Variables): Foot | undefined {
   return new Foot((text) => writeText(STANDARD_ERROR, text));
 }
 
+/** Makes what colours text for a file, where that shows colours. */
+function makePaint(
+  file: number,
+  { NO_COLOR, TERM }: Variables,
+): (style: Style, text: string) => string {
+  if (!isatty(file) || NO_COLOR || TERM === "dumb") return (_, text) => text;
+  return (style, text) => `\x1b[${STYLES[style]}m${text}\x1b[0m`;
+}
+
 /** Makes a log on standard error, which the daemon shows to the client. */
 function makeLog(environment: Variables, foot?: Foot): Log {
-  const line = (text: string) => {
-    const write = () => writeLine(STANDARD_ERROR, printable(text));
+  const paint = makePaint(STANDARD_ERROR, environment);
+  const line = (...parts: readonly (string | Styled)[]) => {
+    const text = parts.map((it) =>
+      typeof it === "string"
+        ? printable(it)
+        : paint(it.style, printable(it.text))
+    ).join("");
+    const write = () => writeLine(STANDARD_ERROR, text);
     foot === undefined ? write() : foot.above(write);
   };
   const report = (kind: string, problem: unknown) => {
@@ -8473,14 +8500,12 @@ function makeLog(environment: Variables, foot?: Foot): Log {
 /** Makes the screen of a command. */
 function makeScreen(environment: Variables, foot?: Foot): Screen {
   const isTerminal = isatty(STANDARD_OUTPUT);
-  const hasColours = isTerminal && !environment.NO_COLOR &&
-    environment.TERM !== "dumb";
+  const paint = makePaint(STANDARD_OUTPUT, environment);
   const { LC_ALL, LC_CTYPE, LANG } = environment;
   const isUnicode = /utf-?8/i.test(LC_ALL || LC_CTYPE || LANG || "");
   return {
     isTerminal,
-    paint: (style, text) =>
-      hasColours ? `\x1b[${STYLES[style]}m${text}\x1b[0m` : text,
+    paint,
     size: () => [process.stdout.columns ?? 80, process.stdout.rows ?? 24],
     print: (text) => writeFileSync(STANDARD_OUTPUT, text),
     progress: (what, total) =>

@@ -336,6 +336,56 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
     assert.match(stdout, /^w1:22 +up +0\/2 /m);
   });
 
+  test("what comes from outside is cleaned, what is ours coloured", async () => {
+    const file = "/tmp/odd.scm";
+    const text = lab("machines", "head", "w1", "w2", "w2")
+      .replace('(name "w2")', '(name "odd\\x1b[35m") (speed 9.)');
+    writeFileSync(root("head") + file, text);
+    useMachines("head", ["w1", "w2"], () => text);
+    const [derivation] = makeWork("head");
+    const trust = ["trust", "root@w1", "--file", "/etc/guix/machines.scm"];
+    const painted: [args: string[], word: RegExp][] = [
+      [["test", file], /: connect: ESC\[32mokESC\[0m/],
+      [["test", file], /connect: ESC\[31mfailedESC\[0m: failed to connect/],
+      [["status", file], /ESC\[32mupESC\[0m [^]*ESC\[31mdownESC\[0m/],
+      [["explain", derivation!], /^ESC\[1mmachine +free slots/m],
+      [["machines", file], /^ESC\[1mmachine +systems/m],
+      [trust, /w1:22: import: ESC\[32mokESC\[0m/],
+    ];
+    const shown = painted.map(([args]) => onTerminal("head", command(...args)));
+    for (const [index, { ended }] of shown.entries()) {
+      const { stdout } = await within("the end", ended);
+      const visible = stdout.replaceAll("\x1b", "ESC");
+      assert.match(visible, painted[index]![1]);
+      assert.not.match(
+        visible,
+        /\?\[(3[123]|[01])m|ESC\[35m/,
+        painted[index]![0].join(" "),
+      );
+    }
+  });
+
+  test("each stream is asked by itself whether it has colours", async () => {
+    const redirected = async (redirection: string) => {
+      const line = `exec "$@" ${redirection}/tmp/redirected`;
+      const words = command("test", writeGoodMachines());
+      const args = ["sh", "-c", line, "sh", ...words];
+      const { stdout } = await within(
+        "the end",
+        onTerminal("head", args).ended,
+      );
+      const there = readFileSync(`${root("head")}/tmp/redirected`, "utf8");
+      return [stdout, there].map((it) => it.replaceAll("\x1b", "ESC"));
+    };
+    const [steps, plainTable] = await redirected(">");
+    assert.match(steps!, /w1:22: import: ESC\[32mokESC\[0m/);
+    assert.match(plainTable!, /^w1:22\tok\t/m);
+    const [table, plainSteps] = await redirected("2>");
+    assert.match(table!, /^w1:22 +ESC\[32mokESC\[0m/m);
+    assert.match(plainSteps!, /^w1:22: import: ok: /m);
+    assert.not.match(plainTable! + plainSteps!, /ESC|\?\[/);
+  });
+
   test("a bar shows on a terminal how many have answered", async () => {
     const file = "/tmp/waiting.scm";
     const text = lab("machines", "head", "w1", "w2")
