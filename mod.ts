@@ -141,12 +141,32 @@ const EXIT = {
   timedOut: 101,
 } as const;
 
+/** What went wrong, for programs: these words stay what they are. */
+export const ERROR_CODES = [
+  ...["usage", "configuration", "local", "plugin"] as const, // here
+  ...["connect", "host-key", "private-key", "authentication"] as const,
+  ...["daemon", "command", "late"] as const, // there
+  ...["unauthorized", "signature", "protocol"] as const, // of what is sent
+  "failed", // anything else
+] as const;
+
+/** One of them. */
+export type ErrorCode = typeof ERROR_CODES[number];
+
+/** The code of an error, whoever threw it. */
+function codeOf(error: unknown): ErrorCode {
+  const { code } = (error ?? {}) as Partial<OffloadError>;
+  return ERROR_CODES.find((known) => known === code) ?? "failed";
+}
+
 /** What an {@linkcode OffloadError} may carry beside its message. */
 export interface OffloadErrorOptions extends ErrorOptions {
   /** What the user can do about it. */
   readonly hint?: string | undefined;
   /** Exit code of a process that ends with it: 1 unless told. */
   readonly exitCode?: number | undefined;
+  /** What went wrong, for programs: its class's code unless told. */
+  readonly code?: ErrorCode | undefined;
 }
 
 /** An expected failure, told in Guix's voice: lower case, with the reason. */
@@ -157,23 +177,34 @@ export class OffloadError extends Error {
   readonly hint: string | undefined;
   /** 100: the build failed; 101: it timed out; else transient. */
   readonly exitCode: number;
+  /** What went wrong, for programs. */
+  readonly code: ErrorCode;
+  /** What it is where nothing is told. */
+  static readonly code: ErrorCode = "failed";
 
   /** Makes an error with its message and, where known, cause and hint. */
   constructor(message: string, options: OffloadErrorOptions = {}) {
     super(message, options);
     this.hint = options.hint;
     this.exitCode = options.exitCode ?? 1;
+    this.code = options.code ?? new.target.code;
   }
 }
 
 /** A failure of this machine: no other build machine would help. */
-class LocalError extends OffloadError {}
+class LocalError extends OffloadError {
+  static override readonly code = "local";
+}
 
 /** A peer says what it must not: asking it again would not help. */
-class ProtocolError extends OffloadError {}
+class ProtocolError extends OffloadError {
+  static override readonly code = "protocol";
+}
 
 /** What was waited for takes too long. */
-class Late extends OffloadError {}
+class Late extends OffloadError {
+  static override readonly code = "late";
+}
 
 /** Waits for work that may take so many seconds, else fails with `message`. */
 async function within<T>(
@@ -1978,6 +2009,7 @@ async function callHook<T>(
     throw new OffloadError(prefix + reason(cause), {
       cause,
       hint: (cause as Partial<OffloadError> | undefined)?.hint,
+      code: isOurs ? codeOf(cause) : "plugin",
     });
   }
 }
@@ -2445,7 +2477,9 @@ export class DaemonError extends OffloadError {
 
   /** Makes an error of the daemon's message and status. */
   constructor(message: string, status: number) {
-    super(message);
+    // What it says of a signature whose key is not in its list.
+    const isUnauthorized = message.includes("unauthorized public key");
+    super(message, { code: isUnauthorized ? "unauthorized" : "daemon" });
     this.status = status;
   }
 }
@@ -3828,6 +3862,7 @@ function parseHostKey(machine: Machine): { type: string; key: Buffer } {
     throw new OffloadError(
       `invalid host key '${machine.hostKey}' of '${machine.name}'`,
       {
+        code: "host-key",
         hint: "expected '" + Object.keys(HOST_KEY_ALGORITHMS).join("', '") +
           "' and the key, as in /etc/ssh/ssh_host_ed25519_key.pub there",
       },
@@ -3920,21 +3955,24 @@ function withoutSign(key: string, parsed: ParsedKey): string {
  * known, or it is protected by a passphrase, which nobody could type in.
  */
 export function readPrivateKey(file: string): string {
+  let locked = false;
   try {
     const pem = readFileSync(file, "latin1");
-    if (/ENCRYPTED/.test(pem)) throw new Error("passphrase");
+    locked = /ENCRYPTED/.test(pem);
+    if (locked) throw new Error("it is protected by a passphrase");
     const key = convertPrivateKey(pem);
     const parsed = ssh2.utils.parseKey(key);
     if (parsed instanceof Error) throw parsed;
     if (!parsed.isPrivateKey()) throw new Error("it is a public key");
     return withoutSign(key, parsed);
   } catch (cause) {
-    const locked = /passphrase/.test(String(cause));
+    locked ||= /passphrase/.test(String(cause)); // ssh2's and OpenSSL's word
     throw new OffloadError(
       `failed to load SSH private key from '${file}': ` +
         (locked ? "it is protected by a passphrase" : reason(cause)),
       {
         cause,
+        code: "private-key",
         hint: locked
           ? `nobody can type it in here: run 'ssh-keygen -p -f ${file}'`
           : undefined,
@@ -3960,6 +3998,7 @@ function connectionError(machine: Machine, cause: SshError): OffloadError {
       `SSH public key authentication failed for '${name}': access denied`,
       {
         cause,
+        code: "authentication",
         hint: `add the public key of '${privateKey}' to ` +
           `~${user}/.ssh/authorized_keys there: run ` +
           `'ssh-copy-id -p ${port} -i ${privateKey}.pub ${user}@${name}'`,
@@ -3968,6 +4007,7 @@ function connectionError(machine: Machine, cause: SshError): OffloadError {
   }
   return new OffloadError(`failed to connect to '${name}': ${reason(cause)}`, {
     cause,
+    code: "connect",
     hint: `check that it is up and that sshd listens on its port ${port}: ` +
       `try '${sshCommand(machine)}'`,
   });
@@ -3987,6 +4027,7 @@ function hostKeyError(machine: Machine, shown: Buffer): OffloadError {
       `'${shown.toString("base64")}' of type '${sshKeyType(shown)}' ` +
       `instead of '${key.toString("base64")}' of type '${type}'`,
     {
+      code: "host-key",
       hint: `run 'ssh-keygen -l -f /etc/ssh/ssh_host_${kind}_key.pub' there: ` +
         `if it says ${fingerprint(shown)}, correct the machine's host-key; ` +
         "if not, that is another machine",
@@ -4300,7 +4341,8 @@ async function executeThere(
   const text = shellLine(`${REMOTE_PATH}\n${command}`);
   const process = await link.connection.exec(text).catch((cause) => {
     const message = `failed to run a command on '${link.name}'`;
-    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
+    const code = "command";
+    throw new OffloadError(`${message}: ${reason(cause)}`, { cause, code });
   });
   // Who reads learns of it; unheard, it would end this process.
   noteUse(process.channel, link).on("error", () => {});
@@ -4421,6 +4463,7 @@ async function openRemoteDaemon(
     const message = `failed to connect to ${called}: ${why || reason(cause)}`;
     throw new OffloadError(message, {
       cause,
+      code: "daemon",
       hint: `check that guix-daemon runs there, if not run 'systemctl ` +
         "start guix-daemon' ('herd start guix-daemon' on Guix System), " +
         `and that '${user}' may use '${daemonSocket}'`,
@@ -5867,6 +5910,7 @@ function checkItem(
     : checkSignature(signature, hash, acl);
   if (problem === undefined) return;
   throw new ProtocolError(`${reader.name}: '${path}': ${problem}`, {
+    code: problem === UNAUTHORIZED ? "unauthorized" : "signature",
     hint: problem === UNAUTHORIZED
       ? "run 'guix archive --authorize' here with the machine's " +
         "/etc/guix/signing-key.pub"
@@ -6576,7 +6620,8 @@ interface CommandResult {
 /** An error in how a command is called. */
 function usageError(message: string, command?: string): OffloadError {
   const hint = `run 'offload ${command ? `${command} ` : ""}--help'`;
-  return new OffloadError(message, { hint, exitCode: EXIT.usage });
+  const code = "usage";
+  return new OffloadError(message, { hint, code, exitCode: EXIT.usage });
 }
 
 /** Whether something is wrong with the machine file. */
@@ -6803,7 +6848,7 @@ async function withTimeout<T>(
   work: (context: Pick<Context, "signal" | "settings">) => Promise<T>,
 ): Promise<T> {
   const timeout = new AbortController();
-  const late = new OffloadError(`no answer within ${seconds} s`);
+  const late = new Late(`no answer within ${seconds} s`);
   const timer = setTimeout(() => timeout.abort(late), seconds * 1000);
   try {
     return await work({
@@ -6868,6 +6913,8 @@ export interface Step {
   readonly detail: string;
   /** What to do about it. */
   readonly hint?: string | undefined;
+  /** What is wrong, for programs. */
+  readonly code?: ErrorCode | undefined;
   /** How long it took. */
   readonly seconds: number;
 }
@@ -6889,6 +6936,13 @@ const STEPS = {
   session: ["connect", "host key", "authentication"],
   others: ["daemon", "guix", "import", "export", "clock"],
 } as const;
+
+/** The step at which something went wrong, whatever was done before. */
+const STEP_OF: Partial<Record<ErrorCode, typeof STEPS.session[number]>> = {
+  "host-key": "host key",
+  "private-key": "authentication",
+  authentication: "authentication",
+};
 
 const OUTCOME_STYLES: Readonly<Record<Step["outcome"], Style>> = {
   ok: "good",
@@ -6947,11 +7001,17 @@ class Trial {
   }
 
   /** Ends a step. */
-  end(name: string, outcome: Step["outcome"], detail: string, hint?: string) {
+  end(
+    name: string,
+    outcome: Step["outcome"],
+    detail: string,
+    hint?: string,
+    code?: ErrorCode,
+  ): void {
     const now = performance.now();
     const seconds = (now - this.#last) / 1000;
     this.#last = now;
-    const step = { name, outcome, detail, hint, seconds };
+    const step = { name, outcome, detail, hint, code, seconds };
     this.steps.push(step);
     this.#tell(step);
   }
@@ -6959,7 +7019,8 @@ class Trial {
   /** Ends a step that failed. */
   fail(name: string, error: unknown): void {
     const hint = remedy(name, this.machine, error);
-    this.end(name, "failed", inOneLine(reason(error)), hint);
+    const detail = inOneLine(reason(error));
+    this.end(name, "failed", detail, hint, codeOf(error));
   }
 
   /**
@@ -7012,7 +7073,7 @@ function remedy(
   error: unknown,
 ): string | undefined {
   const ssh = sshCommand(machine);
-  const unauthorized = /unauthorized/.test(reason(error));
+  const unauthorized = codeOf(error) === "unauthorized";
   if (step === "import" && unauthorized) {
     return `run '${ssh} guix archive --authorize </etc/guix/signing-key.pub'`;
   }
@@ -7052,12 +7113,12 @@ async function testSession(
     trial.end("authentication", "ok", `as '${machine.user}'`);
     return session;
   } catch (error) {
-    const message = reason(error);
-    const step = /private key/.test(message)
-      ? "authentication"
-      : /host key/.test(message)
-      ? "host key"
-      : STEPS.session[trial.steps.length]!;
+    const step = STEP_OF[codeOf(error)] ?? STEPS.session[trial.steps.length]!;
+    // What is wrong here is known before anybody is asked.
+    const before = STEPS.session.slice(0, STEPS.session.indexOf(step));
+    for (const name of before.slice(trial.steps.length)) {
+      trial.end(name, "skipped", "");
+    }
     trial.fail(step, error);
     return undefined;
   }
@@ -7078,6 +7139,7 @@ async function outputOf(
   throw new OffloadError(
     `failed to run '${command}' on '${session.machine.name}': ` +
       (complaint || `exit code ${code}`),
+    { code: "command" },
   );
 }
 
@@ -7090,9 +7152,10 @@ async function testPrograms(trial: Trial, session: Session): Promise<void> {
     const output = await unlessAborted(signal, outputOf(session, command));
     trial.end("guix", "ok", inOneLine(output.split("\n")[0]!));
   } catch (error) {
+    const code = codeOf(error);
     const hint = "builds work without, but the load is not known and large " +
       `transfers take longer: see '${sshCommand(machine)} ${command}'`;
-    trial.end("guix", "warning", inOneLine(reason(error)), hint);
+    trial.end("guix", "warning", inOneLine(reason(error)), hint, code);
   }
 }
 
@@ -7309,8 +7372,9 @@ export function formatJunit(reports: readonly TestReport[]): string {
     ok: () => "",
     warning: ({ detail, hint }: Step) =>
       `<system-out>warning: ${xml(`${detail}\n${hint ?? ""}`)}</system-out>`,
-    failed: ({ detail, hint }: Step) =>
-      `<failure message="${xml(detail)}">${xml(hint ?? "")}</failure>`,
+    failed: ({ detail, hint, code = "failed" }: Step) =>
+      `<failure message="${xml(detail)}" type="${code}">` +
+      `${xml(hint ?? "")}</failure>`,
     skipped: () => "<skipped/>",
   };
   const number = (steps: readonly Step[], outcome: Step["outcome"]) =>
@@ -7954,7 +8018,7 @@ async function authorizeThere(
     await testImport(remote, sample);
     return;
   } catch (error) {
-    if (!/unauthorized/.test(reason(error))) throw error;
+    if (codeOf(error) !== "unauthorized") throw error;
   }
   const key = readFileSync(`${context.configDirectory}/signing-key.pub`);
   try {

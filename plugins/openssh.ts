@@ -26,12 +26,14 @@ function connectionError({ name }: Machine, cause: unknown): Error {
   const wrongKey = /host key|REMOTE HOST IDENTIFICATION/i.test(message);
   const [shown] = /(?<=sent by the remote host is\W+)SHA256:[\w+/]+/
     .exec(message) ?? [];
+  const denied = /Permission denied \(/.test(message);
+  const code = wrongKey ? "host-key" : denied ? "authentication" : "connect";
   const hint = wrongKey
     ? "if it was changed on purpose, correct the machine's host-key"
     : `try 'ssh ${name}' as the account that guix-daemon runs as`;
   const why = shown ? `it has another host key, ${shown}` : message;
   const text = `failed to connect to '${name}': ${why}`;
-  return Object.assign(new Error(text, { cause }), { hint });
+  return Object.assign(new Error(text, { cause }), { hint, code });
 }
 
 /** Makes sure that there is a connection, and a way to the daemon's socket. */
