@@ -2025,6 +2025,7 @@ function checkMethods<T extends object, K extends keyof T & string>(
   if (odd === undefined) return answer;
   throw new OffloadError(
     `plugin '${plugin.name}': ${hook}: '${odd}' is no function`,
+    { code: "plugin" },
   );
 }
 
@@ -4841,15 +4842,14 @@ async function awaitGreeted(
 /** Notes who has not answered: slow is not broken, so this doesn't grow. */
 function noteUnanswered(
   { machine, awaited, hasGreeted }: Prospect,
-  seconds: number,
   { log, observations, settings }: Context,
 ): void {
   const fixed = { ...settings, backoffLimit: settings.backoff };
   observations.saveFailure(machine, UNANSWERED, fixed);
-  const message = `${awaited} has not answered within ${seconds.toFixed(1)} s`;
-  const hint = "if that is what it takes, and no other machine is to be " +
-    "preferred, raise the setting 'decisionTimeout'";
-  log.warn(new OffloadError(message, hasGreeted ? { hint } : {}));
+  const hint = hasGreeted
+    ? "if builds are to wait for it, raise the setting 'decisionTimeout'"
+    : undefined;
+  log.warn(new Late(`${awaited} has not answered yet`, { hint }));
 }
 
 /** What there is beside the machines that are consulted. */
@@ -4878,11 +4878,10 @@ async function consultAll(
   await Promise.race([all, grace, delay(timeUntil(end))]);
   for (const prospect of stop()) prospect.problem = "not asked yet";
   if (alternative === "nothing") await awaitGreeted(prospects, context);
-  const seconds = (performance.now() - start) / 1000;
   for (const prospect of prospects) {
     if (prospect.facts !== undefined || prospect.problem) continue;
     prospect.problem = UNANSWERED;
-    noteUnanswered(prospect, seconds, context);
+    noteUnanswered(prospect, context);
   }
 }
 

@@ -523,7 +523,7 @@ export default plugin as Plugin;
       forget("head");
       const hook = startHook("head", here);
       assert.is(await hook.ask(work[2]!), "decline");
-      assert.match(hook.text(), /'w1' has not answered within 1\.\d s/);
+      assert.match(hook.text(), /'w1' has not answered yet/);
       assert.match(hook.text(), /^hint: .*decisionTimeout/m);
       // Once it has answered after all, it is used.
       await until("the login", () => isKnown("w1:2222"));
