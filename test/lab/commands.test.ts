@@ -211,7 +211,8 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
       command("status", FAULTY, limit),
     );
     const seconds = (Date.now() - begun) / 1000;
-    assert.ok(seconds < TIMEOUT + 8, `${seconds} s`);
+    // What the silent one takes, the others take beside it.
+    assert.ok(seconds < 2 * TIMEOUT, `${seconds} s`);
     for (const result of [tested!, json!, status!]) {
       assert.is(result.status, 1, result.stderr);
     }

@@ -86,6 +86,11 @@ function builds(machine: string): number {
   return new Set(stdout.match(/^guixbuilder\d+/gm)).size;
 }
 
+/** Has what is built on a machine stand still, or go on. */
+function signalBuilds(machine: string, name: "STOP" | "CONT"): void {
+  inHost(machine, "sh", "-c", `kill -${name} $(pgrep -G guixbuild)`);
+}
+
 /** Watches, until `ended`, how many builds machines run at most. */
 async function mostBuilds(
   machines: readonly string[],
@@ -264,6 +269,7 @@ function suiteUnder(runtime: Runtime): void {
     const [derivation] = makeWork("head", "--seconds=4");
     const running = startBuild(derivation!);
     await until("a build on mortal", () => builds("mortal") > 0);
+    signalBuilds("mortal", "STOP"); // it is not to end before
     down("mortal");
     const result = await within("the end", running.ended);
     assertBuilt(result);
@@ -385,9 +391,14 @@ export default plugin as Plugin;
     const [first, second] = makeWork("head", "--count=2", "--seconds=5");
     const dying = startBuild(first!);
     await until("a build on mortal", () => builds("mortal") > 0);
+    signalBuilds("mortal", "STOP");
     const other = startBuild(second!);
     await until("a build on w1", () => builds("w1") > 0);
+    signalBuilds("w1", "STOP");
     down("mortal");
+    const tries = "'mortal' failed: trying another machine";
+    await until("another try", () => dying.text().includes(tries));
+    signalBuilds("w1", "CONT");
     assertBuilt(await within("the end", other.ended));
     assertBuilt(await within("the end", dying.ended));
   });
