@@ -511,6 +511,8 @@ export interface Problem {
   readonly message: string;
   /** What to do about it. */
   readonly hint?: string | undefined;
+  /** How it is told, where not as what it is. */
+  readonly toldAs?: "warning";
 }
 
 /** What a machine file evaluates to. */
@@ -2036,8 +2038,9 @@ function checkMachines(list: unknown, context: PluginContext): Machine[] {
   for (const [index, machine] of list.entries()) {
     const fields = machineToJson(machine);
     const checked = context.machineFromFields(fields, `machine ${index + 1}`);
-    if ("severity" in checked) context.log.warn(checked.message);
-    else machines.push(checked);
+    if ("severity" in checked) {
+      context.report({ ...checked, toldAs: "warning" });
+    } else machines.push(checked);
   }
   return machines;
 }
@@ -2097,10 +2100,11 @@ async function askForMachines(
     });
   } catch (error) {
     context.signal.throwIfAborted();
-    if (isBuiltin(plugin)) {
-      const { message, hint } = error as OffloadError;
-      context.report({ severity: "error", message, hint });
-    } else context.log.warn(error);
+    const { message, hint } = error as OffloadError;
+    const problem = { severity: "error", message, hint } as const;
+    context.report(
+      isBuiltin(plugin) ? problem : { ...problem, toldAs: "warning" },
+    );
     return undefined;
   }
 }
@@ -6510,8 +6514,6 @@ export const COMMANDS: readonly Command[] = [
       "daemon, guix, import of a signed store item there, export of a signed " +
       "one back, clock. For each that fails, the cause is told, and what to " +
       "do. A warning is no failure.",
-      "The exit code is 0 when all machines pass, 1 when one fails, 2 when " +
-      "the command is used wrongly.",
     ],
     options: [
       JSON_OPTION,
@@ -6585,10 +6587,11 @@ export const COMMANDS: readonly Command[] = [
   {
     name: "machines",
     usage: "[FILE]",
-    summary: "Print the machines that a file lists",
+    summary: "Print the machines that are listed",
     description: [
-      "The file is /etc/guix/machines.scm unless told. What is wrong with it " +
-      "is told with its place, and makes the exit code 1.",
+      "They are those of FILE, or of /etc/guix/machines.scm and the plugins. " +
+      "What is wrong with a file is told with its place, and as what fails to " +
+      "list machines, it makes the exit code 1.",
     ],
     options: [JSON_OPTION],
     examples: [["offload machines ./machines.scm", "checks a new file"]],
@@ -6605,6 +6608,14 @@ export const COMMANDS: readonly Command[] = [
   },
 ];
 
+/** What the exit codes of commands mean. */
+export const EXIT_CODES: readonly (readonly [code: string, meaning: string])[] =
+  [
+    ["0", "All is well"],
+    ["1", "Something failed: a machine, a list of machines, or the command"],
+    ["2", "It was used wrongly, or its settings can't be read"],
+  ];
+
 /** The options of a command, as cac names them. */
 type CommandOptions = Readonly<
   Record<string, string | number | boolean | undefined>
@@ -6614,6 +6625,8 @@ type CommandOptions = Readonly<
 interface CommandResult {
   readonly output: string;
   readonly exitCode: number;
+  /** What is wrong beside it: told after the output. */
+  readonly problem?: unknown;
 }
 
 /** An error in how a command is called. */
@@ -6681,13 +6694,24 @@ export function readDerivation(
   };
 }
 
-/** `offload machines [FILE]`: what the file alone says, without plugins. */
+/** The plugins that list machines: where a FILE is named, it alone counts. */
+function machinePlugins(
+  file: string | undefined,
+  { plugins }: Context,
+): readonly Plugin[] {
+  if (file === undefined) return plugins;
+  if (existsSync(file)) return plugins.filter(isDefault);
+  throw usageError(`failed to open machine file '${file}': no such file`);
+}
+
+/** `offload machines [FILE]`. */
 async function machinesCommand(
+  [file]: readonly string[],
   options: CommandOptions,
   context: Context,
   screen: Screen,
 ): Promise<CommandResult> {
-  const plugins = context.plugins.filter(isDefault);
+  const plugins = machinePlugins(file, context);
   const machines = await listMachines({ ...context, plugins });
   const rows = machines.map((machine) => [
     machineId(machine),
@@ -6885,12 +6909,7 @@ async function selectMachines(
   context: Context,
 ): Promise<Machine[]> {
   const pattern = parseRegexp(regexp);
-  if (file !== undefined && !existsSync(file)) {
-    throw usageError(`failed to open machine file '${file}': no such file`);
-  }
-  const plugins = file === undefined
-    ? context.plugins
-    : context.plugins.filter(isDefault);
+  const plugins = machinePlugins(file, context);
   const machines = new Map<string, Machine>();
   for (const machine of await listMachines({ ...context, plugins })) {
     const id = machineId(machine);
@@ -7392,13 +7411,49 @@ export function formatJunit(reports: readonly TestReport[]): string {
     `<testsuites name="offload test">\n${suites.join("")}</testsuites>\n`;
 }
 
-/** Writes a file that was asked for. */
-function writeReport(file: string, text: string): void {
+/** Writes, as JUnit does, that there was no test at all, and why. */
+export function formatJunitError(error: unknown): string {
+  const { hint = "" } = (error ?? {}) as Partial<OffloadError>;
+  return '<?xml version="1.0" encoding="UTF-8"?>\n' +
+    '<testsuites name="offload test">\n' +
+    '<testsuite name="offload test" tests="1" failures="0" errors="1" ' +
+    'skipped="0" time="0.000">\n' +
+    '<testcase classname="offload test" name="offload test" time="0.000">' +
+    `<error message="${xml(reason(error))}" type="${codeOf(error)}">` +
+    `${xml(hint)}</error></testcase>\n</testsuite>\n</testsuites>\n`;
+}
+
+/** Writes a file that was asked for; returns what is wrong, if that fails. */
+function writeReport(file: string, text: string): OffloadError | undefined {
   try {
     writeFileSync(file, text);
+    return undefined;
   } catch (cause) {
     const message = `failed to write '${file}': ${reason(cause)}`;
-    throw new OffloadError(message, { cause });
+    return new OffloadError(message, { cause });
+  }
+}
+
+/**
+ * Runs a command that may write a report; whatever becomes of it, none of the
+ * run before is left.
+ */
+async function withReport(
+  command: Command,
+  { junit }: CommandOptions,
+  run: () => Promise<CommandResult>,
+): Promise<CommandResult> {
+  const isDefined = command.options.some(([usage]) => usage === "--junit FILE");
+  if (!isDefined || typeof junit !== "string") return await run();
+  const write = (error: unknown) => writeReport(junit, formatJunitError(error));
+  const stat = statSync(junit, { throwIfNoEntry: false });
+  // A pipe is to get one report.
+  if (stat?.isFile() ?? true) write("it did not come to its end");
+  try {
+    return await run();
+  } catch (error) {
+    write(error);
+    throw error;
   }
 }
 
@@ -7440,12 +7495,14 @@ async function testCommand(
     ...testOf("machine file", context.problems),
     ...results,
   ];
-  if (options.junit) writeReport(String(options.junit), formatJunit(reports));
+  const problem = options.junit === undefined
+    ? undefined
+    : writeReport(String(options.junit), formatJunit(reports));
   const failed = reports.some(({ outcome }) => outcome === "failed");
   const output = options.json
     ? JSON.stringify(reports, null, 2)
     : formatReports(reports, screen);
-  return { output, exitCode: failed ? 1 : 0 };
+  return { output, exitCode: failed || problem ? 1 : 0, problem };
 }
 
 /** How a machine is, as `offload status` shows it. */
@@ -8342,6 +8399,7 @@ function commandHelp(command: Command): string {
     `Usage: offload ${name} [OPTION]... ${usage}\n${summary}.\n`,
     ...description.map(fillParagraph),
     formatPairs([...options, HELP_OPTION]),
+    `Exit codes:\n${formatPairs(EXIT_CODES)}`,
     `Examples:\n${formatPairs(lines)}`,
   ].join("\n").trimEnd();
 }
@@ -8429,8 +8487,8 @@ const ACTIONS: Readonly<Record<string, Action>> = {
   },
   explain: async ([derivation], options, makeContext, screen) =>
     explainCommand(derivation!, options, await makeContext(), screen),
-  machines: async ([file], options, makeContext, screen) =>
-    machinesCommand(options, await makeContext(file), screen),
+  machines: async (args, options, makeContext, screen) =>
+    machinesCommand(args, options, await makeContext(args[0]), screen),
   completion: ([shell]) =>
     Promise.resolve({ output: completion(shell!), exitCode: 0 }),
 };
@@ -8462,6 +8520,65 @@ function wrongArguments(error: Error, command: string): OffloadError {
   return usageError(message, command);
 }
 
+/** How many letters are to be changed, put in or left out between words. */
+function distance(from: string, to: string): number {
+  let row = Array.from({ length: to.length + 1 }, (_, index) => index);
+  for (const [index, letter] of Array.from(from).entries()) {
+    const next = [index + 1];
+    for (let at = 0; at < to.length; at++) {
+      const changed = row[at]! + (letter === to[at] ? 0 : 1);
+      next.push(Math.min(changed, row[at + 1]! + 1, next[at]! + 1));
+    }
+    row = next;
+  }
+  return row.at(-1)!;
+}
+
+/** The error where there is no such command, with what may have been meant. */
+function unknownCommand(word: string | undefined): OffloadError {
+  if (word === undefined) return usageError("missing command name");
+  if (word.startsWith("-")) return usageError(`${word}: unrecognized option`);
+  const [nearest] = COMMANDS.map(({ name }) => name)
+    .filter((name) => name.startsWith(word) || distance(word, name) <= 2)
+    .sort((a, b) => distance(word, a) - distance(word, b));
+  const meant = nearest === undefined ? "" : `: did you mean '${nearest}'?`;
+  return usageError(`unknown command '${word}'${meant}`);
+}
+
+/** Refuses what cac lets pass: `--no-json`, `--json=x`, `--file a --file b`. */
+function checkOptions(
+  { options }: Command,
+  given: CommandOptions,
+  args: readonly string[],
+): void {
+  for (const option of [...options, HELP_OPTION]) {
+    const [name, takesValue] = splitOption(option);
+    const value: unknown = given[name!.slice(2)];
+    const no = name!.replace("--", "--no-");
+    if (value === false) throw usageError(`${no}: unrecognized option`);
+    if (Array.isArray(value)) throw usageError(`${name}: more than one value`);
+    if (takesValue || !args.some((it) => it.startsWith(`${name}=`))) continue;
+    throw usageError(`${name}: it takes no value`);
+  }
+}
+
+/** Runs a command that is called as cac understands it. */
+async function runMatched(
+  command: Command,
+  cli: ReturnType<typeof makeCli>,
+): Promise<CommandResult> {
+  try {
+    checkOptions(command, cli.options, cli.rawArgs);
+    return await cli.runMatchedCommand();
+  } catch (error) {
+    if (error instanceof Error && error.name === "CACError") {
+      throw wrongArguments(error, command.name);
+    }
+    if (codeOf(error) !== "usage") throw error;
+    throw usageError(reason(error), command.name);
+  }
+}
+
 /** Runs the command that `args` name. */
 async function runCommand(
   args: readonly string[],
@@ -8472,25 +8589,20 @@ async function runCommand(
     const { args, options } = cli;
     return ACTIONS[name]!(args.map(String), options, makeContext, screen);
   });
-  cli.parse(["", "offload", ...args], { run: false });
-  const name = cli.matchedCommandName;
-  const command = COMMANDS.find((command) => command.name === name);
+  const isHelp = args[0] === "help";
+  cli.parse(["", "offload", ...args.slice(isHelp ? 1 : 0)], { run: false });
+  const { args: [word = args[0]], matchedCommandName, options } = cli;
+  const command = COMMANDS.find(({ name }) => name === matchedCommandName);
   const say = (output: string) => ({ output, exitCode: 0 });
-  if (cli.options.help) {
-    return say(command === undefined ? generalHelp() : commandHelp(command));
+  if (command !== undefined && (isHelp || options.help === true)) {
+    return say(commandHelp(command));
   }
-  if (cli.options.version) return say(`offload ${VERSION}`);
-  if (command === undefined) {
-    const given = args.map((it) => JSON.stringify(it)).join(" ");
-    const wrong = `invalid arguments: ${given}`;
-    throw usageError(given === "" ? "missing command name" : wrong);
+  if (isHelp && cli.args.length === 0 || /^(--help|-h)$/.test(word ?? "")) {
+    return say(generalHelp());
   }
-  try {
-    return await cli.runMatchedCommand();
-  } catch (error) {
-    const isUsage = error instanceof Error && error.name === "CACError";
-    throw isUsage ? wrongArguments(error, command.name) : error;
-  }
+  if (options.version === true) return say(`offload ${VERSION}`);
+  if (command === undefined) throw unknownCommand(word);
+  return await withReport(command, options, () => runMatched(command, cli));
 }
 
 // ---------------------------------------------------------------------------
@@ -8675,6 +8787,16 @@ async function makeContext(
   const machines = machineFile ??
     `${configDirectory(environment)}/machines.scm`;
   const problems: Problem[] = [];
+  const report = (problem: Problem) => {
+    problems.push(problem);
+    const { severity, message, hint, toldAs = severity } = problem;
+    const error = new OffloadError(message, { hint });
+    log[toldAs === "error" ? "error" : "warn"](error);
+  };
+  // A plugin that does not load may have listed machines.
+  const warn = (problem: unknown) =>
+    report({ severity: "error", message: reason(problem), toldAs: "warning" });
+  const loading = machineFile === undefined ? { ...log, warn } : log;
   return {
     ...hook,
     log,
@@ -8691,13 +8813,8 @@ async function makeContext(
     machineFile: () => readMachineFile(machines, environment),
     machineFromFields,
     problems,
-    report: (problem) => {
-      problems.push(problem);
-      const { severity, message, hint } = problem;
-      const error = new OffloadError(message, { hint });
-      log[severity === "error" ? "error" : "warn"](error);
-    },
-    plugins: await loadPlugins(plugins, settings, log),
+    report,
+    plugins: await loadPlugins(plugins, settings, loading),
     observations: new Observations(`${stateDirectory}/offload`, log),
   };
 }
@@ -8799,6 +8916,20 @@ const PRINTING = [
   ...["log", "table", "trace", "warn"] as const,
 ];
 
+/** Makes what commands need; without it, none can do anything. */
+async function makeCommandContext(
+  ...args: Parameters<typeof makeContext>
+): Promise<Context> {
+  try {
+    return await makeContext(...args);
+  } catch (cause) {
+    if (!(cause instanceof OffloadError)) throw cause;
+    const { hint, message } = cause;
+    const options = { cause, hint, exitCode: EXIT.usage };
+    throw new OffloadError(message, { ...options, code: "configuration" });
+  }
+}
+
 /** Runs the program and returns its exit code. */
 async function main(args: readonly string[]): Promise<number> {
   const environment = process.env;
@@ -8821,12 +8952,13 @@ async function main(args: readonly string[]): Promise<number> {
       await runHook(hook, start, log, signal);
       return 0;
     }
-    const { output, exitCode } = await runCommand(
+    const { output, exitCode, problem } = await runCommand(
       args,
-      (file) => makeContext(NO_HOOK, environment, log, signal, file),
+      (file) => makeCommandContext(NO_HOOK, environment, log, signal, file),
       makeScreen(environment, foot),
     );
     if (output !== "") writeLine(STANDARD_OUTPUT, output);
+    if (problem !== undefined) log.error(problem);
     return exitCode;
   } catch (error) {
     log.error(error);

@@ -5,7 +5,7 @@
  * @module
  */
 
-import { COMMANDS, settingsSchema } from "../mod.ts";
+import { COMMANDS, EXIT_CODES, settingsSchema } from "../mod.ts";
 import type { Command } from "../mod.ts";
 
 const DESCRIPTION =
@@ -129,8 +129,7 @@ export function manual(date: string): string {
     section("FILES", list(files), ".Pp\nThe settings are:", settings()),
     section(
       "EXIT STATUS",
-      "A command exits with 0 when all is well, with 1 when something failed,",
-      "and with 2 when it is used wrongly.",
+      list(EXIT_CODES.map(([code, it]) => `.It Li ${code}\n${fill(`${it}.`)}`)),
     ),
     section("EXAMPLES", examples()),
     section("SEE ALSO", ".Xr guix-daemon 1 ,\n.Xr sshd 8"),

@@ -17,6 +17,7 @@ import {
   COMMANDS,
   completion,
   evaluateMachineFile,
+  EXIT_CODES,
   formatJunit,
   parseAcl,
   parseSexp,
@@ -76,6 +77,18 @@ test("--help shows each command, with options and examples", async () => {
   }
 });
 
+test("help is what --help is", async () => {
+  const general = await offload("--help");
+  for (const args of [["help"], ["help", "--help"], ["-h"]]) {
+    assert.equal(await offload(...args), general);
+  }
+  const onTest = await offload("test", "--help");
+  assert.equal(await offload("help", "test"), onTest);
+  for (const [code, meaning] of EXIT_CODES) {
+    assert.match(onTest.stdout, `  ${code}  ${meaning}`);
+  }
+});
+
 test("--version prints the version of the package", async () => {
   const { code, stdout } = await offload("--version");
   assert.is(code, 0);
@@ -87,7 +100,17 @@ test("wrong arguments are told in Guix's words", async () => {
     const file = writeMachines(directory, "w1");
     const wrong: [string[], RegExp][] = [
       [[], /missing command name$/m],
-      [["bogus", "x"], /invalid arguments: "bogus" "x"$/m],
+      [["bogus", "x"], /unknown command 'bogus'$/m],
+      [["bogus", "--help"], /unknown command 'bogus'$/m],
+      [["help", "bogus"], /unknown command 'bogus'$/m],
+      [["statsu"], /unknown command 'statsu': did you mean 'status'\?$/m],
+      [["mach"], /unknown command 'mach': did you mean 'machines'\?$/m],
+      [["--bogus"], /--bogus: unrecognized option$/m],
+      [["status", "--no-json"], /--no-json: unrecognized option$/m],
+      [["test", "--no-junit"], /--no-junit: unrecognized option$/m],
+      [["test", "--json=no"], /--json: it takes no value$/m],
+      [["test", "--junit=a", "--junit=b"], /--junit: more than one value$/m],
+      [["machines", "/none"], /failed to open machine file '\/none': no such/],
       [["status", "a", "b", "c"], /wrong number of arguments$/m],
       [["explain"], /wrong number of arguments$/m],
       [["test", "/none"], /failed to open machine file '\/none': no such/],
@@ -106,7 +129,9 @@ test("wrong arguments are told in Guix's words", async () => {
       assert.is(stdout, "");
       assert.match(stderr, /^offload: error: /);
       assert.match(stderr, message);
-      assert.match(stderr, /^hint: run 'offload .*--help'$/m);
+      const name = COMMANDS.find(({ name }) => name === args[0])?.name;
+      const help = name === undefined ? "" : `${name} `;
+      assert.match(stderr, RegExp(`^hint: run 'offload ${help}--help'$`, "m"));
     }
   });
 });
@@ -143,6 +168,123 @@ test("test fails where the machine file is wrong", async () => {
   });
 });
 
+/** Runs Offload with plugins, and the machine file, of a directory. */
+async function offloadIn(directory: string, ...args: readonly string[]) {
+  const [program, ...options] = ownRuntime;
+  const env = {
+    ...process.env,
+    OFFLOAD_PLUGINS: `${directory}/offload`,
+    GUIX_CONFIGURATION_DIRECTORY: directory,
+  };
+  const words = [...options, `${ROOT}/mod.ts`, ...args];
+  const { stdout, ...rest } = await settled(run(program, words, { env }));
+  return { ...rest, stdout: stdout.toString() };
+}
+
+test("machines shows what plugins list, and fails where one can't", () =>
+  withDirectory(async (directory) => {
+    writeMachines(directory, "a1.none");
+    mkdirSync(`${directory}/offload`);
+    const list = `[${JSON.stringify(machine({ name: "b2.none" }))}]`;
+    const write = (name: string, does: string) => {
+      const text =
+        `export default { name: "${name}", machines: () => ${does} }`;
+      writeFileSync(`${directory}/offload/${name}.mjs`, text);
+    };
+    const names = async (code: number, ...args: string[]) => {
+      const result = await offloadIn(directory, "machines", ...args, "--json");
+      assert.is(result.code, code, result.stderr);
+      const found: { name: string }[] = JSON.parse(result.stdout);
+      return { ...result, names: found.map(({ name }) => name).sort() };
+    };
+    write("more", list);
+    assert.equal((await names(0)).names, ["a1.none", "b2.none"]);
+    const file = `${directory}/machines.scm`;
+    assert.equal((await names(0, file)).names, ["a1.none"]);
+    const sources: [does: string, told: RegExp][] = [
+      ["{ throw new Error('away') }", /plugin 'wrong': machines: away$/m],
+      ["'none'", /plugin 'wrong': machines: expected a list of machines$/m],
+      ["[{}]", /warning: machine 1: /],
+      ["", /failed to load plugin '.*wrong.mjs'/],
+    ];
+    for (const [does, told] of sources) {
+      write("wrong", does);
+      const { names: others, stderr } = await names(1);
+      assert.equal(others, ["a1.none", "b2.none"]);
+      assert.match(stderr, told);
+      assert.is((await names(0, file)).code, 0);
+    }
+  }));
+
+test("test leaves no report of the run before", () =>
+  withDirectory(async (directory) => {
+    const report = `${directory}/report.xml`;
+    const settings = `${directory}/offload/settings.json`;
+    const file = writeMachines(directory, "a1.none");
+    mkdirSync(`${directory}/offload`);
+    const check = async (exitCode: number, xml: RegExp, ...args: string[]) => {
+      writeFileSync(report, "that of the run before");
+      const words = ["test", ...args, "--junit", report];
+      const { code, stderr } = await offloadIn(directory, ...words);
+      assert.is(code, exitCode, stderr);
+      assert.match(readFileSync(report, "utf8"), xml);
+    };
+    await check(1, /<failure message=".*" type="private-key">/, file);
+    const error = (type: string, words: string) =>
+      RegExp(`<error message="${words}.*" type="${type}">`);
+    await check(2, error("usage", "failed to open machine file"), "/none");
+    await check(2, error("usage", "no machine's name"), file, "b2");
+    await check(2, error("usage", "--jsno: unrecognized"), file, "--jsno");
+    await check(2, error("usage", "invalid number"), file, "--timeout=soon");
+    await check(2, error("usage", "wrong number"), file, "a1", "b2");
+    writeFileSync(settings, "{");
+    await check(2, error("configuration", ".*settings.json"), file);
+    writeFileSync(settings, "{}");
+    // A crash: nothing is caught.
+    const crash = "setTimeout(() => { throw new Error('crash') })";
+    const machines = `() => { ${crash}; return new Promise(() => {}) }`;
+    writeFileSync(
+      `${directory}/offload/crash.mjs`,
+      `export default { name: "crash", machines: ${machines} }`,
+    );
+    await check(1, error("failed", "it did not come to its end"));
+  }));
+
+test("test shows its table where the report can't be written", () =>
+  withDirectory(async (directory) => {
+    const file = writeMachines(directory, "a1.none");
+    const junit = `${directory}/none/report.xml`;
+    const result = await offload("test", file, "--junit", junit);
+    assert.is(result.code, 1);
+    assert.match(result.stdout, /^a1\.none:22\tfailed/m);
+    assert.match(
+      result.stderr,
+      /error: failed to write '.*none\/report.xml': no/,
+    );
+  }));
+
+test("test puts steps in order where a key is missing", () =>
+  withDirectory(async (directory) => {
+    const file = writeMachines(directory, "a1.none");
+    const { code, stdout } = await offload("test", file, "--json");
+    assert.is(code, 1);
+    const { steps } = JSON.parse(stdout).at(-1);
+    const came = (steps as { name: string; outcome: string; code?: string }[])
+      .map(({ name, outcome, code }) => [name, outcome, code]);
+    assert.equal(came.slice(0, 4), [
+      ["connect", "skipped", undefined],
+      ["host key", "skipped", undefined],
+      ["authentication", "failed", "private-key"],
+      ["daemon", "skipped", undefined],
+    ]);
+    // A type of key that its blob is not of.
+    const key = readFileSync(file, "utf8").replace("AAAAC3Nza", "AAAAB3Nza");
+    writeFileSync(file, key);
+    const odd = JSON.parse((await offload("test", file, "--json")).stdout);
+    assert.equal(odd.at(-1).steps[1].code, "host-key");
+    assert.is(odd.at(-1).steps[0].outcome, "skipped");
+  }));
+
 test("formatJunit writes XML whatever is in a message", () => {
   const detail = `"<a>" & 'b'\x1b\ud800`;
   const step = { name: "daemon", outcome: "failed", detail, seconds: 1 };
@@ -159,7 +301,8 @@ test("formatJunit writes XML whatever is in a message", () => {
 <testsuites name="offload test">
 <testsuite name="w1:22" tests="2" failures="1" skipped="1" time="1.235">
 <testcase classname="w1:22" name="daemon" time="1.000">` +
-      `<failure message="&quot;&lt;a&gt;&quot; &amp; 'b'\ufffd\ufffd">` +
+      `<failure message="&quot;&lt;a&gt;&quot; &amp; 'b'\ufffd\ufffd" ` +
+      `type="failed">` +
       `a &lt; b</failure></testcase>
 <testcase classname="w1:22" name="clock" time="0.000"><skipped/></testcase>
 </testsuite>
