@@ -6578,7 +6578,10 @@ export const COMMANDS: readonly Command[] = [
     name: "explain",
     usage: "DERIVATION",
     summary: "Say which machine would build it, and why",
-    description: ["The exit code is 1 when no machine would."],
+    description: [
+      "The exit code is 1 when no machine would. What has preferLocalBuild " +
+      "set, guix-daemon builds itself, even with --max-jobs=0, without asking.",
+    ],
     options: [JSON_OPTION],
     examples: [
       ['offload explain "$(guix build -d hello)"', "says who would build it"],
@@ -6673,7 +6676,10 @@ function formatTable(
  */
 export function readDerivation(
   text: string,
-): Pick<Request, "system" | "features"> & { readonly outputs: string[] } {
+): Pick<Request, "system" | "features"> & {
+  readonly outputs: string[];
+  readonly prefersLocal: boolean;
+} {
   const json = text.replace(/^Derive/, "").replace(
     /"(?:[^"\\]|\\[^])*"|[()]/g,
     (token) =>
@@ -6685,12 +6691,13 @@ export function readDerivation(
         ),
   );
   const [outputs, , , system, , , variables] = JSON.parse(json);
-  const features = new Map<string, string>(variables)
-    .get("requiredSystemFeatures") ?? "";
+  const environment = new Map<string, string>(variables);
+  const features = environment.get("requiredSystemFeatures") ?? "";
   return {
     system,
     features: features.split(" ").filter(Boolean),
     outputs: outputs.map(([, path]: string[]) => path),
+    prefersLocal: environment.get("preferLocalBuild") === "1",
   };
 }
 
@@ -6754,14 +6761,30 @@ function mismatch(machine: Machine, request: Request): string | undefined {
   return `lacks the features ${lacking.join(", ")}`;
 }
 
-/** Finds out who would build a derivation; takes no slot. */
+/** What guix-daemon builds beside what is of its own system. */
+const ALSO_BUILT: Readonly<Record<string, string>> = {
+  "x86_64-linux": "i686-linux",
+  "aarch64-linux": "armhf-linux",
+};
+
+/** Whether guix-daemon builds for a system on this machine (nix/libstore). */
+function isBuiltHere(system: string): boolean {
+  const own = systemOf(architecture());
+  return system === own || system === ALSO_BUILT[own];
+}
+
+/**
+ * Finds out who would build a derivation; takes no slot. `never` says why the
+ * hook is not asked, if so: no machine is, either.
+ */
 async function explain(
   request: Request,
   context: Context,
+  never?: string,
 ): Promise<Explanation[]> {
   const machines = await listMachines(context);
   const matching = machines.filter((machine) =>
-    machineMatches(machine, request)
+    never === undefined && machineMatches(machine, request)
   );
   const prospects = await survey(matching, request, context);
   const ranking = await rank(
@@ -6781,7 +6804,7 @@ async function explain(
     return {
       machine: machineId(machine),
       chosen: prospect !== undefined && prospect === chosen?.prospect,
-      excluded: mismatch(machine, request) ??
+      excluded: never ?? mismatch(machine, request) ??
         exclusion(prospect!, context)?.why ??
         (scores === undefined ? "vetoed by a plugin" : undefined) ??
         (freeSlots === 0 ? "all its slots are taken" : undefined),
@@ -6831,9 +6854,13 @@ async function explainCommand(
     const message = `failed to read '${derivation}': ${reason(cause)}`;
     throw new OffloadError(message, { cause });
   }
-  const { system, features } = readDerivation(text);
+  const { system, features, prefersLocal } = readDerivation(text);
   const request = { wantsLocal: false, derivation, system, features };
-  const explanations = await explain(request, context);
+  const never = prefersLocal && isBuiltHere(system)
+    ? "guix-daemon builds it itself, for its preferLocalBuild is set"
+    : undefined;
+  if (never !== undefined) context.log.info(`'${derivation}': ${never}`);
+  const explanations = await explain(request, context, never);
   const output = options.json
     ? JSON.stringify(explanations, null, 2)
     : formatExplanation(explanations, screen);

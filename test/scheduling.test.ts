@@ -91,15 +91,23 @@ test("normalizedLoad() is 1 at most", () => {
   assert.is(normalizedLoad({ time: 0, load: 9, cores: 2 }), 1);
 });
 
-test("readDerivation() finds system, features and outputs", () => {
+test("readDerivation() finds system, features, outputs, preference", () => {
   const text = 'Derive([("out","/gnu/store/x-a(b)","","")],[],' +
     '["/gnu/store/y"],"aarch64-linux","/bin/sh",["-c","echo \\"(hi)\\"\\n"],' +
     '[("out","/gnu/store/x"),("requiredSystemFeatures","kvm big")])';
-  assert.equal(readDerivation(text), {
+  const read = {
     system: "aarch64-linux",
     features: ["kvm", "big"],
     outputs: ["/gnu/store/x-a(b)"],
-  });
+  };
+  assert.equal(readDerivation(text), { ...read, prefersLocal: false });
+  for (const value of ["1", "0", "true", ""]) {
+    const prefers = `("preferLocalBuild","${value}"),("required`;
+    const { prefersLocal } = readDerivation(
+      text.replace('("required', prefers),
+    );
+    assert.is(prefersLocal, value === "1");
+  }
 });
 
 test("parseFacts() knows file systems without a number of inodes", () => {

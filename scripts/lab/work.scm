@@ -26,6 +26,7 @@ usage: guix repl -- work.scm [OPTION…]
   --seed=STRING     what makes them unique (default: random, so always new)
   --system=SYSTEM   build for SYSTEM (default: this one)
   --features=A,B    require these features of the build machine
+  --local           prefer to be built by the daemon itself
   --chain           let each depend on the one before
 inputs, new ones for each derivation:
   --inputs=N        N source files
@@ -52,7 +53,7 @@ outputs:
 
 (define option-spec
   '((help) (chain) (silent) (fail) (tree) (compressible)
-    (bytes) (flat)
+    (bytes) (flat) (local)
     (count (value #t)) (name (value #t)) (seed (value #t)) (system (value #t))
     (features (value #t)) (inputs (value #t)) (input-size (value #t))
     (input-files (value #t)) (text-inputs (value #t)) (seconds (value #t))
@@ -281,6 +282,7 @@ unless that is #f."
                                 '())
                             inputs))
               #:system (string-option options 'system (%current-system))
+              #:local-build? (option-ref options 'local #f)
               #:env-vars (build-environment options id busybox)
               #:inputs (if previous
                            (list (derivation-input previous '("out")))

@@ -22,6 +22,7 @@ import {
   start,
   startHook,
   startRelay,
+  SYSTEM,
   until,
   up,
   useMachines,
@@ -629,6 +630,37 @@ export default { name: "odd", connect: () => new Promise(later) };`,
     const { stderr } = await within("the end of the hook", hook.ended);
     assert.match(stderr, "warning: odd");
     assert.not.match(stderr, /\n {4}at /);
+  });
+
+  test("offload explain knows what guix-daemon never asks for", () => {
+    const also = SYSTEM === "x86_64-linux" ? "i686-linux" : "armhf-linux";
+    const systems = `(systems (list "${SYSTEM}" "${also}" "riscv64-linux"))`;
+    useMachines(
+      "head",
+      ["w1"],
+      (text) => text.replace(`(systems (list "${SYSTEM}"))`, systems),
+    );
+    const explain = (derivation: string) =>
+      run(
+        "head",
+        ...["env", `OFFLOAD_RUNTIME=${runtime}`, "/offload/scripts/guix"],
+        ...["offload", "explain", derivation],
+      );
+    const itself = "guix-daemon builds it itself, for its preferLocalBuild";
+    for (const system of [SYSTEM, also]) {
+      const [derivation] = makeWork("head", "--local", `--system=${system}`);
+      const { status, stdout } = explain(derivation!);
+      assert.is(status, 1, stdout);
+      assert.match(stdout, RegExp(`^w1:22\t.*\t${itself} is set\t$`, "m"));
+    }
+    const [other] = makeWork("head", "--local", "--system=riscv64-linux");
+    const { status, stdout, stderr } = explain(other!);
+    assert.is(status, 0, stderr);
+    assert.match(stdout, /^w1:22\t.*\ttakes it\t$/m);
+    const [derivation] = makeWork("head", "--local");
+    const built = build("head", derivation!); // without a local slot
+    assert.is(built.status, 0, built.stderr);
+    assert.not.match(built.stderr, "offload");
   });
 
   test("50 hooks at once on 3 machines finish without a failure", async () => {
