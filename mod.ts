@@ -1484,8 +1484,8 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
   },
   substitutes: {
     default: false,
-    description: "whether a machine may fetch inputs from its substitute " +
-      "servers rather than from here",
+    description: "whether a machine may fetch inputs and outputs from its " +
+      "substitute servers; else it asks them for nothing",
   },
   transport: {
     default: "guix",
@@ -2722,6 +2722,7 @@ export async function openStore(
 export function setBuildOptions(
   store: StoreConnection,
   options: BuildOptions,
+  substitutes = false,
 ): Promise<void> {
   const pairs = [
     ["build-timeout", String(options.buildTimeout)],
@@ -2732,7 +2733,7 @@ export function setBuildOptions(
     ...[false, false, false, 0], // keep failed, keep going, fallback, verbosity
     false, // no build hook: machines could offload in circles
     ...[0, 0, false], // verbosity of builds, log type, build traces
-    true, // substitutes
+    substitutes, // else its servers are asked for the outputs of each build
     pairs.length,
     ...pairs.flat(),
   ]);
@@ -6132,7 +6133,8 @@ async function transferAndOffload(
   try {
     const remote = await session.openDaemon();
     const before = performance.now();
-    await setBuildOptions(remote, context.buildOptions);
+    const { buildOptions, settings } = context;
+    await setBuildOptions(remote, buildOptions, settings.substitutes);
     const roundTrip = performance.now() - before;
     const store = await local;
     const connections: TransportContext & Context = {

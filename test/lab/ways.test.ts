@@ -46,6 +46,13 @@ function buildWork(...options: string[]): [derivation: string, Result] {
   return [derivation!, build("head", derivation!)];
 }
 
+/** The same, while this process goes on. */
+async function buildMeanwhile(): Promise<[derivation: string, Result]> {
+  const [derivation] = makeWork("head", "--inputs=1");
+  const building = watch(start("head", ...buildCommand([derivation!])));
+  return [derivation!, await within("the build", building.ended)];
+}
+
 /** Builds with 6 MiB in and out; returns how many MiB went over the wire. */
 async function wireSizes(
   ...options: string[]
@@ -332,6 +339,34 @@ function suiteUnder(runtime: Runtime): void {
       publish.child.kill();
       useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
       lab("daemon", "w1");
+    }
+  });
+
+  test("without the setting, nothing is looked up at servers there", async () => {
+    const address = lab("list").match(/^w1 (\S+)/m)![1]!;
+    let [connections, answers] = [0, false];
+    const server = createServer((client) => {
+      connections++;
+      client.on("error", () => {});
+      if (answers) client.destroy();
+    });
+    await new Promise<void>((resolve) => {
+      server.listen(8182, address, resolve);
+    });
+    lab("daemon", "w1", "--", `--substitute-urls=http://${address}:8182`);
+    try {
+      const [derivation, result] = await buildMeanwhile();
+      assertOffloaded(derivation, result, ["w1"]);
+      assert.is(connections, 0);
+      answers = true;
+      useOffload("head", runtime, "OFFLOAD_SUBSTITUTES=true");
+      const [other, asked] = await buildMeanwhile();
+      assertOffloaded(other, asked, ["w1"]);
+      assert.ok(connections > 0);
+    } finally {
+      lab("daemon", "w1"); // ends what still asks
+      server.close();
+      useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
     }
   });
 
