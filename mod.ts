@@ -78,7 +78,7 @@ import type {
  * with the names of its fields in camel case.
  */
 export interface Machine {
-  /** Host name or address. */
+  /** Host name or address, of which libssh overlooks `USER@` and brackets. */
   readonly name: string;
   /** TCP port of its SSH server. */
   readonly port: number;
@@ -96,7 +96,10 @@ export interface Machine {
   readonly compressionLevel: number;
   /** File name of the guix-daemon socket there. */
   readonly daemonSocket: string;
-  /** Normalized load (0 to 1) from which on it gets no build; `false`: any. */
+  /**
+   * Normalized load (0 to 1) from which on it gets no build; `false`, like 1
+   * or more, for any.
+   */
   readonly overloadThreshold: number | false;
   /** How many builds it runs at a time: its slots. */
   readonly parallelBuilds: number;
@@ -1183,29 +1186,70 @@ function defaultFields({ home }: MachineFileHost): Record<string, Value> {
   };
 }
 
-/** What a field must be, and whether a value is. */
-type FieldRule = [expected: string, accepts: (value: unknown) => boolean];
+/** What a field must be, whether a value is, and what it is taken for. */
+type FieldRule = [
+  expected: string,
+  accepts: (value: unknown) => boolean,
+  take?: (value: unknown) => unknown,
+];
 
 /** Makes the rule of a string that matches. */
 function stringRule(expected: string, pattern: RegExp): FieldRule {
   return [expected, (it) => typeof it === "string" && pattern.test(it)];
 }
 
-/** Makes the rule of a list of strings that match. */
+/**
+ * Makes the rule of a list in which some string matches, if there is anything.
+ * As in the reference, what else is in it is what no build asks for.
+ */
 function listRule(expected: string, pattern: RegExp): FieldRule {
   const [, accepts] = stringRule(expected, pattern);
-  return [expected, (it) => Array.isArray(it) && it.every(accepts)];
+  return [
+    expected,
+    (it) => Array.isArray(it) && (it.length === 0 || it.some(accepts)),
+    (it) => (it as unknown[]).filter((item) => typeof item === "string"),
+  ];
 }
 
 /** Makes the rule of an integer in a range. */
 function integerRule(least: number, most: number): FieldRule {
-  const expected = `an integer from ${least} to ${most}`;
+  const range = most === Infinity ? "on" : `to ${most}`;
+  const expected = `an integer from ${least} ${range}`;
   return [expected, (it) => Number.isInteger(it) && isWithin(it, least, most)];
 }
 
 /** Tells whether a value is a number in a range. */
 function isWithin(value: unknown, least: number, most: number): boolean {
   return typeof value === "number" && least <= value && value <= most;
+}
+
+/** Makes the rule of any number; infinite ones are taken for large ones. */
+function numberRule(expected: string): FieldRule {
+  return [
+    expected,
+    (it) => typeof it === "number" && !Number.isNaN(it),
+    (it) => Math.max(-1e300, Math.min(Number(it), 1e300)),
+  ];
+}
+
+/** Makes a rule that takes `#f`, too, for the value that this stands for. */
+function optional(
+  [expected, accepts, take = (it) => it]: FieldRule,
+  absent: () => unknown,
+): FieldRule {
+  return [
+    `${expected}, or #f`,
+    (it) => it === false || accepts(it),
+    (it) => it === false ? absent() : take(it),
+  ];
+}
+
+/** Makes a rule that takes a value for another one. */
+function taken(
+  [expected, accepts]: FieldRule,
+  take: (value: unknown) => unknown,
+): FieldRule {
+  return [expected, accepts, take];
 }
 
 /** Tells host keys as OpenSSH writes them, with the same type outside and in. */
@@ -1217,24 +1261,45 @@ function isHostKey(value: unknown): boolean {
   return inner.startsWith(type) || type.startsWith(inner);
 }
 
-/** The fields of a machine. */
+/** The methods by which libssh compresses nothing. */
+const NO_COMPRESSION = /^no(ne)?(,|$)/;
+
+/** More slots than any machine has; the files of all are looked at. */
+const MOST_SLOTS = 9999;
+
+/**
+ * The fields of a machine. What the reference works with is taken, if for
+ * another value; `#f` is what libssh has without the option.
+ */
 const machineFields: Record<string, FieldRule> = {
   name: stringRule("a host name", /^[^\s/]+$/),
   port: integerRule(1, 65535),
   systems: listRule("a list of systems like x86_64-linux", /^\w+-[\w-]+$/),
-  user: stringRule("an account name", /^\S+$/),
+  user: optional(
+    stringRule("an account name", /^\P{Cc}+$/u),
+    () => userInfo().username,
+  ),
   "private-key": stringRule("a file name", /^[^\0]+$/),
   "host-key": ["a key like 'ssh-ed25519 AAAAC3…'", isHostKey],
-  compression: stringRule("a list of methods", /./),
-  "compression-level": integerRule(1, 9),
-  "daemon-socket": stringRule("a file name", /^[^\0]+$/),
-  "overload-threshold": [
-    "a number from 0 to 1, or #f",
-    (it) => it === false || isWithin(it, 0, 1),
-  ],
-  "parallel-builds": integerRule(1, 9999),
-  speed: ["a positive number", (it) => isWithin(it, 1e-9, 1e9)],
-  features: listRule("a list of strings", /^/),
+  compression: optional(
+    taken(
+      stringRule("a list of methods", /./),
+      (it) => NO_COMPRESSION.test(String(it)) ? "none" : it,
+    ),
+    () => "none",
+  ),
+  "compression-level": optional(integerRule(1, 9), () => 7),
+  "daemon-socket": taken(
+    stringRule("a file name", /^[^\0]+$/),
+    (it) => String(it).replace(/^(file|unix):\/\/(?=\/)/, ""),
+  ),
+  "overload-threshold": optional(numberRule("a number"), () => false),
+  "parallel-builds": taken(
+    integerRule(0, Infinity),
+    (it) => Math.min(Number(it), MOST_SLOTS),
+  ),
+  speed: numberRule("a number"),
+  features: optional(listRule("a list of strings", /^/), () => []),
 };
 
 /** All fields that a `<build-machine>` record has. */
@@ -1259,9 +1324,12 @@ export function machineFromFields(
   const machine: Record<string, unknown> = {};
   const reasons: string[] = [];
   for (const [name, property] of properties) {
-    const [expected, accepts] = machineFields[name]!;
-    const value = machine[property] = fields[name];
-    if (accepts(value)) continue;
+    const [expected, accepts, take = (it) => it] = machineFields[name]!;
+    const value = fields[name];
+    if (accepts(value)) {
+      machine[property] = take(value);
+      continue;
+    }
     const found = JSON.stringify(value)?.slice(0, 60) ?? typeof value;
     reasons.push(`field '${name}' must be ${expected}, not ${found}`);
   }
@@ -4049,7 +4117,7 @@ function sshOptions(
 ): ConnectConfig {
   const { type, key } = parseHostKey(machine);
   return {
-    host: machine.name,
+    host: machine.name.replace(/^.*@|[[\]]/g, ""), // as libssh does
     port: machine.port,
     username: machine.user,
     privateKey: readPrivateKey(machine.privateKey),
@@ -4945,6 +5013,9 @@ function exclusion(
   { settings }: Context,
 ): Exclusion | undefined {
   if (excluded !== undefined) return excluded;
+  if (machine.parallelBuilds === 0) {
+    return { why: "its parallel-builds is 0", isBusy: false };
+  }
   if (problem !== undefined) {
     const seconds = Math.ceil((until - Date.now()) / 1000);
     const left = seconds > 0 ? `left alone for ${seconds} s: ` : "";
@@ -4955,7 +5026,8 @@ function exclusion(
   }
   const load = normalizedLoad(facts);
   const threshold = machine.overloadThreshold;
-  if (load !== undefined && threshold !== false && load >= threshold) {
+  const isBounded = threshold !== false && threshold < 1;
+  if (load !== undefined && isBounded && load >= threshold) {
     const why = `overloaded: its normalized load is ${load.toFixed(2)}`;
     return { why, isBusy: true };
   }
@@ -6728,7 +6800,9 @@ async function machinesCommand(
     machine.user,
     String(machine.parallelBuilds),
     String(machine.speed),
-    String(machine.overloadThreshold || "-"),
+    String(
+      machine.overloadThreshold === false ? "-" : machine.overloadThreshold,
+    ),
     machine.features.join(",") || "-",
   ]);
   const columns = "machine,systems,user,slots,speed,threshold,features";

@@ -108,7 +108,8 @@ const PROGRAM = String.raw`
      (string-append "\"" (string-concatenate (map escape (string->list value)))
                     "\""))
     ((? exact-integer?) (number->string value))
-    ((and (? real?) (not (? nan?)) (not (? inf?)))
+    ((and (? real?) (? inf?)) (if (positive? value) "1e999" "-1e999"))
+    ((and (? real?) (not (? nan?)))
      (number->string (exact->inexact value)))
     (#(pairs ...)
      (string-append "{" (string-join (map (match-lambda

@@ -26,7 +26,7 @@ const plugin = {
     const past = request.history();
     const here = past.find((build) => build.machine === candidate.id);
     const build = here?.seconds ??
-      (past[0]?.seconds ?? USUAL_DURATION) / machine.speed;
+      (past[0]?.seconds ?? USUAL_DURATION) / Math.max(machine.speed, 1e-9);
     // Builds share the processors.
     const busy = machine.parallelBuilds - candidate.freeSlots();
     const queue = build * busy / (facts?.cores ?? machine.parallelBuilds);

@@ -24,6 +24,7 @@ import { createConnection } from "node:net";
 import process from "node:process";
 import type { Exclusion, Machine, PluginContext } from "../mod.ts";
 import { runDetached } from "./programs.ts";
+import { hostOf } from "./ssh.ts";
 
 /** What a list says of a machine that is started on demand. */
 export interface Demand {
@@ -115,7 +116,8 @@ function isKept(directory: string): boolean {
 /** Whether an SSH server greets. */
 function isReachable({ name, port }: Machine): Promise<boolean> {
   return new Promise((resolve) => {
-    const socket = createConnection({ host: name, port, timeout: PATIENCE });
+    const host = hostOf(name);
+    const socket = createConnection({ host, port, timeout: PATIENCE });
     const timer = setTimeout(() => socket.destroy(), PATIENCE);
     socket.on("error", () => {});
     socket.on("data", (data) => {

@@ -24,6 +24,11 @@ function keyAlgorithms(hostKey: string): string {
   return type === "ssh-rsa" ? "rsa-sha2-512,rsa-sha2-256" : type;
 }
 
+/** The host of a machine's name, of which libssh overlooks the rest. */
+export function hostOf(name: string): string {
+  return name.replace(/^.*@|[[\]]/g, "");
+}
+
 /** What every call of ssh is told; the first word on a matter counts there. */
 export function sshArguments(
   { name, port, user, hostKey, privateKey }: Machine,
@@ -58,7 +63,7 @@ export function sshArguments(
     .flatMap(([option, value]) => ["-o", `${option}=${value}`]);
   // Without the file, those that the agent and the configuration have.
   if (existsSync(privateKey)) words.push("-i", privateKey);
-  return [...words, "-p", String(port), "-l", user, "--", name];
+  return [...words, "-p", String(port), "-l", user, "--", hostOf(name)];
 }
 
 /** Settles at the end of a process: its exit code. */

@@ -2,12 +2,13 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { spawnSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { tmpdir, userInfo } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { OffloadError } from "../mod.ts";
 import {
   evaluateMachineFile,
+  type Machine,
   type MachineFile,
   type MachineFileHost,
   machineFromFields,
@@ -380,17 +381,18 @@ records("names the machine, the field and the place of a bad value", () => {
     ["(port 65536)", "port"],
     ["(port 22.5)", "port"],
     ['(port "22")', "port"],
-    ["(parallel-builds 0)", "parallel-builds"],
     ["(parallel-builds -1)", "parallel-builds"],
-    ["(speed 0)", "speed"],
-    ["(speed -1)", "speed"],
+    ["(speed #f)", "speed"],
     ["(speed 'fast)", "speed"],
-    ["(overload-threshold 1.1)", "overload-threshold"],
     ["(overload-threshold #t)", "overload-threshold"],
     ["(overload-threshold '(0.5))", "overload-threshold"],
     ['(overload-threshold "0.5")', "overload-threshold"],
     ["(compression-level 0)", "compression-level"],
-    ["(compression #f)", "compression"],
+    ["(compression 'zlib)", "compression"],
+    ['(compression "")', "compression"],
+    ["(compression-level 10)", "compression-level"],
+    ["(parallel-builds 1.5)", "parallel-builds"],
+    ["(parallel-builds #f)", "parallel-builds"],
     ["(features 'kvm)", "features"],
     ["(features '(kvm))", "features"],
     ["(private-key #f)", "private-key"],
@@ -408,6 +410,44 @@ records("names the machine, the field and the place of a bad value", () => {
       `f.scm:2:0: machine 'ada': field '${name}' must be `,
       field,
     );
+  }
+});
+
+records("takes what the reference works with, if for another value", () => {
+  const { username } = userInfo();
+  const cases: [string, keyof Machine, unknown][] = [
+    ["(overload-threshold 1.8)", "overloadThreshold", 1.8],
+    ["(overload-threshold 80)", "overloadThreshold", 80],
+    ["(overload-threshold -0.1)", "overloadThreshold", -0.1],
+    ["(parallel-builds 0)", "parallelBuilds", 0],
+    ["(parallel-builds 2.0)", "parallelBuilds", 2],
+    ["(parallel-builds 20000)", "parallelBuilds", 9999],
+    ["(speed 0)", "speed", 0],
+    ["(speed -1)", "speed", -1],
+    ["(compression #f)", "compression", "none"],
+    ['(compression "no")', "compression", "none"],
+    ['(compression "none,zlib")', "compression", "none"],
+    ['(compression "zlib,none")', "compression", "zlib,none"],
+    ["(compression-level #f)", "compressionLevel", 7],
+    ["(features #f)", "features", []],
+    ['(features \'("kvm" big "x y"))', "features", ["kvm", "x y"]],
+    ['(systems \'(a "i686-linux" #f "b"))', "systems", ["i686-linux", "b"]],
+    ["(user #f)", "user", username],
+    ['(user "a b")', "user", "a b"],
+    ['(daemon-socket "unix:///a/b")', "daemonSocket", "/a/b"],
+    ['(daemon-socket "file:///a/b")', "daemonSocket", "/a/b"],
+  ];
+  for (const [field, name, value] of cases) {
+    const [, word] = /^\((\S+)/.exec(field)!;
+    const others = machine().replace(
+      RegExp(`\\(${word} [^()]*(\\([^()]*\\))?\\)`),
+      "",
+    );
+    const { machines, problems } = evaluate(
+      `(list ${others.slice(0, -1)} ${field}))`,
+    );
+    assert.equal(problems, [], field);
+    assert.equal(machines[0]?.[name], value, field);
   }
 });
 

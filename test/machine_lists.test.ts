@@ -96,7 +96,9 @@ function conforms(value: any, rule: any): boolean {
   }
   if (rule.type === "array") {
     return Array.isArray(value) &&
-      value.every((item) => conforms(item, rule.items));
+      value.length <= (rule.maxItems ?? Infinity) &&
+      value.every((item) => conforms(item, rule.items ?? { const: item })) &&
+      (!rule.contains || value.some((item) => conforms(item, rule.contains)));
   }
   if (rule.type === "object") {
     const needed = Object.entries(rule.dependentRequired ?? {})
@@ -109,7 +111,8 @@ function conforms(value: any, rule: any): boolean {
       );
   }
   return typeof value === "number" && value <= (rule.maximum ?? Infinity) &&
-    value >= rule.minimum && (rule.type === "number" || value % 1 === 0);
+    value >= (rule.minimum ?? -Infinity) &&
+    (rule.type === "number" || value % 1 === 0);
 }
 
 test("privateDirectory() leaves the state to the daemon's user", () => {
@@ -146,9 +149,11 @@ const BAD: readonly [object | string, RegExp][] = [
   [fields({ systems: ["linux"] }), /'systems' must be a list of systems/],
   [fields({ port: 0 }), /'port' must be an integer from 1 to 65535, not 0/],
   [fields({ port: 22.5 }), /'port' must be an integer/],
-  [fields({ speed: "2" }), /'speed' must be a positive number/],
-  [fields({ "overload-threshold": 2 }), /must be a number from 0 to 1, or #f/],
-  [fields({ "parallel-builds": 0 }), /'parallel-builds' must be an integer/],
+  [fields({ speed: "2" }), /'speed' must be a number/],
+  [fields({ "overload-threshold": "2" }), /must be a number, or #f/],
+  [fields({ "overload-threshold": true }), /must be a number, or #f/],
+  [fields({ "parallel-builds": -1 }), /'parallel-builds' must be an integer/],
+  [fields({ "parallel-builds": 1.5 }), /'parallel-builds' must be an integer/],
   [fields({ name: "a b" }), /machine 'a b': field 'name' must be a host name/],
   [fields({ user: "" }), /'user' must be an account name/],
   [fields({ features: [1] }), /'features' must be a list of strings/],
@@ -170,6 +175,10 @@ const GOOD = [
   fields({ features: ["kvm"], "parallel-builds": 4, compression: "none" }),
   fields({ start: "on", stop: "off", "boot-timeout": 5, "idle-time": 60 }),
   fields({ "host-key": `${HOST_KEY} root@w1` }),
+  fields({ "overload-threshold": 1.8, speed: 0, "parallel-builds": 0 }),
+  fields({ "overload-threshold": -1, speed: -1, systems: [] }),
+  fields({ compression: false, "compression-level": false, user: false }),
+  fields({ features: false, systems: ["none", "x86_64-linux"] }),
 ];
 
 test("parseMachines() reports what is wrong with a machine", () => {

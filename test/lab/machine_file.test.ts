@@ -5,11 +5,16 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { conformInLab } from "../lab_machine_file.ts";
 import {
+  addressOf,
   assertOffloaded,
   build,
+  closure,
+  forget,
+  inHost,
   LAB,
   lab,
   makeWork,
+  outputsOf,
   root,
   run,
   RUNTIMES,
@@ -52,6 +57,55 @@ for (const runtime of RUNTIMES) {
       JSON.parse(machines.stdout).map(({ name }: { name: string }) => name),
       ["w2"],
     );
+  });
+
+  test("every value with which the reference works builds", async () => {
+    const address = addressOf("w1");
+    const odd = (text: string, name: string) =>
+      text.replace('"w1"', `"${name}"`)
+        .replace(/\(systems .*\)/, '(systems \'(linux "x86_64-linux" #f))')
+        .replace(
+          /\(user .*\)/, // the reference prefers NAME's to #f
+          `(user ${name.includes("@") ? '"root"' : "#f"}) (compression #f)`,
+        )
+        .replace(/\(overload-threshold .*\)/, "(overload-threshold 1.8)")
+        .replace(
+          /\(parallel-builds \d+\)/,
+          `(parallel-builds 2.0) (speed -1) (compression-level #f)
+           (features '("kvm" big))
+           (daemon-socket "unix:///var/guix/daemon-socket/socket")`,
+        );
+    const never = (text: string) =>
+      text.replace(/\(parallel-builds \d+\)/, "(parallel-builds 0) (speed 9)");
+    const load = `${root("w1")}/tmp/load`;
+    writeFileSync(load, "9999.00 9999.00 9999.00 1/1 1\n"); // 1, normalized
+    inHost("w1", "mount", "--bind", "/tmp/load", "/proc/loadavg");
+    try {
+      const text = lab("machines", "head", "w1").trim().slice(0, -1);
+      const entry = /\(build-machine[^]*\)/.exec(text)![0];
+      const names = ["nobody@w1", `[::ffff:${address}]`];
+      for (const [index, name] of names.entries()) {
+        const list = `(list ${odd(entry, name)} ${never(entry)})`;
+        const file = `${root("head")}/etc/guix/machines.scm`;
+        writeFileSync(file, index === 0 ? list : `(let loop () ${list})`);
+        forget("head");
+        const [derivation] = makeWork("head");
+        const output = outputsOf("head", derivation!).out!;
+        const hook = startHook("head", { runtime, wantsLocal: true });
+        assert.is(await hook.ask(derivation!), "accept", hook.text());
+        hook.work(closure("head", derivation!), [output]);
+        hook.close();
+        const { status, stderr } = await within("the end", hook.ended);
+        assert.is(status, 0, stderr);
+        assert.match(stderr, `offloading '${derivation}' to '${name}'`);
+        const reference = startHook("head", { wantsLocal: true });
+        const answer = await reference.ask(derivation!);
+        reference.close();
+        assert.is(answer, "accept", reference.text());
+      }
+    } finally {
+      inHost("w1", "umount", "/proc/loadavg");
+    }
   });
 
   test("one that is broken makes the hook decline, and says where", async () => {

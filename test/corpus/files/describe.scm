@@ -28,7 +28,9 @@
      (string-append "\"" (string-concatenate (map escape (string->list value)))
                     "\""))
     ((? exact-integer?) (number->string value))
-    ((? real?) (number->string (exact->inexact value)))
+    ((and (? real?) (? inf?)) (if (positive? value) "1e999" "-1e999"))
+    ((and (? real?) (not (? nan?)))
+     (number->string (exact->inexact value)))
     (#(pairs ...)
      (string-append "{" (string-join (map (match-lambda
                                             ((name . value)
