@@ -37,21 +37,156 @@ export interface Outcome {
   readonly variables: readonly string[];
   /** Whether it asked for the name of this host. */
   readonly host: boolean;
-  /** Whether it ran programs or listed directories: never the same twice. */
+  /** Whether it may depend on more than that, such as a socket or the time. */
   readonly volatile: boolean;
   /** Whether it took too long: it may not, another time. */
   readonly isLate?: true;
 }
 
 /**
+ * What is known to come to the same each time, or to be watched. A module all
+ * of which is pure is listed as such; of others, what may be used.
+ */
+const KNOWN = String.raw`
+(define pure-modules
+  '((ice-9 curried-definitions) (ice-9 match) (ice-9 optargs) (ice-9 receive)
+    (ice-9 regex) (ice-9 string-fun) (ice-9 vlist) (rnrs lists)
+    (srfi srfi-1) (srfi srfi-2) (srfi srfi-8) (srfi srfi-9)
+    (srfi srfi-9 gnu) (srfi srfi-11) (srfi srfi-13) (srfi srfi-14)
+    (srfi srfi-26) (srfi srfi-31) (srfi srfi-69) (srfi srfi-71)))
+
+;; Where files are read by what is watched.
+(define reading-names
+  '(call-with-input-file close-input-port close-port eof-object eof-object?
+    file-exists? get-char get-line get-string-all get-string-n
+    open-input-file peek-char read read-char read-delimited read-line
+    read-string string->port with-input-from-file))
+
+(define guile-names
+  '(* + - / < <= = > >= 1+ 1- abs acons and=> append append! append-map apply
+    assoc assoc-ref assq assq-ref assv assv-ref basename boolean? caar cadar
+    caddr cadddr cadr call-with-input-string call-with-output-string
+    call-with-values call/cc car catch cdadr cdar cddr cdddr cdr ceiling char->integer
+    char-alphabetic? char-downcase char-numeric? char-upcase char-whitespace?
+    char=? char? complement compose cons cons* const delete delete! delq
+    dirname display dynamic-wind eq? equal? eqv? error even? exact->inexact
+    exact? expt false-if-exception filter filter-map find floor fold
+    fold-right for-each format gcd getenv gethostname hash-ref hash-set!
+    identity inexact->exact inexact? integer->char integer? iota keyword?
+    last last-pair lcm length list list->string list->vector list-copy
+    list-head list-index list-ref list-tail list? logand logior make-hash-table
+    make-list make-parameter make-string make-struct/no-tail make-vector map
+    max member memq memv min modulo negate negative? newline not null?
+    number->string number? object->string odd? pair? partition positive?
+    procedure? quotient raise-exception real? reduce remainder remove
+    reverse reverse! round simple-format sort sort! stable-sort string
+    string->list string->number string->symbol string-any string-append
+    string-capitalize string-concatenate string-contains string-copy
+    string-count string-downcase string-drop string-drop-right string-every
+    string-filter string-for-each string-index string-join string-length
+    string-map string-match string-null? string-pad string-pad-right
+    string-prefix? string-prefix-ci? string-ref string-replace
+    string-replace-substring string-reverse string-rindex string-split
+    string-suffix? string-take string-take-right string-tokenize
+    string-trim string-trim-both string-trim-right string-upcase string<?
+    string=? string-ci=? string>? string? substring symbol->string
+    symbol-append symbol? throw truncate values vector vector->list
+    vector-length vector-map vector-ref vector-set! vector? void warn
+    with-exception-handler current-error-port current-output-port
+    force-output with-input-from-string with-output-to-string
+    write zero? char-set char-set-complement char-set:whitespace
+    char-set:digit char-set:letter char-set-contains? make-fluid fluid-ref
+    make-promise force make-struct/simple make-prompt-tag struct-ref
+    call-with-prompt list-transduce process-use-modules
+    current-module module-export! call-with-deferred-observers
+    make-syntax-transformer syntax->datum datum->syntax
+    generate-temporaries identifier? free-identifier=? bound-identifier=?
+    $sc-dispatch make-variable-transformer syntax-violation))
+
+(define offload-names
+  '(build-machine? build-machine-name build-machine-port
+    build-machine-systems build-machine-user build-machine-private-key
+    build-machine-host-key build-machine-compression
+    build-machine-daemon-socket build-machine-overload-threshold
+    build-machine-features build-machine-location make-build-machine
+    user-openssh-private-key source-properties->location
+    record-abi-mismatch-error struct-vtable
+    #{ %make-build-machine-procedure/abi-check}# %build-machine?-procedure
+    #{% <build-machine> abi-cookie}# #{% <build-machine> rtd}#))
+
+;; By the variable: whatever it is called, and wherever from.
+(define known-variables (make-hash-table))
+
+(define (know! module names)
+  (for-each (lambda (name)
+              (let ((variable (module-variable module name)))
+                (when variable
+                  (hashq-set! known-variables variable #t))))
+            names))
+
+(define (known-module? module)
+  (or (memq module (list the-scm-module the-root-module))
+      (member (module-name module)
+              (append pure-modules
+                      '((guile) (guix scripts offload) (guix gexp)
+                        (ice-9 format) (ice-9 rdelim) (ice-9 textual-ports)
+                        (rnrs io ports))))))
+
+(for-each (lambda (name)
+            (let ((interface (resolve-interface name)))
+              (know! interface (module-map (lambda (name _) name) interface))))
+          pure-modules)
+(know! the-root-module guile-names)
+(know! the-root-module reading-names)
+(know! (resolve-module '(guix scripts offload)) offload-names)
+(for-each (lambda (name) (know! (resolve-interface name) reading-names))
+          '((ice-9 rdelim) (ice-9 textual-ports) (rnrs io ports)))
+(know! (resolve-interface '(ice-9 format)) '(format))
+(know! (resolve-module '(guix records)) '(record-abi-mismatch-error))
+
+(define (known? module name)
+  (let ((variable (and module (module-variable module name))))
+    (and variable
+         (or (hashq-ref known-variables variable)
+             (eq? variable (module-local-variable user-module name))))))
+
+;; Checked once more at the end: they may be defined further down.
+(define unknown '())
+
+(define (examine tree)
+  (define (check module name)
+    (unless (known? module name)
+      (set! unknown (acons module name unknown))))
+  (define (module-named name)
+    (if name (resolve-module name #f #:ensure #f) (current-module)))
+  (tree-il-fold
+   (lambda (node _)
+     (cond ((toplevel-ref? node)
+            (check (module-named (toplevel-ref-mod node))
+                   (toplevel-ref-name node)))
+           ((module-ref? node)
+            (check (module-named (module-ref-mod node))
+                   (module-ref-name node)))
+           ((primitive-ref? node)
+            (check the-root-module (primitive-ref-name node)))
+           ((or (module-set? node)
+                (not (eq? (current-module) user-module)))
+            (set! volatile? #t))))
+   (const #f) #f tree))
+`;
+
+/**
  * What Guile runs, with the name of the machine file in `file`. It evaluates it
  * like the procedure `build-machines` of (guix scripts offload), in the same
  * module and with the same HOME, watches what is read meanwhile, and writes one
  * line: a record separator and JSON.
+ *
+ * What the program refers to, once its macros are expanded, must be known: to
+ * come to the same each time, or to be watched. All else is `volatile`.
  */
 const PROGRAM = String.raw`
 (use-modules (guix scripts offload) (guix diagnostics) (ice-9 match)
-             (srfi srfi-1))
+             (language tree-il) (srfi srfi-1))
 
 (define out (fdopen (dup->fdes 1) "w"))
 (set-port-encoding! out "UTF-8")
@@ -181,18 +316,34 @@ const PROGRAM = String.raw`
      (error->json (formatted procedure message (or args '())) #f #f))
     (x (error->json (object->string x) #f #f))))
 
+(define user-module (@@ (guix scripts offload) %user-module))
+
+(define evaluating? #f)
+
 (define (evaluate)
   (catch #t
     (lambda ()
       (save-module-excursion
        (lambda ()
-         (set-current-module (@@ (guix scripts offload) %user-module))
+         (set-current-module user-module)
+         (set! evaluating? #t)
          (match (primitive-load file)
            (((? build-machine? machines) ...)
             (vector (cons "machines" (map machine->json machines))))
            (_ (vector))))))
     report))
 
+${KNOWN}
+(set-module-transformer! user-module
+                         (lambda (form)
+                           (let ((tree (macroexpand form)))
+                             (examine tree)
+                             tree)))
+
+;; Macros that are no top-level ones are evaluated by this, and gone then.
+(watch-all '(primitive-eval)
+           (lambda (form)
+             (when (and evaluating? (macroexpanded? form)) (examine form))))
 (watch-all '(open-file open open-fdes stat access? primitive-load) note-file!)
 (watch-all '(primitive-load-path) note-module!)
 (watch-all '(getenv) note-variable!)
@@ -203,6 +354,11 @@ const PROGRAM = String.raw`
 (watch (resolve-module '(ice-9 popen)) 'piped-process note-volatile!)
 
 (let ((result (vector->list (evaluate))))
+  (set! evaluating? #f)
+  (unless (and (every known-module? (module-uses user-module))
+               (every (match-lambda ((module . name) (known? module name)))
+                      unknown))
+    (set! volatile? #t))
   (display (string-append
             "\x1e"
             (json (list->vector

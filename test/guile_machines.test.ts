@@ -167,10 +167,51 @@ plugins("keeps errors, too, but nothing that changes by itself", async () => {
     ]);
   }
   assert.is(countRuns(), 1);
+});
+
+/** Makes what is kept for seconds as old as that. */
+function age(): void {
+  const file = join(directory, "state", "offload", "guile-machines.json");
+  const kept = JSON.parse(fs.readFileSync(file, "utf8"));
+  for (const entry of Object.values<{ until?: number }>(kept.entries)) {
+    if (entry.until === undefined) continue;
+    assert.ok(entry.until > Date.now() && entry.until < Date.now() + 6000);
+    entry.until = Date.now() - 1;
+  }
+  fs.writeFileSync(file, JSON.stringify(kept));
+}
+
+plugins("keeps what may change by itself for seconds only", async () => {
   playGuix({ ...nothingRead, volatile: true, machines: [] });
-  await ask();
+  for (const runs of [1, 1]) {
+    await ask();
+    assert.is(countRuns(), runs);
+  }
+  age();
   await ask();
   assert.is(countRuns(), 2);
+  fs.appendFileSync(machineFile, ";\n");
+  await ask();
+  assert.is(countRuns(), 3);
+});
+
+plugins("does not trust what was read while it changed", async () => {
+  fs.mkdirSync(join(directory, "keys"), { recursive: true });
+  const key = join(directory, "keys", "key.pub");
+  const files = [key];
+  for (const change of [`echo new >'${key}'`, `rm -f '${key}'`]) {
+    fs.writeFileSync(key, "old");
+    playGuix({ ...nothingRead, files, machines: [] }, change);
+    await ask();
+    age();
+    await ask();
+    assert.is(countRuns(), 2, change);
+  }
+  playGuix({ ...nothingRead, files: ["/proc/loadavg"], machines: [] });
+  await ask();
+  age();
+  await ask();
+  assert.is(countRuns(), 2, "/proc");
 });
 
 plugins("finds where an unbound variable stands", async () => {

@@ -1,6 +1,7 @@
 /** Machine files: what we make of them, beside what the real Guix does. */
 
-import { writeFileSync } from "node:fs";
+import { mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { createServer } from "node:net";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { conformInLab } from "../lab_machine_file.ts";
@@ -14,14 +15,17 @@ import {
   LAB,
   lab,
   makeWork,
+  offloadCommand,
   outputsOf,
   root,
   run,
   RUNTIMES,
+  start,
   startHook,
   up,
   useMachines,
   useOffload,
+  watch,
   within,
 } from "./lab.ts";
 
@@ -32,6 +36,42 @@ const COMMANDS = {
   ],
   deno: ["sh", "-c", '/offload/node_modules/@deno/*/deno run -A "$@"', "deno"],
 };
+
+/** What is the same as long as nothing changes that is compared. */
+const STABLE = [
+  "(map 1+ '(1 2))",
+  '(call-with-input-file "/etc/passwd" read-line)',
+  '(and=> (getenv "HOME") string-length)',
+  "(gethostname)",
+  '(file-exists? "/nonexistent")',
+  '((@ (srfi srfi-1) delete-duplicates) (string-split "a b" #\\space))',
+];
+
+/** What asks the time, chance, processes, the network and the like. */
+const VOLATILE = [
+  "(current-time)",
+  "((@ (srfi srfi-19) current-date))",
+  "(times)",
+  "(random 10)",
+  "(getpid)",
+  "(socket PF_UNIX SOCK_STREAM 0)",
+  "(@@ (ice-9 ports) open-file)",
+  '(false-if-exception (getaddrinfo "localhost"))',
+  '(getpwnam "root")',
+  '((@ (ice-9 popen) open-input-pipe) "echo")',
+  '(stat:mtime (stat "/etc"))',
+  '((@ (ice-9 ftw) scandir) "/tmp")',
+  '((@ (guix build utils) find-files) "/tmp/volatile")',
+  "(@ (system foreign) %null-pointer)",
+  "((@ (ice-9 threads) current-processor-count))",
+  "(eval '(current-time) (current-module))",
+  "(module-ref (resolve-module '(guile)) 'current-time)",
+  "(let-syntax ((dice (lambda (x) (datum->syntax x (random 10))))) (dice))",
+  "(let () (define-syntax me (lambda (x) (datum->syntax x (getpid)))) (me))",
+  '(begin (use-modules (rnrs io ports)) (open-file-input-port "/etc/hosts"))',
+  '(readlink "/proc/self/exe")',
+  '(load-extension "libguile-ssh" "init_version")',
+];
 
 for (const runtime of RUNTIMES) {
   const test = suite(`machine files under ${runtime}`);
@@ -105,6 +145,63 @@ for (const runtime of RUNTIMES) {
       }
     } finally {
       inHost("w1", "umount", "/proc/loadavg");
+    }
+  });
+
+  test("what Guile's outcome may depend on is compared, or it is volatile", () => {
+    const key = '(host-key "ssh-ed25519 AAAA")';
+    const fields = `(systems '("x86_64-linux")) (user "u") ${key}`;
+    const directory = `${root("head")}/tmp/volatile`;
+    rmSync(directory, { recursive: true, force: true });
+    mkdirSync(directory);
+    const names = [...STABLE, ...VOLATILE].map((expression, index) => {
+      const name = `/tmp/volatile/${String(index).padStart(2, "0")}.scm`;
+      writeFileSync(
+        root("head") + name,
+        `(use-modules (ice-9 match) (ice-9 rdelim))
+        (define (value) ${expression})
+        (match (object->string (value))
+          (text (list (build-machine (name text) ${fields}))))`,
+      );
+      return name;
+    });
+    const command = [...COMMANDS[runtime], "/offload/test/lab_guile.ts"];
+    const found = JSON.parse(inHost("head", ...command, ...names));
+    assert.equal(
+      names.map((name) => found[name]),
+      [...STABLE.map(() => false), ...VOLATILE.map(() => true)],
+    );
+  });
+
+  test("one that asks the world is asked again after seconds", async () => {
+    const address = addressOf("head");
+    let [answer, asked] = ["w1", 0];
+    const server = createServer((client) => {
+      client.on("error", () => {});
+      client.end(`${answer}\n`);
+      asked++;
+    });
+    await new Promise<void>((resolve) => server.listen(8383, address, resolve));
+    const names = async () => {
+      const command = offloadCommand(runtime, "machines", "--json");
+      const { stdout } = await watch(start("head", ...command)).ended;
+      return JSON.parse(stdout).map(({ name }: { name: string }) => name);
+    };
+    try {
+      useMachines("head", ["w1"], (text) =>
+        `(use-modules (ice-9 rdelim))
+(define name
+  (let ((port (socket PF_INET SOCK_STREAM 0)))
+    (connect port AF_INET (inet-pton AF_INET "${address}") 8383)
+    (read-line port)))
+${text.replace('(name "w1")', "(name name)")}`);
+      assert.equal(await names(), ["w1"]);
+      answer = "w2";
+      let seen = "";
+      while (seen !== "w2") [seen] = await names();
+      assert.ok(asked >= 2);
+    } finally {
+      server.close();
     }
   });
 
