@@ -1,0 +1,194 @@
+/** Servers and accounts that are set up in odd ways, and clients that stop. */
+
+import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  assertOffloaded,
+  build,
+  inHost,
+  lab,
+  makeWork,
+  offloadCommand,
+  root,
+  run,
+  RUNTIMES,
+  up,
+  useMachines,
+  useOffload,
+} from "./lab.ts";
+import type { Result, Runtime } from "./lab.ts";
+
+const MEBIBYTE = 2 ** 20;
+const BULK = ["--inputs=1", `--input-size=${6 * MEBIBYTE}`];
+
+/** Makes work, builds it through w1, and gives the log. */
+function buildWork(...options: string[]): [derivation: string, Result] {
+  const [derivation] = makeWork("head", ...options);
+  return [derivation!, build("head", derivation!)];
+}
+
+/** Notes the calls of `guix` on w1, and the daemon that each is for. */
+const SPY = `#!/bin/sh
+echo "$1 $2 $GUIX_DAEMON_SOCKET" >>/tmp/guix-calls
+exec /usr/bin/guix "$@"
+`;
+
+/** What `guix` was called for on w1 while `work` was done. */
+function callsDuring(work: () => void): string {
+  const file = `${root("w1")}/tmp/guix-calls`;
+  rmSync(file, { force: true });
+  const spy = "/usr/local/bin/guix";
+  writeFileSync(root("w1") + spy, SPY, { mode: 0o755 });
+  try {
+    work();
+    return readFileSync(file, "utf8");
+  } finally {
+    inHost("w1", "rm", "-f", spy);
+  }
+}
+
+/** Does work while w1's sshd has these options. */
+function withSshd(options: readonly string[], work: () => void): void {
+  lab("sshd", "w1", ...options.flatMap((option) => ["-o", option]));
+  try {
+    work();
+  } finally {
+    lab("sshd", "w1");
+  }
+}
+
+/** Start-up files, and the shells that read them where a command is run. */
+const START_UP_FILES: Readonly<Record<string, string>> = {
+  bash: ".bashrc",
+  fish: ".config/fish/config.fish",
+  tcsh: ".tcshrc",
+  zsh: ".zshenv",
+};
+
+/** Does work while root's shell on w1 is this one and starts with that. */
+function withStartUp(shell: string, text: string, work: () => void): void {
+  const file = `/root/${START_UP_FILES[shell]}`;
+  inHost("w1", "mkdir", "-p", file.replace(/\/[^/]+$/, ""));
+  inHost("w1", "usermod", "--shell", `/usr/bin/${shell}`, "root");
+  writeFileSync(root("w1") + file, text);
+  try {
+    work();
+  } finally {
+    rmSync(root("w1") + file);
+    inHost("w1", "usermod", "--shell", "/bin/bash", "root");
+  }
+}
+
+for (const runtime of RUNTIMES) suiteUnder(runtime);
+
+function suiteUnder(runtime: Runtime): void {
+  const test = suite(`accounts under ${runtime}`);
+
+  test.before(() => {
+    up("head", "w1");
+    useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
+  });
+  test.before.each(() => useMachines("head", ["w1"]));
+
+  /** Builds through w1 with bulk; returns its log. */
+  function buildBulk(...options: string[]): string {
+    const [derivation, result] = buildWork(...BULK, ...options);
+    assertOffloaded(derivation, result, ["w1"]);
+    return result.stderr;
+  }
+
+  const single = ["MaxSessions=1", "AllowStreamLocalForwarding=no"];
+  test("one session is enough, for a build that is quiet as well", () => {
+    const quick = "OFFLOAD_KEEPALIVE_TIMEOUT=1";
+    useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1", quick);
+    try {
+      withSshd(single, () => buildBulk("--seconds=3"));
+    } finally {
+      useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
+    }
+  });
+
+  test("one command at a time is enough for bulk", () => {
+    const size = `--input-size=${34 * MEBIBYTE}`; // the way is measured
+    withSshd(["MaxSessions=1"], () => {
+      const calls = callsDuring(() => buildBulk("--inputs=1", size));
+      assert.match(calls, "archive --import");
+    });
+  });
+
+  const noise = 'echo hello\nprintf "%s" "no line"\n';
+  test("what a shell prints when it starts is skipped", () => {
+    for (const shell of Object.keys(START_UP_FILES)) {
+      withStartUp(shell, noise, () => {
+        const tested = run("head", ...offloadCommand(runtime, "test"));
+        assert.match(tested.stdout, /^w1:22\tok\t8\/8\t/m, shell);
+      });
+    }
+    withStartUp("bash", noise, () => {
+      const calls = callsDuring(() => buildBulk());
+      assert.match(calls, "archive --import");
+      withSshd(single, () => buildBulk());
+    });
+  });
+
+  test("what prints without end is named", () => {
+    withStartUp("bash", "while :; do echo hello; done\n", () => {
+      const tested = run("head", ...offloadCommand(runtime, "test"));
+      const named = "the account's shell start-up files print too much";
+      assert.match(tested.stderr, `w1:22: guix: warning: failed to run`);
+      assert.match(tested.stderr, named);
+      assert.match(buildBulk(), named);
+      withSshd(single, () => {
+        const [, { status, stderr }] = buildWork();
+        assert.is(status, 1, stderr);
+        assert.match(stderr, named);
+      });
+    });
+  });
+
+  const SOCKET = "/var/guix/daemon-socket/socket";
+  const OTHER = "/var/guix/daemon-socket/other";
+
+  /** Does work while w1's daemon listens elsewhere. */
+  async function withOtherSocket(work: () => unknown): Promise<void> {
+    inHost("w1", "mv", SOCKET, OTHER);
+    try {
+      await work();
+    } finally {
+      inHost("w1", "mv", OTHER, SOCKET);
+    }
+  }
+
+  test("a daemon at another socket gets the bulk as well", () =>
+    withOtherSocket(() => {
+      useMachines(
+        ...["head", ["w1"]] as const,
+        (text) => text.replace('(name "w1")', `$& (daemon-socket "${OTHER}")`),
+      );
+      const calls = callsDuring(() => buildBulk());
+      assert.match(calls, `archive --import ${OTHER}`);
+      const archive = "OFFLOAD_TRANSPORT=archive-command";
+      useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1", archive);
+      buildBulk();
+      useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
+    }));
+
+  test("the login's environment may name the daemon", () =>
+    withOtherSocket(async () => {
+      const file = `${root("w1")}/root/.ssh/environment`;
+      writeFileSync(file, `GUIX_DAEMON_SOCKET=unix://${OTHER}\n`);
+      try {
+        withSshd(["PermitUserEnvironment=yes"], () => {
+          const tested = run("head", ...offloadCommand(runtime, "test"));
+          assert.match(tested.stdout, /^w1:22\tok\t8\/8\t/m);
+          buildBulk();
+        });
+        withSshd(["PermitUserEnvironment=yes", single[1]!], () => buildBulk());
+      } finally {
+        rmSync(file);
+      }
+    }));
+
+  test.run();
+}
