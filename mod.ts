@@ -24,7 +24,9 @@ import {
   chmodSync,
   chownSync,
   closeSync,
+  constants as fileConstants,
   existsSync,
+  fstatSync,
   lstatSync,
   mkdirSync,
   mkdtempSync,
@@ -36,6 +38,7 @@ import {
   statSync,
   symlinkSync,
   writeFileSync,
+  writeSync,
 } from "node:fs";
 import type { Stats } from "node:fs";
 import { createConnection } from "node:net";
@@ -1950,8 +1953,8 @@ export interface Plugin extends Partial<Hooks> {
 
 /** What serving a request needs of the world. */
 export interface Context extends PluginContext {
-  /** Takes the log of the build. */
-  readonly buildLog: (text: Uint8Array) => void;
+  /** Takes the log of the build; settles when it can take more. */
+  readonly buildLog: (text: Uint8Array) => Awaitable<void>;
   /** Limits on the build. */
   readonly buildOptions: BuildOptions;
   /** The system type of this machine. */
@@ -2585,8 +2588,8 @@ const READ_SIZE = 32768;
 
 /** What a daemon's operation reads and writes while it works. */
 interface OperationStreams {
-  /** Takes each piece of a log. */
-  readonly log?: (text: Buffer) => void;
+  /** Takes each piece of a log; no more is read while it can take no more. */
+  readonly log?: (text: Buffer) => Awaitable<void>;
   /** Has the data that the operation asks for. */
   readonly source?: ByteReader;
 }
@@ -2653,7 +2656,7 @@ async function nextData(
     if (code === STDERR.error) throw await daemonError(store);
     if (code === STDERR.next) {
       const text = await reader.bytes(LIMITS.message);
-      log?.(text);
+      await log?.(text);
       heard += 64 + text.length;
       if (log === undefined && heard > LIMITS.chunk) {
         throw reader.error("too many messages");
@@ -6309,7 +6312,7 @@ async function buildRemotely(
   let last: Buffer | undefined;
   const log = (text: Buffer) => {
     last = text;
-    context.buildLog(text);
+    return context.buildLog(text);
   };
   let size = 0;
   const calls = [
@@ -8941,16 +8944,150 @@ function makePaint(
   return (style, text) => `\x1b[${STYLES[style]}m${text}\x1b[0m`;
 }
 
+/** How much is kept that a client does not read, in bytes. */
+const LARGEST_BACKLOG = 2 ** 21;
+
+/** What keeping a piece costs beside its bytes. */
+const PIECE = 64;
+
+function sleep(milliseconds: number): void {
+  const never = new Int32Array(new SharedArrayBuffer(4));
+  Atomics.wait(never, 0, 0, milliseconds);
+}
+
+/** The process of guix-daemon, whose child or grandchild this hook is. */
+function daemonProcess(): number {
+  const parent = process.ppid;
+  if (process.env.OFFLOAD_SHIM !== String(parent)) return parent;
+  const stat = readFileSync(`/proc/${parent}/stat`, "latin1");
+  return Number(stat.slice(stat.lastIndexOf(")")).split(" ")[2]);
+}
+
+/**
+ * Waits while guix-daemon still reads, or waits for its client to: what is in
+ * the pipe of a hook that has ended, it forgets. Where it waits for what comes
+ * next, it has read all.
+ */
+function awaitDaemon(): void {
+  const idle = /^(poll_|ep_poll|do_(select|poll|epoll_wait|wait))/;
+  for (let unknown = 0; unknown < 200;) {
+    let place = "0";
+    try {
+      place = readFileSync(`/proc/${daemonProcess()}/wchan`, "latin1").trim();
+    } catch {
+      // It is gone, or another's.
+    }
+    if (idle.test(place)) return;
+    unknown = place === "0" ? unknown + 1 : 0;
+    sleep(5);
+  }
+}
+
+/** Where a client reads, who may stop: nothing here waits for that. */
+class Outlet {
+  readonly #file: number;
+  readonly #left: Uint8Array[] = [];
+  #size = 0;
+  #wasFull = false;
+  #problem: unknown;
+  #room = Promise.withResolvers<void>();
+
+  /** Writes to an open file which, where it can, refuses rather than waits. */
+  constructor(file: number) {
+    this.#file = file;
+    process.on("exit", () => this.end());
+  }
+
+  /** Whether as much is kept as may be. */
+  get isFull(): boolean {
+    return this.#size > LARGEST_BACKLOG;
+  }
+
+  /** Writes in order what it can and keeps the rest; settles where it may. */
+  write(text: Uint8Array): Awaitable<void> {
+    this.#left.push(text);
+    this.#size += text.length + PIECE;
+    if (this.#left.length === 1) this.#flush(); // else a timer does
+    if (this.#problem !== undefined) throw this.#problem;
+    if (this.isFull) return this.#room.promise;
+  }
+
+  /** Writes all that is left, however long that takes. */
+  end(): void {
+    while (!this.#pass()) sleep(5);
+    if (this.#wasFull) awaitDaemon();
+  }
+
+  #flush(pause = 1): void {
+    const before = this.#size;
+    if (!this.#pass()) {
+      const next = this.#size < before ? 1 : Math.min(2 * pause, 50);
+      setTimeout(() => this.#flush(next), pause);
+    }
+    if (this.isFull) return;
+    this.#room.resolve();
+    this.#room = Promise.withResolvers();
+  }
+
+  /** Writes what there is room for; returns whether that was all. */
+  #pass(): boolean {
+    try {
+      for (let text; (text = this.#left[0]) !== undefined;) {
+        const written = writeSync(this.#file, text);
+        const isDone = written === text.length;
+        this.#size -= written + (isDone ? PIECE : 0);
+        if (isDone) this.#left.shift();
+        else this.#left[0] = text.subarray(written);
+      }
+    } catch (error) {
+      this.#wasFull = (error as NodeJS.ErrnoException).code === "EAGAIN";
+      if (this.#wasFull) return false;
+      this.#problem = error;
+      [this.#left.length, this.#size] = [0, 0];
+    }
+    return true;
+  }
+}
+
+/**
+ * Opens a descriptor anew (by number, Deno can't use all): to write to a pipe
+ * won't wait then, as it goes on to do for others who share the descriptor.
+ */
+function reopen(descriptor: number): number {
+  const { O_APPEND, O_NONBLOCK, O_WRONLY } = fileConstants;
+  const flags = O_APPEND | O_NONBLOCK | O_WRONLY;
+  return openSync(`/proc/self/fd/${descriptor}`, flags);
+}
+
+/** Standard error; what else than a pipe it is, such as a terminal, may wait. */
+function openMessages(): Outlet {
+  let isPipe = false;
+  try {
+    isPipe = fstatSync(STANDARD_ERROR).isFIFO();
+  } catch {
+    // It is closed.
+  }
+  return new Outlet(isPipe ? reopen(STANDARD_ERROR) : STANDARD_ERROR);
+}
+
 /** Makes a log on standard error, which the daemon shows to the client. */
-function makeLog(environment: Variables, foot?: Foot): Log {
+function makeLog(environment: Variables, foot?: Foot, outlet?: Outlet): Log {
   const paint = makePaint(STANDARD_ERROR, environment);
+  const print = (text: string) => {
+    if (outlet === undefined) return writeText(STANDARD_ERROR, text);
+    try {
+      if (!outlet.isFull) outlet.write(Buffer.from(text));
+    } catch {
+      // As above.
+    }
+  };
   const line = (...parts: readonly (string | Styled)[]) => {
     const text = parts.map((it) =>
       typeof it === "string"
         ? printable(it)
         : paint(it.style, printable(it.text))
     ).join("");
-    const write = () => writeLine(STANDARD_ERROR, text);
+    const write = () => print(`${text}\n`);
     foot === undefined ? write() : foot.above(write);
   };
   const report = (kind: string, problem: unknown) => {
@@ -8992,17 +9129,18 @@ function makeScreen(environment: Variables, foot?: Foot): Screen {
   };
 }
 
-/** Opens the log of the build, file descriptor 4 (by number, Deno can't). */
-function openBuildLog(): (text: Uint8Array) => void {
+/** Opens the log of the build, file descriptor 4. */
+function openBuildLog(): (text: Uint8Array) => Awaitable<void> {
   let file = STANDARD_ERROR;
   try {
-    file = openSync("/proc/self/fd/4", "a");
+    file = reopen(4);
   } catch {
     // Run by hand.
   }
+  const outlet = new Outlet(file);
   return (text) => {
     try {
-      writeFileSync(file, text);
+      return outlet.write(text);
     } catch (cause) {
       const message = `failed to write the build log: ${reason(cause)}`;
       throw new LocalError(message, { cause });
@@ -9167,6 +9305,7 @@ async function runHook(
   { system }: HookArguments,
   start: (log: Log) => Promise<Context>,
   everything: Log,
+  messages: Outlet,
   signal: AbortSignal,
 ): Promise<void> {
   const input = createInterface({ input: process.stdin, signal });
@@ -9181,6 +9320,7 @@ async function runHook(
     },
     answer: (word) => {
       answered = word;
+      messages.end(); // they come first
       writeLine(STANDARD_OUTPUT, `# ${word}`);
     },
   };
@@ -9235,12 +9375,13 @@ async function makeCommandContext(
 async function main(args: readonly string[]): Promise<number> {
   const environment = process.env;
   const foot = makeFoot(environment);
-  const log = makeLog(environment, foot);
+  const hook = parseHookArguments(args);
+  const messages = hook === undefined ? undefined : openMessages();
+  const log = makeLog(environment, foot, messages);
   try {
     checkRuntime();
     const signal = abortOnSignals();
-    const hook = parseHookArguments(args);
-    if (hook !== undefined) {
+    if (hook !== undefined && messages !== undefined) {
       // What a plugin prints, or throws out of turn, must not answer the
       // daemon, which listens to both outputs, or end the build.
       const print = (...values: unknown[]) =>
@@ -9250,7 +9391,7 @@ async function main(args: readonly string[]): Promise<number> {
       process.on("uncaughtException", (error) => log.warn(error));
       const start = (log: Log) => makeContext(hook, environment, log, signal);
       tellShim(environment);
-      await runHook(hook, start, log, signal);
+      await runHook(hook, start, log, messages, signal);
       return 0;
     }
     const { output, exitCode, problem } = await runCommand(

@@ -1,21 +1,29 @@
 /** Servers and accounts that are set up in odd ways, and clients that stop. */
 
-import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   assertOffloaded,
   build,
+  buildCommand,
+  closure,
   inHost,
   lab,
   makeWork,
   offloadCommand,
+  outputsOf,
   root,
   run,
   RUNTIMES,
+  start,
+  startHook,
+  until,
   up,
   useMachines,
   useOffload,
+  watch,
+  within,
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
 
@@ -175,7 +183,7 @@ function suiteUnder(runtime: Runtime): void {
     }));
 
   test("the login's environment may name the daemon", () =>
-    withOtherSocket(async () => {
+    withOtherSocket(() => {
       const file = `${root("w1")}/root/.ssh/environment`;
       writeFileSync(file, `GUIX_DAEMON_SOCKET=unix://${OTHER}\n`);
       try {
@@ -189,6 +197,67 @@ function suiteUnder(runtime: Runtime): void {
         rmSync(file);
       }
     }));
+
+  const LINES = 60_000;
+
+  /** The numbers of the lines that the builder printed. */
+  const printed = (text: string) =>
+    [...text.matchAll(/^line (\d+) of/gm)].map(([, number]) => Number(number));
+
+  test("a client that stops holds up its log alone", async () => {
+    const alive = ["ClientAliveInterval=1", "ClientAliveCountMax=3"];
+    lab("sshd", "w1", ...alive.flatMap((option) => ["-o", option]));
+    try {
+      const [derivation] = makeWork("head", `--log-lines=${LINES}`);
+      const command = buildCommand([derivation!]).join(" ");
+      // What stops with it must not be what the test waits for.
+      const script = `${command} & echo $! >/tmp/client; wait $!`;
+      const client = watch(start("head", "sh", "-c", script));
+      const kill = (signal: string) =>
+        inHost("head", "sh", "-c", `kill -${signal} $(cat /tmp/client)`);
+      await until("a line", () => client.text().includes("line 100 of"));
+      kill("STOP");
+      const stopped = Date.now();
+      // A connection that is not answered on is cut after 3 s.
+      await until("sshd's patience", () => Date.now() - stopped > 5000);
+      kill("CONT");
+      const result = await within("the build", client.ended);
+      assertOffloaded(derivation!, result, ["w1"]);
+      const { stderr } = result;
+      assert.is(stderr.match(/^offloading '/gm)?.length, 1);
+      // The hook's own messages may come in the middle of a line.
+      const messages = /(retrieving \d|done with offloaded).*\n/g;
+      const numbers = printed(stderr.replace(messages, ""));
+      assert.is(numbers.length, LINES);
+      assert.ok(numbers.every((number, index) => number === index + 1));
+    } finally {
+      lab("sshd", "w1");
+    }
+  });
+
+  test("a hook ends when all of its log is written", async () => {
+    const lines = 10_000; // more than a pipe holds
+    const [derivation] = makeWork("head", `--log-lines=${lines}`);
+    const log = "/tmp/build-log-slow";
+    inHost("head", "sh", "-c", `rm -f ${log}; mkfifo ${log}`);
+    const script = `exec 4<>${log}; touch ${log}.open; read go; exec cat <&4`;
+    const reader = watch(start("head", "sh", "-c", script));
+    await until("a reader", () => existsSync(`${root("head")}${log}.open`));
+    const hook = startHook("head", { runtime, log });
+    assert.is(await hook.ask(derivation!), "accept");
+    hook.work(
+      closure("head", derivation!),
+      Object.values(outputsOf("head", derivation!)),
+    );
+    await until(
+      "the end of the build",
+      () => hook.text().includes("done with"),
+    );
+    reader.child.stdin!.write("go\n");
+    assert.is((await within("the hook", hook.ended)).status, 0);
+    await until("all", () => printed(reader.text()).length === lines);
+    reader.child.kill();
+  });
 
   test.run();
 }

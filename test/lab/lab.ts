@@ -548,6 +548,8 @@ export interface HookOptions {
   readonly buildTimeout?: number;
   /** Whether the daemon has a free slot of its own. */
   readonly wantsLocal?: boolean;
+  /** The file that its build log goes to: a new one unless told. */
+  readonly log?: string;
   /** Further variables of its environment: `NAME=VALUE`. */
   readonly variables?: readonly string[];
 }
@@ -561,7 +563,7 @@ export function startHook(
 ): Hook {
   const { runtime, maxSilentTime = 3600, buildTimeout = 86400 } = options;
   const { wantsLocal = false, variables = [] } = options;
-  const file = `/tmp/build-log-${++hooks}`;
+  const { log: file = `/tmp/build-log-${++hooks}` } = options;
   const guix = runtime === undefined ? "guix" : "/offload/scripts/guix";
   const environment = [`OFFLOAD_RUNTIME=${runtime ?? ""}`, ...variables];
   const command = `${environment.join(" ")} exec ${guix} offload ` +
