@@ -349,8 +349,8 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
       [["test", file], /: connect: ESC\[32mokESC\[0m/],
       [["test", file], /connect: ESC\[31mfailedESC\[0m: failed to connect/],
       [["status", file], /ESC\[32mupESC\[0m [^]*ESC\[31mdownESC\[0m/],
-      [["explain", derivation!], /^ESC\[1mmachine +free slots/m],
-      [["machines", file], /^ESC\[1mmachine +systems/m],
+      [["explain", derivation!], /ESC\[1mmachine +free slots/m],
+      [["machines", file], /ESC\[1mmachine +systems/m],
       [trust, /w1:22: import: ESC\[32mokESC\[0m/],
     ];
     const shown = painted.map(([args]) => onTerminal("head", command(...args)));
