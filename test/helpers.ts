@@ -320,6 +320,12 @@ export function goldenTurns(daemon: GoldenDaemon, name: string): Turn[] {
   return [[hello, answer], ...turns];
 }
 
+/** A daemon that greets, and then hears nothing more. */
+export function greeter(): Peer {
+  const [greeting] = goldenTurns(daemons["1.5"]!, "export-path");
+  return new Peer([greeting!, [Buffer.from("nothing else"), Buffer.alloc(0)]]);
+}
+
 /** What a real daemon exported: nar, metadata, signature. */
 export async function goldenExport(daemon: GoldenDaemon): Promise<Buffer> {
   const peer = new Peer(goldenTurns(daemon, "export-path"));

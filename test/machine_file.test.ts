@@ -576,15 +576,19 @@ command("says where a file can't be evaluated, and fails", () => {
   );
 });
 
-command("says nothing of a file that is not there", () => {
+command("says nothing of a file that is not there, unless it is named", () => {
   const [program, ...args] = ownRuntime;
-  const { status, stderr } = spawnSync(
-    program,
-    [...args, join(ROOT, "mod.ts"), "machines", "/nonexistent/machines.scm"],
-    { encoding: "utf8" },
-  );
-  assert.is(status, 0);
-  assert.is(stderr, "");
+  const machines = (...names: string[]) =>
+    spawnSync(program, [...args, join(ROOT, "mod.ts"), "machines", ...names], {
+      encoding: "utf8",
+      env: { GUIX_CONFIGURATION_DIRECTORY: "/nonexistent" },
+    });
+  const usual = machines();
+  assert.is(usual.status, 0);
+  assert.is(usual.stderr, "");
+  const named = machines("/nonexistent/machines.scm");
+  assert.is(named.status, 2);
+  assert.match(named.stderr, "failed to open machine file '/nonexistent/mach");
 });
 
 command.run();

@@ -31,7 +31,7 @@ import type {
 } from "../mod.ts";
 import builtinPlugins from "../plugins/mod.ts";
 import { candidate, machine, makeContext, request } from "./context.ts";
-import { rejects } from "./helpers.ts";
+import { greeter, rejects } from "./helpers.ts";
 
 const test = suite("plugins");
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -400,7 +400,7 @@ test("a machine has time to be connected to, beside one that is", async () => {
         if (name === "cold") await delay(150); // what ssh takes, nearby
         return {
           failure: () => undefined,
-          openSocket: () => Promise.reject(new Error("none")),
+          openSocket: () => Promise.resolve(greeter()),
           exec: () => Promise.reject(new Error("none")),
           close: () => {},
         };
