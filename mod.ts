@@ -2070,6 +2070,14 @@ async function findPlugins(directory: string): Promise<string[]> {
   return files.filter((file) => !/^[._]/.test(basename(file))).sort();
 }
 
+/** What an error that a hook throws may say beside its message. */
+export interface PluginError extends Error {
+  /** What the user can do about it. */
+  readonly hint?: string;
+  /** Whether it is this machine's failure: no other build machine would help. */
+  readonly isLocal?: boolean;
+}
+
 /** Calls a hook within its time, and names it in what goes wrong. */
 async function callHook<T>(
   plugin: Plugin,
@@ -2084,10 +2092,12 @@ async function callHook<T>(
     const isOurs = isBuiltin(plugin) && /machines|connect/.test(hook);
     if (isOurs && cause instanceof OffloadError) throw cause;
     const prefix = isOurs ? "" : `plugin '${plugin.name}': ${hook}: `;
-    throw new OffloadError(prefix + reason(cause), {
-      cause,
-      hint: (cause as Partial<OffloadError> | undefined)?.hint,
-      code: isOurs ? codeOf(cause) : "plugin",
+    const { hint, isLocal } = (cause ?? {}) as PluginError;
+    const Class = isLocal === true ? LocalError : OffloadError;
+    const code = isOurs ? codeOf(cause) : "plugin";
+    throw new Class(prefix + reason(cause), {
+      ...{ cause, hint },
+      code: isLocal === true ? "local" : code,
     });
   }
 }
@@ -4095,12 +4105,61 @@ function connectionError(machine: Machine, cause: SshError): OffloadError {
       },
     );
   }
+  const [, lacking] = /: no matching (.+)/.exec(cause.message) ?? [];
+  if (lacking !== undefined) return negotiationError(machine, lacking, cause);
   return new OffloadError(`failed to connect to '${name}': ${reason(cause)}`, {
     cause,
     code: "connect",
     hint: `check that it is up and that sshd listens on its port ${port}: ` +
       `try '${sshCommand(machine)}'`,
   });
+}
+
+/** The two sides know no algorithm in common for what is `lacking`. */
+function negotiationError(
+  { name, port, hostKey }: Machine,
+  lacking: string,
+  cause: SshError,
+): OffloadError {
+  const [type] = hostKey.trim().split(/\s+/);
+  const message = `failed to connect to '${name}': no common ${lacking}`;
+  const hint = lacking.startsWith("host key")
+    ? `it has no key of type '${type}': see 'ssh-keyscan -p ${port} ${name}' ` +
+      "and correct the machine's host-key"
+    : "set 'connect' to \"openssh\", and the system's ssh connects, which " +
+      "may know more, or have sshd there offer more";
+  return new OffloadError(message, { cause, hint });
+}
+
+/** The server takes the key and still lets nobody in. */
+function partialSuccess(
+  { name, user }: Machine,
+  left: readonly string[],
+): OffloadError {
+  const wanted = left.join("' or '");
+  const message =
+    `'${name}' accepted the SSH key and wants '${wanted}' as well`;
+  return new OffloadError(message, {
+    hint: "nobody can answer it here: exempt the account at the end of " +
+      `/etc/ssh/sshd_config there, by 'Match User ${user}' and below it ` +
+      "'AuthenticationMethods publickey'",
+  });
+}
+
+/** Logs in by the key alone; `refuse` gets the error where that won't do. */
+function authenticateByKey(
+  machine: Machine,
+  refuse: (error: OffloadError) => void,
+): NonNullable<ConnectConfig["authHandler"]> {
+  let isTried = false;
+  return (left, isPartial, next) => {
+    if (!isTried) {
+      isTried = true;
+      return next("publickey");
+    }
+    if (isPartial) refuse(partialSuccess(machine, left ?? []));
+    next(false as never);
+  };
 }
 
 /** The fingerprint of an SSH public key, as OpenSSH shows it. */
@@ -4125,7 +4184,7 @@ function hostKeyError(machine: Machine, shown: Buffer): OffloadError {
   );
 }
 
-/** Everything ssh2 is told; `refuse` gets the error of a wrong host key. */
+/** Everything ssh2 is told; `refuse` gets the error where we end it. */
 function sshOptions(
   machine: Machine,
   { connectTimeout, keepaliveTimeout }: Settings,
@@ -4137,7 +4196,7 @@ function sshOptions(
     port: machine.port,
     username: machine.user,
     privateKey: readPrivateKey(machine.privateKey),
-    authHandler: ["publickey"],
+    authHandler: authenticateByKey(machine, refuse),
     algorithms: {
       cipher: ciphers(),
       serverHostKey: [...HOST_KEY_ALGORITHMS[type]!],
@@ -4877,6 +4936,8 @@ export interface Prospect extends Candidate {
   facts: Facts | undefined;
   /** Why it can't be reached, or is left alone. */
   problem: string | undefined;
+  /** What is wrong here, so that it can't be reached. */
+  obstacle?: Error;
   /** Why it is not even to be asked. */
   excluded: Exclusion | undefined;
   /** Until when it is left alone, in milliseconds since 1970. */
@@ -5013,8 +5074,10 @@ function noteFailure(
   { log, observations, settings, signal }: Context,
 ): void {
   signal.throwIfAborted();
+  const { machine } = prospect;
   prospect.problem = reason(error);
-  observations.saveFailure(prospect.machine, prospect.problem, settings);
+  if (error instanceof LocalError) prospect.obstacle = error;
+  else observations.saveFailure(machine, prospect.problem, settings);
   log.warn(error);
 }
 
@@ -5370,7 +5433,11 @@ export async function chooseBuildMachine(
       ranking.some((it) => it.prospect === prospect) ||
       exclusion(prospect, context)?.isBusy
     );
-    if (able.length === 0) return "unreachable";
+    if (able.length === 0) {
+      const obstacle = prospects.find((it) => it.obstacle)?.obstacle;
+      if (obstacle !== undefined) throw obstacle;
+      return "unreachable";
+    }
     await startMachine(prospects, context);
     const busy = able.filter((prospect) => prospect.freeSlots() === 0);
     if (!await waitForSlot(busy, context, end)) return "busy";
@@ -5408,6 +5475,7 @@ async function makeReady(
     await Promise.race([prospect.opening, late]);
     return exclusion(prospect, context) === undefined;
   } catch (error) {
+    if (error instanceof LocalError) throw error;
     noteFailure(prospect, error, context);
     return false;
   }

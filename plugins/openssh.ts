@@ -16,13 +16,29 @@ import type { ChildProcess } from "node:child_process";
 import { existsSync } from "node:fs";
 import { createConnection } from "node:net";
 import type { Duplex } from "node:stream";
-import type { Connection, Machine, Plugin, PluginContext } from "../mod.ts";
+import type {
+  Connection,
+  Machine,
+  Plugin,
+  PluginContext,
+  PluginError,
+} from "../mod.ts";
 import { digest, privateDirectory, writePrivately } from "./programs.ts";
 import { ALIAS, control, execute, ssh, sshArguments } from "./ssh.ts";
 
+/** Without ssh no machine is reached, and none is to blame. */
+function lackingError(): PluginError {
+  const text = "there is no program 'ssh' here, to connect by as the setting " +
+    "'connect' has it";
+  const hint = "install OpenSSH's client (the package 'openssh' of Guix, " +
+    "'openssh-client' of Debian), or set 'connect' to \"guix\"";
+  return Object.assign(new Error(text), { hint, isLocal: true });
+}
+
 /** Says why ssh failed, and what may help. */
 function connectionError({ name }: Machine, cause: unknown): Error {
-  const { message } = cause as Error;
+  const { message, code: errno, syscall } = cause as NodeJS.ErrnoException;
+  if (errno === "ENOENT" && syscall?.startsWith("spawn")) return lackingError();
   const wrongKey = /host key|REMOTE HOST IDENTIFICATION/i.test(message);
   const [shown] = /(?<=sent by the remote host is\W+)SHA256:[\w+/]+/
     .exec(message) ?? [];

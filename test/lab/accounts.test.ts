@@ -259,5 +259,59 @@ function suiteUnder(runtime: Runtime): void {
     reader.child.kill();
   });
 
+  test("a server that wants more than the key is told as that", () => {
+    const more = "AuthenticationMethods=publickey,keyboard-interactive";
+    withSshd([more, "KbdInteractiveAuthentication=yes"], () => {
+      const { stdout, stderr } = run(
+        "head",
+        ...offloadCommand(runtime, "test"),
+      );
+      assert.match(
+        stderr,
+        "'w1' accepted the SSH key and wants 'keyboard-interactive' as well",
+      );
+      assert.match(stdout, "'AuthenticationMethods publickey'");
+      assert.not.match(stdout + stderr, "ssh-copy-id");
+    });
+  });
+
+  for (const algorithm of ["mlkem768x25519-sha256", "sntrup761x25519-sha512"]) {
+    test(`a server that knows only ${algorithm} is reached by ssh`, () => {
+      withSshd([`KexAlgorithms=${algorithm}`], () => {
+        const tested = run("head", ...offloadCommand(runtime, "test"));
+        assert.match(tested.stderr, "no common key exchange algorithm");
+        assert.match(tested.stdout, `set 'connect' to "openssh"`);
+        useMachines("head", ["w1"]);
+        const connect = "OFFLOAD_CONNECT=openssh";
+        useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1", connect);
+        const [derivation, result] = buildWork();
+        useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
+        assertOffloaded(derivation, result, ["w1"]);
+      });
+    });
+  }
+
+  for (const wantsLocal of [true, false]) {
+    const answer = wantsLocal ? "decline" : "postpone";
+    test(`without ssh, what is to connect by it gets a ${answer}`, async () => {
+      const [derivation] = makeWork("head");
+      useMachines("head", ["w1"]);
+      inHost("head", "mv", "/usr/bin/ssh", "/usr/bin/ssh.away");
+      try {
+        const variables = ["OFFLOAD_CONNECT=openssh"];
+        const hook = startHook("head", { runtime, wantsLocal, variables });
+        assert.is(await hook.ask(derivation!), answer);
+        assert.is(await hook.ask(derivation!), answer);
+        hook.close();
+        await within("the hook", hook.ended);
+        const told = hook.text().match(/there is no program 'ssh' here/g);
+        assert.is(told?.length, 1, hook.text());
+        assert.match(hook.text(), "hint: install OpenSSH's client");
+      } finally {
+        inHost("head", "mv", "/usr/bin/ssh.away", "/usr/bin/ssh");
+      }
+    });
+  }
+
   test.run();
 }
