@@ -4583,6 +4583,7 @@ async function startThere(
 /** Says why a command does not run there as it should. */
 async function commandError(
   { name }: Link,
+  command: string,
   cause: unknown,
   process?: RemoteProcess,
 ): Promise<OffloadError> {
@@ -4590,7 +4591,8 @@ async function commandError(
   const [complaint] = ended?.errors.trim().split("\n").slice(-1) ?? [];
   const why = complaint || reason(cause) || `exit code ${ended?.code}`;
   const { hint } = cause as Partial<OffloadError>;
-  const message = `failed to run a command on '${name}': ${why}`;
+  const what = /^.{1,40}$/.test(command) ? `'${command}'` : "a command";
+  const message = `failed to run ${what} on '${name}': ${why}`;
   const isNoise = cause instanceof Noise;
   const options = { cause, hint, code: "command" } as const;
   return new (isNoise ? Noise : OffloadError)(message, options);
@@ -4621,7 +4623,7 @@ async function executeThere(
     return { ...process, started };
   } catch (cause) {
     starting.then(({ channel }) => channel.destroy(), () => {});
-    throw await commandError(link, cause, process);
+    throw await commandError(link, command, cause, process);
   }
 }
 
@@ -4919,8 +4921,12 @@ const LONGEST_FACTS = 16384;
 async function probe(session: Session, context: Context): Promise<Facts> {
   const start = performance.now();
   const command = probeCommand(context.storeDirectory);
-  const { channel, started } = await session.exec(command, true);
-  const roundTrip = started - start;
+  const process = await session.exec(command, true).catch((error) => {
+    if (session.failure() || error.cause instanceof Late) throw error;
+    return undefined; // it says nothing of itself
+  });
+  const roundTrip = (process?.started ?? performance.now()) - start;
+  const channel = process?.channel ?? [];
   let text = "";
   for await (const chunk of channel) {
     text += chunk;
