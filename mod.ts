@@ -3677,6 +3677,9 @@ function restoreInfinity(key: string, value: unknown): unknown {
 /** The problem of a machine that took too long; a late answer clears it. */
 const UNANSWERED = "no answer yet";
 
+/** For how long a machine is believed to be this one or another, in ms. */
+const IDENTITY_LIFETIME = 86_400_000;
+
 /** For how long an item is believed to be on a machine, in seconds. */
 const HELD_LIFETIME = 30 * 86400;
 
@@ -3696,6 +3699,8 @@ const OBSERVATIONS_SCHEMA = `
     WITHOUT ROWID;
   CREATE TABLE IF NOT EXISTS slot (
     file TEXT PRIMARY KEY, derivation TEXT, time REAL);
+  CREATE TABLE IF NOT EXISTS own (
+    definition TEXT PRIMARY KEY, own INTEGER NOT NULL, time REAL NOT NULL);
   CREATE TABLE IF NOT EXISTS used (machine TEXT PRIMARY KEY, time REAL);
   CREATE TABLE IF NOT EXISTS wait (
     id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
@@ -3797,6 +3802,25 @@ export class Observations {
        until NOT BETWEEN ?2 AND ?2 + 1000 * max(?4, ?5)`,
       ...[machineId(machine), Date.now(), problem, backoff, backoffLimit],
       JSON.stringify(machine),
+    );
+  }
+
+  /** Notes whether a machine is this one; another definition may not be. */
+  saveIdentity(machine: Machine, isThis: boolean): void {
+    this.#query(
+      "INSERT OR REPLACE INTO own VALUES (?, ?, ?)",
+      ...[JSON.stringify(machine), Number(isThis), Date.now()],
+    );
+  }
+
+  /** Whether machines are this one, by definition, as far as is known. */
+  identities(): Map<string, boolean> {
+    const now = Date.now();
+    return new Map(
+      this.#query(
+        "SELECT definition, own FROM own WHERE time BETWEEN ? AND ?",
+        ...[now - IDENTITY_LIFETIME, now],
+      ).map(({ definition, own }) => [definition as string, own === 1]),
     );
   }
 
@@ -4936,6 +4960,55 @@ async function probe(session: Session, context: Context): Promise<Facts> {
   return parseFacts(text, middle, roundTrip);
 }
 
+/** Why a machine file that a farm shares is no trouble on its machines. */
+const THIS_MACHINE: Exclusion = {
+  why: "it is this machine, which sends itself no builds",
+  isBusy: false,
+};
+
+/** Whether a store holds an item that was just made here, and not any other. */
+async function sharesStore(
+  remote: StoreConnection,
+  context: Context,
+): Promise<boolean> {
+  const local = await openLocalDaemon(context);
+  try {
+    const text = Buffer.from(randomUUID());
+    const path = await addTextToStore(local, "offload-identity", text, []);
+    const hash = basename(path).slice(0, 32);
+    const other = path.replace(hash, [...hash].reverse().join(""));
+    const valid = await queryValidPaths(remote, [path, other]);
+    return valid.includes(path) && !valid.includes(other);
+  } finally {
+    local.stream.destroy();
+  }
+}
+
+/**
+ * Whether the guix-daemon that is reached is that of this machine, whatever way
+ * leads there: a build that is sent to it would wait for its own lock. Not
+ * known is no: what hinders the answer hinders the build.
+ */
+export async function isThisMachine(
+  { machine, openDaemon }: Pick<Session, "machine" | "openDaemon">,
+  context: Context,
+): Promise<boolean> {
+  const { log, observations } = context;
+  const known = observations.identities().get(JSON.stringify(machine));
+  if (known !== undefined) return known;
+  try {
+    const remote = await openDaemon();
+    const answer = unlessAborted(context.signal, sharesStore(remote, context));
+    const isThis = await answer.finally(() => remote.stream.destroy());
+    observations.saveIdentity(machine, isThis);
+    if (isThis) log.info(`leaving out '${machine.name}': ${THIS_MACHINE.why}`);
+    return isThis;
+  } catch (error) {
+    log.debug(`failed to compare stores: ${reason(error)}`);
+    return false;
+  }
+}
+
 /** A machine that matches, and what is found out about it. */
 export interface Prospect extends Candidate {
   /** What it said, once it did. */
@@ -5239,7 +5312,11 @@ async function survey(
     return makeProspect(machine, records.get(id), context, lastUsed.get(id));
   });
   const exclusions = await findExclusions(prospects, context);
-  prospects.forEach((it, index) => it.excluded = exclusions[index]);
+  const own = context.observations.identities();
+  prospects.forEach((it, index) => {
+    const isThis = own.get(JSON.stringify(it.machine)) === true;
+    it.excluded = isThis ? THIS_MACHINE : exclusions[index];
+  });
   const unknown = prospects
     .filter(({ facts, problem, excluded }) => !facts && !problem && !excluded)
     .filter((prospect) => prospect.freeSlots() > 0)
@@ -6476,6 +6553,10 @@ async function transferAndOffload(
   const local = openLocalDaemon(context);
   local.catch(() => {}); // it is told below
   try {
+    // It may not have been asked, or not to the end.
+    if (await isThisMachine(session, context)) {
+      throw new OffloadError(`'${machine.name}': ${THIS_MACHINE.why}`);
+    }
     const remote = await session.openDaemon();
     const before = performance.now();
     const { buildOptions, settings } = context;
@@ -7632,7 +7713,12 @@ async function testMachine(
         ({ minor }) => `protocol 1.${minor}`,
       );
       await testPrograms(trial, session);
-      if (remote !== undefined) {
+      const bounded = { ...context, signal, settings };
+      if (await isThisMachine(session, bounded)) {
+        const hint =
+          "one machine file for a whole farm is fine; else remove it";
+        trial.end("import", "warning", THIS_MACHINE.why, hint);
+      } else if (remote !== undefined) {
         const itself = (path: string) => path;
         const send = async () => testImport(remote, await prepare());
         await trial.run("import", send, itself);
@@ -7963,6 +8049,7 @@ async function inspect(
     const session = sessions.get(id) ??
       await openSession(machine, { ...context, ...bounds });
     sessions.set(id, session);
+    const isThis = isThisMachine(session, { ...context, ...bounds });
     const facts = unlessAborted(bounds.signal, probe(session, context));
     return facts.catch((error) => {
       // An account may be unable to run commands and still be of use.
@@ -7970,12 +8057,13 @@ async function inspect(
       sessions.delete(id);
       session.close();
       throw error;
-    });
+    }).then(async (facts) => ({ facts, isThis: await isThis }));
   };
   try {
-    const facts = await withTimeout(seconds, context, ask);
+    const { facts, isThis } = await withTimeout(seconds, context, ask);
     const use = describeUse(machine, context);
-    return { ...use, reachable: true, ...describeFacts(facts) };
+    const problem = isThis ? THIS_MACHINE.why : undefined;
+    return { ...use, reachable: true, problem, ...describeFacts(facts) };
   } catch (error) {
     context.signal.throwIfAborted();
     const problem = inOneLine(reason(error));
@@ -8034,7 +8122,7 @@ function formatStatus(statuses: readonly MachineStatus[]): string {
   const lines = statuses.flatMap((status) => {
     const { load, disk, clock, latency, slots } = formatNumbers(status);
     const fields = Object.entries({
-      "unreachable": status.problem,
+      [status.reachable ? "left out" : "unreachable"]: status.problem,
       "kernel": status.kernel,
       "architecture": status.architecture,
       "host name": status.hostName,
