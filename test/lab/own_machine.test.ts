@@ -1,6 +1,6 @@
 /** The master in its own list, by each way that leads back to it. */
 
-import { appendFileSync, readFileSync, writeFileSync } from "node:fs";
+import { appendFileSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createConnection, createServer } from "node:net";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -84,6 +84,7 @@ for (const runtime of RUNTIMES) {
       client.on("error", () => daemon.destroy()).pipe(daemon);
       daemon.on("error", () => client.destroy()).pipe(client);
     });
+    rmSync(socket, { force: true });
     await new Promise<void>((resolve) => {
       forward.listen(socket, resolve);
     });
