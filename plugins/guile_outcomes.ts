@@ -65,7 +65,8 @@ function changedSince(file: string, time: number): boolean {
     const stat = statSync(file, { throwIfNoEntry: false });
     const isPlain = stat?.isFile() !== false || stat.isDirectory();
     return !isPlain || /^\/(proc|sys)\//.test(file) ||
-      (stat?.ctimeMs ?? 0) >= time - CLOCK_STEP;
+      // Not every runtime has both.
+      Math.max(stat?.mtimeMs ?? 0, stat?.ctimeMs ?? 0) >= time - CLOCK_STEP;
   } catch {
     return true;
   }
