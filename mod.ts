@@ -3813,15 +3813,24 @@ export class Observations {
     );
   }
 
-  /** Whether machines are this one, by definition, as far as is known. */
-  identities(): Map<string, boolean> {
+  /** Whether a machine is this one, as far as is known. */
+  identity(machine: Machine): boolean | undefined {
     const now = Date.now();
-    return new Map(
-      this.#query(
-        "SELECT definition, own FROM own WHERE time BETWEEN ? AND ?",
-        ...[now - IDENTITY_LIFETIME, now],
-      ).map(({ definition, own }) => [definition as string, own === 1]),
+    const [row] = this.#query(
+      "SELECT own FROM own WHERE definition = ? AND time BETWEEN ? AND ?",
+      ...[JSON.stringify(machine), now - IDENTITY_LIFETIME, now],
     );
+    return row && row.own === 1;
+  }
+
+  /** The definitions of this machine that are known. */
+  ownDefinitions(): Set<string> {
+    const now = Date.now();
+    const rows = this.#query(
+      "SELECT definition FROM own WHERE own = 1 AND time BETWEEN ? AND ?",
+      ...[now - IDENTITY_LIFETIME, now],
+    );
+    return new Set(rows.map(({ definition }) => definition as string));
   }
 
   /** Notes a build that succeeded, and what its machine holds now. */
@@ -4994,7 +5003,7 @@ export async function isThisMachine(
   context: Context,
 ): Promise<boolean> {
   const { log, observations } = context;
-  const known = observations.identities().get(JSON.stringify(machine));
+  const known = observations.identity(machine);
   if (known !== undefined) return known;
   try {
     const remote = await openDaemon();
@@ -5312,9 +5321,9 @@ async function survey(
     return makeProspect(machine, records.get(id), context, lastUsed.get(id));
   });
   const exclusions = await findExclusions(prospects, context);
-  const own = context.observations.identities();
+  const own = context.observations.ownDefinitions();
   prospects.forEach((it, index) => {
-    const isThis = own.get(JSON.stringify(it.machine)) === true;
+    const isThis = own.size > 0 && own.has(JSON.stringify(it.machine));
     it.excluded = isThis ? THIS_MACHINE : exclusions[index];
   });
   const unknown = prospects
