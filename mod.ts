@@ -4998,7 +4998,7 @@ async function sharesStore(
  * leads there: a build that is sent to it would wait for its own lock. Not
  * known is no: what hinders the answer hinders the build.
  */
-export async function isThisMachine(
+async function isThisMachine(
   { machine, openDaemon }: Pick<Session, "machine" | "openDaemon">,
   context: Context,
 ): Promise<boolean> {
