@@ -3981,8 +3981,8 @@ export interface Session
   isPatient(): boolean;
   /** Connects to the guix-daemon there. */
   openDaemon(): Promise<StoreConnection>;
-  /** Does so now, for the next who calls `openDaemon`. */
-  greetDaemon(): Promise<void>;
+  /** Does so now, for the next who calls `openDaemon`, who may ask before. */
+  greetDaemon(): Promise<StoreConnection>;
   /** Has daemons that are connected to from now on be asked one by one. */
   askOneByOne(): void;
 }
@@ -4370,9 +4370,9 @@ function makeSession(
       greeted = undefined;
       return daemon;
     },
-    greetDaemon: async () => {
+    greetDaemon: () => {
       greeted?.then(({ stream }) => stream.destroy(), () => {});
-      await (greeted = openRemoteDaemon(link, machine, connectTimeout));
+      return greeted = openRemoteDaemon(link, machine, connectTimeout);
     },
     askOneByOne: () => void (link.pieceSize = 0),
     useSocket: (socket) => {
@@ -4999,7 +4999,8 @@ async function sharesStore(
  * known is no: what hinders the answer hinders the build.
  */
 async function isThisMachine(
-  { machine, openDaemon }: Pick<Session, "machine" | "openDaemon">,
+  machine: Machine,
+  openDaemon: () => Awaitable<StoreConnection>,
   context: Context,
 ): Promise<boolean> {
   const { log, observations } = context;
@@ -5007,8 +5008,8 @@ async function isThisMachine(
   if (known !== undefined) return known;
   try {
     const remote = await openDaemon();
-    const answer = unlessAborted(context.signal, sharesStore(remote, context));
-    const isThis = await answer.finally(() => remote.stream.destroy());
+    const answer = sharesStore(remote, context);
+    const isThis = await unlessAborted(context.signal, answer);
     observations.saveIdentity(machine, isThis);
     if (isThis) log.info(`leaving out '${machine.name}': ${THIS_MACHINE.why}`);
     return isThis;
@@ -5114,7 +5115,7 @@ async function meetDaemon(
   session: Session,
   known: Facts | undefined,
   context: Context,
-): Promise<Facts | undefined> {
+): Promise<{ remote: StoreConnection; facts: Facts | undefined }> {
   session.useSocket(known?.socket);
   const [greeting, answer] = await Promise.allSettled([
     session.greetDaemon(),
@@ -5122,9 +5123,11 @@ async function meetDaemon(
     known ?? probe(session, context).catch(() => undefined),
   ]);
   const facts = answer.status === "fulfilled" ? answer.value : undefined;
-  if (session.useSocket(facts?.socket)) await session.greetDaemon();
-  else if (greeting.status === "rejected") throw greeting.reason;
-  return facts;
+  if (session.useSocket(facts?.socket)) {
+    return { remote: await session.greetDaemon(), facts };
+  }
+  if (greeting.status === "rejected") throw greeting.reason;
+  return { remote: greeting.value, facts };
 }
 
 /**
@@ -5140,10 +5143,13 @@ async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
   prospect.awaited = `guix-daemon on '${machine.name}'`;
   try {
     const known = isFresh(prospect.facts, context) ? prospect.facts : undefined;
-    const facts = await meetDaemon(session, known, context);
+    const { remote, facts } = await meetDaemon(session, known, context);
     // A part of an answer is none.
     if (session.failure() !== undefined) throw session.failure();
-    if (known !== undefined) return session;
+    if (await isThisMachine(machine, () => remote, context)) {
+      prospect.excluded = THIS_MACHINE;
+    }
+    if (known ?? prospect.excluded) return session;
     const login = (performance.now() - start) / 1000;
     prospect.facts = { ...facts ?? { time: Date.now() }, login };
     context.observations.saveFacts(id, prospect.facts);
@@ -5173,7 +5179,7 @@ function noteFailure(
 async function ask(prospect: Prospect, context: Context): Promise<void> {
   try {
     const session = await logInTo(prospect, context);
-    if (prospect.dismissed) session.close();
+    if (prospect.dismissed || prospect.excluded) session.close();
     else prospect.session = session;
   } catch (error) {
     noteFailure(prospect, error, context);
@@ -5249,8 +5255,8 @@ async function awaitGreeted(
   context: Context,
 ): Promise<void> {
   const end = performance.now() + context.settings.connectTimeout * 1000;
-  const isComing = ({ facts, problem, hasGreeted }: Prospect) =>
-    hasGreeted && facts === undefined && problem === undefined;
+  const isComing = ({ facts, problem, excluded, hasGreeted }: Prospect) =>
+    hasGreeted && !facts && !problem && !excluded;
   while (timeUntil(end) > 0 && prospects.some(isComing)) {
     if (prospects.some((prospect) => isFree(prospect, context))) return;
     await delay(20);
@@ -5298,7 +5304,7 @@ async function consultAll(
   for (const prospect of stop()) prospect.problem = "not asked yet";
   if (alternative === "nothing") await awaitGreeted(prospects, context);
   for (const prospect of prospects) {
-    if (prospect.facts !== undefined || prospect.problem) continue;
+    if (prospect.facts || prospect.problem || prospect.excluded) continue;
     prospect.problem = UNANSWERED;
     noteUnanswered(prospect, context);
   }
@@ -6562,11 +6568,11 @@ async function transferAndOffload(
   const local = openLocalDaemon(context);
   local.catch(() => {}); // it is told below
   try {
+    const remote = await session.openDaemon();
     // It may not have been asked, or not to the end.
-    if (await isThisMachine(session, context)) {
+    if (await isThisMachine(machine, () => remote, context)) {
       throw new OffloadError(`'${machine.name}': ${THIS_MACHINE.why}`);
     }
-    const remote = await session.openDaemon();
     const before = performance.now();
     const { buildOptions, settings } = context;
     await setBuildOptions(remote, buildOptions, settings.substitutes);
@@ -7723,7 +7729,7 @@ async function testMachine(
       );
       await testPrograms(trial, session);
       const bounded = { ...context, signal, settings };
-      if (await isThisMachine(session, bounded)) {
+      if (remote && await isThisMachine(machine, () => remote, bounded)) {
         const hint =
           "one machine file for a whole farm is fine; else remove it";
         trial.end("import", "warning", THIS_MACHINE.why, hint);
@@ -8058,7 +8064,10 @@ async function inspect(
     const session = sessions.get(id) ??
       await openSession(machine, { ...context, ...bounds });
     sessions.set(id, session);
-    const isThis = isThisMachine(session, { ...context, ...bounds });
+    const { openDaemon } = session;
+    const isThis = isThisMachine(machine, openDaemon, {
+      ...{ ...context, ...bounds },
+    });
     const facts = unlessAborted(bounds.signal, probe(session, context));
     return facts.catch((error) => {
       // An account may be unable to run commands and still be of use.
