@@ -287,7 +287,7 @@ test("clearLeftovers() spares a build that began since it looked", async () => {
     context.observations.useSlot("w1:22", theirs.file, "/killed.drv");
     theirs.release();
     const begun = makeLeftovers(directory, "begun");
-    let other: Holder | undefined;
+
     /** As slow as it takes for another hook to begin after each look. */
     class Slow extends Observations {
       override slots(): UsedSlot[] {
@@ -300,7 +300,7 @@ test("clearLeftovers() spares a build that began since it looked", async () => {
     const observations = new Slow(`${directory}/offload`, log);
     await clearLeftovers(mine, "/my.drv", { ...context, observations });
     assert.is(begun.isThere(), true, "its row was read, its slot free");
-    other = await holdSlots("node", directory, 2, 1);
+    const other = await holdSlots("node", directory, 2, 1);
     await clearLeftovers(mine, "/my.drv", { ...context, observations });
     assert.is(begun.isThere(), true, "its slot is taken");
     await other.end("orderly");
