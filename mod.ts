@@ -4311,6 +4311,36 @@ function checkConnection(plugin: Plugin, connection: Connection): Connection {
   };
 }
 
+/** The part of a session that is about the guix-daemon at the other end. */
+function daemonMethods(link: Link, machine: Machine) {
+  let greeted: Promise<StoreConnection> | undefined;
+  return {
+    ping: async () => {
+      const another = { ...link }; // it is no use of the session
+      const daemon = openRemoteDaemon(another, machine);
+      await daemon.then(({ stream }) => stream.destroy(), (error) => {
+        // Who refuses, as where no second session may be opened, is alive.
+        if (error.cause instanceof Late) throw error;
+      });
+    },
+    openDaemon: () => {
+      const daemon = greeted ?? openRemoteDaemon(link, machine);
+      greeted = undefined;
+      return daemon;
+    },
+    greetDaemon: () => {
+      greeted?.then(({ stream }) => stream.destroy(), () => {});
+      return greeted = openRemoteDaemon(link, machine);
+    },
+    askOneByOne: () => void (link.pieceSize = 0),
+    useSocket: (socket: string | undefined) => {
+      const { socket: before, hasSocket } = link;
+      if (!hasSocket) link.socket = socket ?? DAEMON_SOCKET;
+      return link.socket !== before;
+    },
+  };
+}
+
 /** Makes a session of a connection. */
 function makeSession(
   machine: Machine,
@@ -4331,7 +4361,6 @@ function makeSession(
   const lost = Promise.withResolvers<never>();
   lost.promise.catch(() => {});
   let patient = 0;
-  let greeted: Promise<StoreConnection> | undefined;
   let problem: Error | undefined;
   const failure = () => problem ?? connection.failure();
   const lose = () => {
@@ -4357,29 +4386,7 @@ function makeSession(
       });
     },
     isPatient: () => patient > 0,
-    ping: async () => {
-      const another = { ...link }; // it is no use of the session
-      const daemon = openRemoteDaemon(another, machine, connectTimeout);
-      await daemon.then(({ stream }) => stream.destroy(), (error) => {
-        // Who refuses, as where no second session may be opened, is alive.
-        if (error.cause instanceof Late) throw error;
-      });
-    },
-    openDaemon: () => {
-      const daemon = greeted ?? openRemoteDaemon(link, machine, connectTimeout);
-      greeted = undefined;
-      return daemon;
-    },
-    greetDaemon: () => {
-      greeted?.then(({ stream }) => stream.destroy(), () => {});
-      return greeted = openRemoteDaemon(link, machine, connectTimeout);
-    },
-    askOneByOne: () => void (link.pieceSize = 0),
-    useSocket: (socket) => {
-      const { socket: before, hasSocket } = link;
-      if (!hasSocket) link.socket = socket ?? DAEMON_SOCKET;
-      return link.socket !== before;
-    },
+    ...daemonMethods(link, machine),
     exec: (command, isShort) => executeThere(link, command, isShort),
     close: () => {
       signal.removeEventListener("abort", abort);
@@ -4776,7 +4783,6 @@ async function remoteDaemonError(
 async function openRemoteDaemon(
   link: Link,
   { name, user }: Machine,
-  connectTimeout: number,
 ): Promise<StoreConnection> {
   const called = `guix-daemon on '${name}'`;
   // The server may answer while the daemon behind it does not, or neither.
@@ -4786,7 +4792,7 @@ async function openRemoteDaemon(
       return openStore(noteUse(stream, link), called, pieceSize);
     });
     try {
-      return await within(connectTimeout, open, "no answer");
+      return await within(link.connectTimeout, open, "no answer");
     } catch (error) {
       // Of a channel, that looks like its end.
       stream.then((stream) => stream.destroy(), () => {});

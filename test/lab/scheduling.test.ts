@@ -11,6 +11,7 @@ import {
   closure,
   down,
   forget,
+  holdUploads,
   inHost,
   lab,
   makeWork,
@@ -46,12 +47,6 @@ async function ask(derivation: string, options: HookOptions) {
   const { stderr } = await within("the end of the hook", hook.ended);
   return { answer, took, stderr };
 }
-
-/** Holds an fcntl lock on a file until its input ends. */
-const HOLD = `use Fcntl qw(:DEFAULT :seek); $| = 1;
-open my $file, "+>>", $ARGV[0] or die "$ARGV[0]: $!";
-my $lock = pack "s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0;
-fcntl($file, F_SETLK, $lock) or die; print "held\n"; <STDIN>`;
 
 /** Whether head has facts of a machine. */
 function isKnown(id: string): boolean {
@@ -554,15 +549,11 @@ export default plugin as Plugin;
       "head",
       ...["--inputs=1", "--input-size=5000000"],
     );
-    const directory = "/var/guix/offload/w1:22";
-    inHost("head", "mkdir", "-p", directory);
-    const holder = start("head", "perl", "-e", HOLD, `${directory}/upload`);
-    const { text } = watch(holder);
-    await until("the lock", () => text() === "held\n");
+    const letGo = await holdUploads("head", "w1");
     const building = startBuild(derivation!);
     const again = /^still waiting for another upload to 'w1' after 10 s/m;
     await until("the reminder", () => again.test(building.text()));
-    holder.stdin!.end();
+    await letGo();
     assertBuilt(await within("the end", building.ended));
   });
 
