@@ -428,6 +428,11 @@ for (const kind of ["node", "deno"] as const) {
       await check(/there is no '.*\/node_modules'/);
       writeFileSync(`${dirname(box.shim)}/offload.mjs`, "import {");
       await check(ended);
+      rmSync(`${dirname(box.shim)}/runtime.sh`);
+      await check(/cannot read '.*\/runtime\.sh'/);
+      // What is the real guix's needs none of it.
+      const other = await box.call(["authenticate"]);
+      assert.match(other.stdout, /authenticate\n$/);
     }));
 }
 
