@@ -132,7 +132,7 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("no machine runs more builds than it has slots", async () => {
-    const work = makeWork("head", "--count=12", "--seconds=1");
+    const work = makeWork("head", "--count=8", "--seconds=3");
     const running = startBuild(...work);
     const most = await mostBuilds(["w1", "w2"], running.ended);
     assertBuilt(await running.ended);
