@@ -30,6 +30,7 @@ import {
   lstatSync,
   mkdirSync,
   mkdtempSync,
+  opendirSync,
   openSync,
   readFileSync,
   realpathSync,
@@ -225,6 +226,22 @@ async function within<T>(
     return await Promise.race([work, late.promise]);
   } finally {
     clearTimeout(timer);
+  }
+}
+
+/** Settles as `work` does, or fails when the signal comes. */
+async function unlessAborted<T>(
+  signal: AbortSignal,
+  work: Promise<T>,
+): Promise<T> {
+  const aborted = Promise.withResolvers<never>();
+  const abort = () => aborted.reject(signal.reason);
+  signal.addEventListener("abort", abort);
+  if (signal.aborted) abort();
+  try {
+    return await Promise.race([work, aborted.promise]);
+  } finally {
+    signal.removeEventListener("abort", abort);
   }
 }
 
@@ -2851,6 +2868,8 @@ export interface PathInfo {
   readonly narSize: number;
   /** SHA-256 of its nar, in hexadecimal. */
   readonly narHash: string;
+  /** When the store got it, in seconds since 1970. */
+  readonly registered?: number;
 }
 
 /** Length of the hash with which the name of a store item begins. */
@@ -2874,8 +2893,9 @@ function pathInfoCall(path: string, take: (info: PathInfo) => void): Call {
       await reader.string(LIMITS.storePath); // deriver
       const narHash = await reader.string(LIMITS.storePath);
       const references = await reader.strings();
-      await reader.number(); // registration time
-      take({ references, narHash, narSize: await reader.number() });
+      const registered = await reader.number();
+      const narSize = await reader.number();
+      take({ references, narHash, narSize, registered });
     },
   };
 }
@@ -3532,6 +3552,39 @@ export function verifyEcdsa(
   return x! * power(z!, FIELD - 2n, FIELD) % FIELD % ORDER === r;
 }
 
+/**
+ * Reads from a derivation what decides on the machine, and its outputs
+ * (guix/derivations.scm).
+ *
+ * Its syntax is JSON's but for a word and the parentheses.
+ */
+export function readDerivation(
+  text: string,
+): Pick<Request, "system" | "features"> & {
+  readonly outputs: string[];
+  readonly prefersLocal: boolean;
+} {
+  const json = text.replace(/^Derive/, "").replace(
+    /"(?:[^"\\]|\\[^])*"|[()]/g,
+    (token) =>
+      ({ "(": "[", ")": "]" })[token] ??
+        // JSON has no such characters as they are.
+        token.replace(
+          /\p{Cc}/gu,
+          (it) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`,
+        ),
+  );
+  const [outputs, , , system, , , variables] = JSON.parse(json);
+  const environment = new Map<string, string>(variables);
+  const features = environment.get("requiredSystemFeatures") ?? "";
+  return {
+    system,
+    features: features.split(" ").filter(Boolean),
+    outputs: outputs.map(([, path]: string[]) => path),
+    prefersLocal: environment.get("preferLocalBuild") === "1",
+  };
+}
+
 // ---------------------------------------------------------------------------
 // Synchronization: slots, observations
 // ---------------------------------------------------------------------------
@@ -3568,6 +3621,11 @@ function makeStateFile(file: string): void {
 /** Names a machine as the slot directories do. */
 function machineId(machine: Machine): string {
   return `${machine.name}:${machine.port}`;
+}
+
+/** All that is said of a machine: another word makes it another try. */
+function definitionOf(machine: Machine): string {
+  return JSON.stringify(machine);
 }
 
 /** Where the slot files of a machine are. */
@@ -3801,7 +3859,7 @@ export class Observations {
        definition = ?6 WHERE definition <> ?6 OR
        until NOT BETWEEN ?2 AND ?2 + 1000 * max(?4, ?5)`,
       ...[machineId(machine), Date.now(), problem, backoff, backoffLimit],
-      JSON.stringify(machine),
+      definitionOf(machine),
     );
   }
 
@@ -3809,7 +3867,7 @@ export class Observations {
   saveIdentity(machine: Machine, isThis: boolean): void {
     this.#query(
       "INSERT OR REPLACE INTO own VALUES (?, ?, ?)",
-      ...[JSON.stringify(machine), Number(isThis), Date.now()],
+      ...[definitionOf(machine), Number(isThis), Date.now()],
     );
   }
 
@@ -3818,7 +3876,7 @@ export class Observations {
     const now = Date.now();
     const [row] = this.#query(
       "SELECT own FROM own WHERE definition = ? AND time BETWEEN ? AND ?",
-      ...[JSON.stringify(machine), now - IDENTITY_LIFETIME, now],
+      ...[definitionOf(machine), now - IDENTITY_LIFETIME, now],
     );
     return row && row.own === 1;
   }
@@ -4161,7 +4219,8 @@ function negotiationError(
       "and correct the machine's host-key"
     : "set 'connect' to \"openssh\", and the system's ssh connects, which " +
       "may know more, or have sshd there offer more";
-  return new OffloadError(message, { cause, hint });
+  const code = lacking.startsWith("host key") ? "host-key" : "connect";
+  return new OffloadError(message, { cause, hint, code });
 }
 
 /** The server takes the key and still lets nobody in. */
@@ -4173,6 +4232,7 @@ function partialSuccess(
   const message =
     `'${name}' accepted the SSH key and wants '${wanted}' as well`;
   return new OffloadError(message, {
+    code: "authentication",
     hint: "nobody can answer it here: exempt the account at the end of " +
       `/etc/ssh/sshd_config there, by 'Match User ${user}' and below it ` +
       "'AuthenticationMethods publickey'",
@@ -4269,13 +4329,14 @@ export async function openSession(
         opening = plugin.connect(machine, contextFor(plugin, context), reached),
     ).catch((error) => {
       // What comes too late would stay open.
-      Promise.resolve(opening).then((late) => late?.close(), () => {});
+      Promise.resolve(opening).then((late) => late?.close?.())
+        .catch(() => {});
       throw error;
     });
     if (connection === undefined) continue;
     return makeSession(
       machine,
-      checkConnection(plugin, connection),
+      checkConnection(plugin, connection, context.log),
       context,
     );
   }
@@ -4283,10 +4344,19 @@ export async function openSession(
 }
 
 /** Checks what a plugin connects by, and later what that comes back with. */
-function checkConnection(plugin: Plugin, connection: Connection): Connection {
+function checkConnection(
+  plugin: Plugin,
+  connection: Connection,
+  log: Log,
+): Connection {
   const check = <T extends object>(answer: T, methods: (keyof T & string)[]) =>
     checkMethods(plugin, "connect", answer, methods);
-  check(connection, ["failure", "openSocket", "exec", "close"]);
+  try {
+    check(connection, ["failure", "openSocket", "exec", "close"]);
+  } catch (error) {
+    cleanUp(log, () => connection?.close?.());
+    throw error;
+  }
   if (isBuiltin(plugin)) return connection;
   const { ended, pieceSize } = connection;
   return {
@@ -4361,6 +4431,7 @@ function makeSession(
   const lost = Promise.withResolvers<never>();
   lost.promise.catch(() => {});
   let patient = 0;
+  let isClosed = false;
   let problem: Error | undefined;
   const failure = () => problem ?? connection.failure();
   const lose = () => {
@@ -4390,7 +4461,8 @@ function makeSession(
     exec: (command, isShort) => executeThere(link, command, isShort),
     close: () => {
       signal.removeEventListener("abort", abort);
-      cleanUp(log, () => connection.close());
+      if (!isClosed) cleanUp(log, () => connection.close());
+      isClosed = true;
     },
   };
 }
@@ -4869,6 +4941,21 @@ export function parseRequest(line: string): Request {
   };
 }
 
+/** What guix-daemon builds beside its own system (nix/libstore/build.cc). */
+const COMPATIBLE: Readonly<Record<string, string>> = {
+  "i686-linux": "x86_64-linux",
+  "armhf-linux": "aarch64-linux",
+};
+
+/** Whether guix-daemon can build by itself now, and may. */
+function mayBuildHere(
+  { wantsLocal, system }: Request,
+  context: Pick<Context, "system"> & Partial<Pick<Context, "settings">>,
+): boolean {
+  const isNative = [system, COMPATIBLE[system]].includes(context.system);
+  return wantsLocal && isNative && context.settings?.buildLocally !== false;
+}
+
 /** Whether a machine builds for the system and has the features. */
 export function machineMatches(machine: Machine, request: Request): boolean {
   return machine.systems.includes(request.system) &&
@@ -4967,12 +5054,13 @@ async function probe(session: Session, context: Context): Promise<Facts> {
   const roundTrip = (process?.started ?? performance.now()) - start;
   const channel = process?.channel ?? [];
   let text = "";
+  let time = Date.now();
   for await (const chunk of channel) {
     text += chunk;
+    time = Date.now() - roundTrip / 2; // the clock is told last
     if (text.length > LONGEST_FACTS) break; // and hear no more of it
   }
-  const middle = Date.now() - (performance.now() - start - roundTrip) / 2;
-  return parseFacts(text, middle, roundTrip);
+  return parseFacts(text, time, roundTrip);
 }
 
 /** Why a machine file that a farm shares is no trouble on its machines. */
@@ -4981,48 +5069,72 @@ const THIS_MACHINE: Exclusion = {
   isBusy: false,
 };
 
-/** Whether a store holds an item that was just made here, and not any other. */
-async function sharesStore(
+/** Whether a store has got an item of ours at the very time we did. */
+async function hasSince(
   remote: StoreConnection,
+  path: string,
   context: Context,
 ): Promise<boolean> {
+  const [valid] = await queryValidPaths(remote, [path]);
+  if (valid !== path) return false;
   const local = await openLocalDaemon(context);
   try {
-    const text = Buffer.from(randomUUID());
-    const path = await addTextToStore(local, "offload-identity", text, []);
-    const hash = basename(path).slice(0, 32);
-    const other = path.replace(hash, [...hash].reverse().join(""));
-    const valid = await queryValidPaths(remote, [path, other]);
-    return valid.includes(path) && !valid.includes(other);
+    const infos = [local, remote].map((store) => queryPathInfos(store, [path]));
+    const [ours, theirs] = await Promise.all(infos);
+    return ours!.get(path)!.registered === theirs!.get(path)!.registered;
   } finally {
     local.stream.destroy();
   }
 }
 
+/** Makes a store item here that no other store has. */
+async function makeToken(context: Context): Promise<string> {
+  const local = await openLocalDaemon(context);
+  try {
+    const text = Buffer.from(randomUUID());
+    return await addTextToStore(local, "offload-identity", text, []);
+  } finally {
+    local.stream.destroy();
+  }
+}
+
+/** Whether a store holds an item, and not just any other as well. */
+async function holdsItem(
+  store: StoreConnection,
+  path: string,
+): Promise<boolean> {
+  const hash = basename(path).slice(0, HASH_PART_LENGTH);
+  const other = path.replace(hash, [...hash].reverse().join(""));
+  const valid = await queryValidPaths(store, [path, other]);
+  return valid.includes(path) && !valid.includes(other);
+}
+
 /**
  * Whether the guix-daemon that is reached is that of this machine, whatever way
- * leads there: a build that is sent to it would wait for its own lock. Not
- * known is no: what hinders the answer hinders the build.
+ * leads there: a build that is sent to it would wait for its own lock. Of
+ * another machine one look at `path`, an item of ours, shows it; only what
+ * looks like this one is asked for an item that was made for that.
  */
 async function isThisMachine(
   machine: Machine,
-  openDaemon: () => Awaitable<StoreConnection>,
+  remote: StoreConnection,
+  path: string,
   context: Context,
 ): Promise<boolean> {
-  const { log, observations } = context;
+  const { log, observations, settings } = context;
   const known = observations.identity(machine);
   if (known !== undefined) return known;
-  try {
-    const remote = await openDaemon();
-    const answer = sharesStore(remote, context);
-    const isThis = await unlessAborted(context.signal, answer);
-    observations.saveIdentity(machine, isThis);
-    if (isThis) log.info(`leaving out '${machine.name}': ${THIS_MACHINE.why}`);
-    return isThis;
-  } catch (error) {
-    log.debug(`failed to compare stores: ${reason(error)}`);
-    return false;
-  }
+  const compare = async () => {
+    if (!await hasSince(remote, path, context)) return false;
+    return await holdsItem(remote, await makeToken(context));
+  };
+  const isThis = await within(
+    ...[settings.connectTimeout, compare()] as const,
+    `guix-daemon on '${machine.name}' or here: no answer`,
+  );
+  observations.saveIdentity(machine, isThis);
+  if (isThis) log.info(`leaving out '${machine.name}': ${THIS_MACHINE.why}`);
+  return isThis;
 }
 
 /** A machine that matches, and what is found out about it. */
@@ -5041,6 +5153,8 @@ export interface Prospect extends Candidate {
   session: Session | undefined;
   /** The same, where the build was accepted before that. */
   opening: Promise<Session> | undefined;
+  /** What it is asked about: who is to build that. */
+  readonly derivation: string;
   /** Whether its server has said something. */
   hasGreeted: boolean;
   /** Who is to answer next, as messages call it. */
@@ -5081,6 +5195,7 @@ function makeProspect(
   machine: Machine,
   record: MachineRecord | undefined,
   context: Context,
+  derivation: string,
   lastUsed?: number,
 ): Prospect {
   const { observations, settings, stateDirectory } = context;
@@ -5090,7 +5205,7 @@ function makeProspect(
   const facts = record?.facts;
   const isSlow = 1000 * (facts?.login ?? 0) > GRACE.most;
   const lifetime = isSlow ? Math.max(REMEMBERED, factsLifetime) : factsLifetime;
-  const same = record?.definition === JSON.stringify(machine);
+  const same = record?.definition === definitionOf(machine);
   // Times too far in the future are of before the clock was set back.
   const latest = now + 1000 * Math.max(backoff, backoffLimit);
   const until = same && record.until <= latest ? record.until : 0;
@@ -5103,6 +5218,7 @@ function makeProspect(
     until,
     session: undefined,
     opening: undefined,
+    derivation,
     hasGreeted: false,
     awaited: `'${machine.name}'`,
     dismissed: false,
@@ -5122,13 +5238,17 @@ async function meetDaemon(
   known: Facts | undefined,
   context: Context,
 ): Promise<{ remote: StoreConnection; facts: Facts | undefined }> {
+  const start = performance.now();
   session.useSocket(known?.socket);
-  const [greeting, answer] = await Promise.allSettled([
-    session.greetDaemon(),
-    // An account may be unable to run commands and still be of use.
-    known ?? probe(session, context).catch(() => undefined),
-  ]);
-  const facts = answer.status === "fulfilled" ? answer.value : undefined;
+  const greeted = session.greetDaemon();
+  // An account may be unable to run commands, or something there hang, and the
+  // machine still be of use.
+  const asked = known ?? probe(session, context).catch(() => undefined);
+  const [greeting] = await Promise.allSettled([greeted]);
+  const took = (performance.now() - start) / 1000;
+  const patience = Math.max(took, context.settings.decisionTimeout);
+  const facts = await within(patience, Promise.resolve(asked), "no answer")
+    .catch(() => undefined);
   if (session.useSocket(facts?.socket)) {
     return { remote: await session.greetDaemon(), facts };
   }
@@ -5152,7 +5272,8 @@ async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
     const { remote, facts } = await meetDaemon(session, known, context);
     // A part of an answer is none.
     if (session.failure() !== undefined) throw session.failure();
-    if (await isThisMachine(machine, () => remote, context)) {
+    const { derivation } = prospect;
+    if (await isThisMachine(machine, remote, derivation, context)) {
       prospect.excluded = THIS_MACHINE;
     }
     if (known ?? prospect.excluded) return session;
@@ -5201,7 +5322,10 @@ async function awaitOther(prospect: Prospect, context: Context): Promise<void> {
     }
     const { id } = prospect;
     const record = context.observations.machines(id).get(id);
-    const { facts, problem } = makeProspect(prospect.machine, record, context);
+    const { machine, derivation } = prospect;
+    const { facts, problem } = makeProspect(
+      ...[machine, record, context, derivation] as const,
+    );
     Object.assign(prospect, { facts, problem });
     if (facts !== undefined || problem !== undefined) return;
   }
@@ -5243,15 +5367,23 @@ function consultSome(
   let unasked: Prospect[] = [];
   const stop = () => unasked = unasked.concat(left.splice(0));
   const found = Promise.withResolvers<void>();
+  const consultOne = async (prospect: Prospect) => {
+    await consult(prospect, context).catch(() => {});
+    if (!isFree(prospect, context)) return;
+    stop();
+    found.resolve();
+  };
+  const answers: Promise<void>[] = [];
   const consultOn = async () => {
     for (let next; (next = left.shift()) !== undefined;) {
-      await consult(next, context).catch(() => {});
-      if (!isFree(next, context)) continue;
-      stop();
-      found.resolve();
+      const answer = consultOne(next);
+      answers.push(answer);
+      // Who is silent must not keep others from being asked.
+      await Promise.race([answer, delay(GRACE.most)]);
     }
   };
-  const all = Promise.all(Array.from({ length: PROBES_AT_ONCE }, consultOn));
+  const all = Promise.all(Array.from({ length: PROBES_AT_ONCE }, consultOn))
+    .then(() => Promise.all(answers));
   return { found: found.promise, all, stop };
 }
 
@@ -5271,10 +5403,16 @@ async function awaitGreeted(
 }
 
 /** Notes who has not answered: slow is not broken, so this doesn't grow. */
-function noteUnanswered(
-  { machine, awaited, hasGreeted }: Prospect,
-  { log, observations, settings }: Context,
-): void {
+function noteUnanswered(prospect: Prospect, context: Context): void {
+  const { machine, id, awaited, hasGreeted } = prospect;
+  const { log, observations, settings } = context;
+  // Another process may have had an answer.
+  const { facts } = observations.machines(id).get(id) ?? {};
+  if (isFresh(facts, context)) {
+    prospect.facts = facts;
+    return;
+  }
+  prospect.problem = UNANSWERED;
   const fixed = { ...settings, backoffLimit: settings.backoff };
   observations.saveFailure(machine, UNANSWERED, fixed);
   const hint = hasGreeted
@@ -5287,16 +5425,16 @@ function noteUnanswered(
 type Alternative = "a free machine" | "something" | "nothing";
 
 /**
- * Consults machines until `end`. Once one can take the build, the rest has
- * little time left, as all have where there is a free machine anyway; where
- * there is nothing else, those who have said something have more.
+ * Consults machines. Once one can take the build, the rest has little time
+ * left, as all have where there is a free machine anyway; where there is
+ * nothing else, those who have said something have more.
  */
 async function consultAll(
   prospects: readonly Prospect[],
   alternative: Alternative,
-  end: number,
   context: Context,
 ): Promise<void> {
+  const end = answerBy(context);
   const start = performance.now();
   const { found, all, stop } = consultSome(prospects, context);
   const foundAndGrace = found.then(() => {
@@ -5311,31 +5449,30 @@ async function consultAll(
   if (alternative === "nothing") await awaitGreeted(prospects, context);
   for (const prospect of prospects) {
     if (prospect.facts || prospect.problem || prospect.excluded) continue;
-    prospect.problem = UNANSWERED;
     noteUnanswered(prospect, context);
   }
 }
 
-/**
- * Finds out about the machines until `end`, asking only those that nothing is
- * known of.
- */
+/** Finds out about the machines, asking only those that nothing is known of. */
 async function survey(
   machines: readonly Machine[],
   request: Request,
   context: Context,
-  end: number = answerBy(context),
 ): Promise<Prospect[]> {
   const records = context.observations.machines();
   const lastUsed = context.observations.lastUsed();
   const prospects = machines.map((machine) => {
     const id = machineId(machine);
-    return makeProspect(machine, records.get(id), context, lastUsed.get(id));
+    const { derivation } = request;
+    return makeProspect(
+      ...[machine, records.get(id), context, derivation] as const,
+      lastUsed.get(id),
+    );
   });
   const exclusions = await findExclusions(prospects, context);
   const own = context.observations.ownDefinitions();
   prospects.forEach((it, index) => {
-    const isThis = own.size > 0 && own.has(JSON.stringify(it.machine));
+    const isThis = own.size > 0 && own.has(definitionOf(it.machine));
     it.excluded = isThis ? THIS_MACHINE : exclusions[index];
   });
   const unknown = prospects
@@ -5345,7 +5482,7 @@ async function survey(
   if (unknown.length > 0) {
     const known = prospects.filter((prospect) => !unknown.includes(prospect));
     const alternative = alternativeTo(known, request, context);
-    await consultAll(unknown, alternative, end, context);
+    await consultAll(unknown, alternative, context);
   }
   context.signal.throwIfAborted();
   return prospects;
@@ -5515,7 +5652,7 @@ async function startMachine(
   }
 }
 
-/** Chooses who takes a build until `end`, or says why nobody does. */
+/** Chooses who takes a build, waiting until `end`, or says why nobody does. */
 export async function chooseBuildMachine(
   machines: readonly Machine[],
   request: ScoredRequest,
@@ -5523,7 +5660,7 @@ export async function chooseBuildMachine(
   end: number = answerBy(context),
 ): Promise<Assignment | "busy" | "unreachable"> {
   for (;;) {
-    const prospects = await survey(machines, request, context, end);
+    const prospects = await survey(machines, request, context);
     let ranking: readonly Appraisal[] = [];
     let assignment: Assignment | undefined;
     try {
@@ -5543,7 +5680,10 @@ export async function chooseBuildMachine(
       return "unreachable";
     }
     await startMachine(prospects, context);
-    const busy = able.filter((prospect) => prospect.freeSlots() === 0);
+    const busy = able.filter((prospect) =>
+      prospect.freeSlots() === 0 ||
+      ranking.some((it) => it.prospect === prospect) // it was, a moment ago
+    );
     if (!await waitForSlot(busy, context, end)) return "busy";
   }
 }
@@ -5571,38 +5711,54 @@ async function makeReady(
   const [excluded] = await findExclusions([prospect], context);
   if (excluded !== undefined) return false;
   if (prospect.session !== undefined) return true;
+  const { login = 0 } = facts ?? {};
+  const isTooSlow = login > context.settings.decisionTimeout;
+  const patience = Math.max(timeUntil(end), 2000 * login, GRACE.least);
+  const late = delay(isTooSlow ? 0 : patience).then(() => "late" as const);
   prospect.opening = logInTo(prospect, context);
   prospect.opening.catch(() => {}); // whoever waits for it learns of it
-  const isTooSlow = (facts?.login ?? 0) > context.settings.decisionTimeout;
-  const late = delay(isTooSlow ? 0 : timeUntil(end));
   try {
-    await Promise.race([prospect.opening, late]);
+    const answer = await Promise.race([prospect.opening, late]);
+    if (answer === "late" && !isTooSlow) noteUnanswered(prospect, context);
     return exclusion(prospect, context) === undefined;
   } catch (error) {
-    if (error instanceof LocalError) throw error;
     noteFailure(prospect, error, context);
     return false;
   }
 }
 
-/** Chooses a machine that is ready to take a build, or says why none does. */
+/**
+ * Chooses a machine that is ready to take a build, or says why none does.
+ *
+ * @throws {LocalError} where something is wrong here, and so for all of them.
+ */
 async function chooseReadyMachine(
   machines: readonly Machine[],
   request: ScoredRequest,
   context: Context,
 ): Promise<Assignment | "busy" | "unreachable"> {
   const end = answerBy(context);
+  let obstacle: Error | undefined;
+  let others = machines;
   for (;;) {
-    const choice = await chooseBuildMachine(machines, request, context, end);
-    if (typeof choice === "string") return choice;
-    try {
-      if (await makeReady(choice, end, context)) return choice;
-    } catch (error) {
-      letGo(choice, context);
-      throw error;
+    const choice = await chooseBuildMachine(others, request, context, end);
+    if (typeof choice === "string") {
+      if (obstacle !== undefined) throw obstacle;
+      return choice;
     }
-    letGo(choice, context);
+    let isReady = false;
+    try {
+      isReady = await makeReady(choice, end, context);
+    } finally {
+      if (!isReady) letGo(choice, context);
+    }
+    if (isReady) return choice;
     if (timeUntil(end) === 0) return "unreachable";
+    const { prospect } = choice;
+    obstacle ??= prospect.obstacle;
+    if (prospect.obstacle) {
+      others = others.filter((it) => it !== prospect.machine);
+    }
   }
 }
 
@@ -6576,7 +6732,7 @@ async function transferAndOffload(
   try {
     const remote = await session.openDaemon();
     // It may not have been asked, or not to the end.
-    if (await isThisMachine(machine, () => remote, context)) {
+    if (await isThisMachine(machine, remote, derivation, context)) {
       throw new OffloadError(`'${machine.name}': ${THIS_MACHINE.why}`);
     }
     const before = performance.now();
@@ -6658,8 +6814,8 @@ async function attempt(
     );
     session.useSocket(prospect.facts?.socket);
     unwatch = watchSession(session, context.settings);
-    const transfer = (isAgain: boolean) =>
-      transferAndOffload(work, session, { ...context, signal }, isAgain);
+    const transfer = (isAdmitted: boolean) =>
+      transferAndOffload(work, session, { ...context, signal }, isAdmitted);
     const done = transfer(false).catch((error) => {
       if (!isOutOfStep(error)) throw error;
       // Its socket is some relay's, which breaks messages into pieces.
@@ -6732,11 +6888,14 @@ export async function clearLeftovers(
   const end = performance.now() + settings.connectTimeout * 1000;
   for (const slot of observations.slots()) {
     try {
-      while (!clearSlot(slot, mine, context)) {
-        if (slot.derivation !== derivation || performance.now() > end) break;
-        await delay(20);
-        signal.throwIfAborted();
-      }
+      if (clearSlot(slot, mine, context)) continue;
+      if (slot.derivation !== derivation) continue;
+      await remind("waiting for another hook of this build", log, async () => {
+        while (!clearSlot(slot, mine, context) && timeUntil(end) > 0) {
+          await delay(20);
+          signal.throwIfAborted();
+        }
+      });
     } catch (error) { // its file is gone, say
       signal.throwIfAborted();
       log.debug(`leftovers in '${slot.file}': ${reason(error)}`);
@@ -6803,7 +6962,8 @@ async function offload(
   let others = machines;
   for (let assignment: Assignment | string = first;;) {
     if (typeof assignment === "string") {
-      const why = `no other machine can take it: ${assignment}`;
+      const why = `no other machine can take '${work.derivation}': ` +
+        assignment;
       const hint = instead(work.derivation, request, context);
       throw new OffloadError(causes.join("; "), { hint: why + hint });
     }
@@ -6853,21 +7013,6 @@ async function readWork(
   const paths = (line: string) => line.split(" ").filter((path) => path !== "");
   const needed = [...new Set([derivation, ...paths(inputs)])];
   return { derivation, needed, outputs: paths(outputs) };
-}
-
-/** What guix-daemon builds beside its own system (nix/libstore/build.cc). */
-const COMPATIBLE: Readonly<Record<string, string>> = {
-  "i686-linux": "x86_64-linux",
-  "armhf-linux": "aarch64-linux",
-};
-
-/** Whether guix-daemon can build by itself now, and may. */
-function mayBuildHere(
-  { wantsLocal, system }: Request,
-  context: Pick<Context, "system"> & Partial<Pick<Context, "settings">>,
-): boolean {
-  const isNative = [system, COMPATIBLE[system]].includes(context.system);
-  return wantsLocal && isNative && context.settings?.buildLocally !== false;
 }
 
 /**
@@ -7118,39 +7263,6 @@ function formatTable(
   return [paint("heading", heading!), ...others].join("\n");
 }
 
-/**
- * Reads from a derivation what decides on the machine, and its outputs
- * (guix/derivations.scm).
- *
- * Its syntax is JSON's but for a word and the parentheses.
- */
-export function readDerivation(
-  text: string,
-): Pick<Request, "system" | "features"> & {
-  readonly outputs: string[];
-  readonly prefersLocal: boolean;
-} {
-  const json = text.replace(/^Derive/, "").replace(
-    /"(?:[^"\\]|\\[^])*"|[()]/g,
-    (token) =>
-      ({ "(": "[", ")": "]" })[token] ??
-        // JSON has no such characters as they are.
-        token.replace(
-          /\p{Cc}/gu,
-          (it) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`,
-        ),
-  );
-  const [outputs, , , system, , , variables] = JSON.parse(json);
-  const environment = new Map<string, string>(variables);
-  const features = environment.get("requiredSystemFeatures") ?? "";
-  return {
-    system,
-    features: features.split(" ").filter(Boolean),
-    outputs: outputs.map(([, path]: string[]) => path),
-    prefersLocal: environment.get("preferLocalBuild") === "1",
-  };
-}
-
 /** The plugins that list machines: where a FILE is named, it alone counts. */
 function machinePlugins(
   file: string | undefined,
@@ -7318,22 +7430,6 @@ async function explainCommand(
     : formatExplanation(explanations, screen);
   const found = explanations.some(({ chosen }) => chosen);
   return { output, exitCode: found ? 0 : 1 };
-}
-
-/** Settles as `work` does, or fails when the signal comes. */
-async function unlessAborted<T>(
-  signal: AbortSignal,
-  work: Promise<T>,
-): Promise<T> {
-  const aborted = Promise.withResolvers<never>();
-  const abort = () => aborted.reject(signal.reason);
-  signal.addEventListener("abort", abort);
-  if (signal.aborted) abort();
-  try {
-    return await Promise.race([work, aborted.promise]);
-  } finally {
-    signal.removeEventListener("abort", abort);
-  }
 }
 
 /** How many seconds the options leave each machine. */
@@ -7734,8 +7830,11 @@ async function testMachine(
         ({ minor }) => `protocol 1.${minor}`,
       );
       await testPrograms(trial, session);
-      const bounded = { ...context, signal, settings };
-      if (remote && await isThisMachine(machine, () => remote, bounded)) {
+      const isThis = remote && await unlessAborted(
+        signal,
+        prepare().then(({ path }) => holdsItem(remote, path)),
+      ).catch(() => false); // the import tells what is wrong
+      if (isThis) {
         const hint =
           "one machine file for a whole farm is fine; else remove it";
         trial.end("import", "warning", THIS_MACHINE.why, hint);
@@ -8058,6 +8157,41 @@ function describeUse(
   };
 }
 
+/** A derivation of ours, if there is any, without a look at all items. */
+function someItem({ storeDirectory }: Context): string | undefined {
+  const directory = opendirSync(storeDirectory);
+  try {
+    for (let entry; (entry = directory.readSync()) !== null;) {
+      if (entry.name.endsWith(".drv")) return `${storeDirectory}/${entry.name}`;
+    }
+    return undefined;
+  } finally {
+    directory.closeSync();
+  }
+}
+
+/** Whether a machine is this one, as far as that is found out quickly. */
+async function isKnownAsThis(
+  session: Session,
+  context: Context,
+): Promise<boolean> {
+  const known = context.observations.identity(session.machine);
+  if (known !== undefined) return known;
+  const opening = session.openDaemon();
+  const asking = opening.then(async (remote) => {
+    const path = someItem(context);
+    return path !== undefined &&
+      await isThisMachine(session.machine, remote, path, context);
+  });
+  try {
+    return await within(WATCH_INTERVAL, asking, "no answer");
+  } catch {
+    return false;
+  } finally {
+    opening.then(({ stream }) => stream.destroy(), () => {});
+  }
+}
+
 /** Asks a machine how it is; `sessions` keeps the connection. */
 async function inspect(
   machine: Machine,
@@ -8070,18 +8204,16 @@ async function inspect(
     const session = sessions.get(id) ??
       await openSession(machine, { ...context, ...bounds });
     sessions.set(id, session);
-    const { openDaemon } = session;
-    const isThis = isThisMachine(machine, openDaemon, {
-      ...{ ...context, ...bounds },
-    });
-    const facts = unlessAborted(bounds.signal, probe(session, context));
-    return facts.catch((error) => {
+    const asked = unlessAborted(bounds.signal, probe(session, context));
+    const facts = await asked.catch((error): Facts => {
       // An account may be unable to run commands and still be of use.
       if (!bounds.signal.aborted && !session.failure()) return { time: 0 };
       sessions.delete(id);
       session.close();
       throw error;
-    }).then(async (facts) => ({ facts, isThis: await isThis }));
+    });
+    session.useSocket(facts.socket);
+    return { facts, isThis: await isKnownAsThis(session, context) };
   };
   try {
     const { facts, isThis } = await withTimeout(seconds, context, ask);
@@ -9155,7 +9287,8 @@ function daemonProcess(): number {
  * next, it has read all.
  */
 function awaitDaemon(): void {
-  const idle = /^(poll_|ep_poll|do_(select|poll|epoll_wait|wait))/;
+  const idle =
+    /^(poll_|ep_poll|do_(select|poll|epoll_wait|wait)|(anon_)?pipe_(read|wait))/;
   for (let unknown = 0; unknown < 200;) {
     let place = "0";
     try {
@@ -9199,8 +9332,13 @@ class Outlet {
   }
 
   /** Writes all that is left, however long that takes. */
-  end(): void {
+  drain(): void {
     while (!this.#pass()) sleep(5);
+  }
+
+  /** Does so at the end, after which guix-daemon may read no more. */
+  end(): void {
+    this.drain();
     if (this.#wasFull) awaitDaemon();
   }
 
@@ -9247,13 +9385,13 @@ function reopen(descriptor: number): number {
 
 /** Standard error; what else than a pipe it is, such as a terminal, may wait. */
 function openMessages(): Outlet {
-  let isPipe = false;
+  let file = STANDARD_ERROR;
   try {
-    isPipe = fstatSync(STANDARD_ERROR).isFIFO();
+    if (fstatSync(file).isFIFO()) file = reopen(file);
   } catch {
-    // It is closed.
+    // It is closed, or another account's.
   }
-  return new Outlet(isPipe ? reopen(STANDARD_ERROR) : STANDARD_ERROR);
+  return new Outlet(file);
 }
 
 /** Makes a log on standard error, which the daemon shows to the client. */
@@ -9506,7 +9644,7 @@ async function runHook(
     },
     answer: (word) => {
       answered = word;
-      messages.end(); // they come first
+      messages.drain(); // they come first
       writeLine(STANDARD_OUTPUT, `# ${word}`);
     },
   };

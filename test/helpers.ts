@@ -320,10 +320,16 @@ export function goldenTurns(daemon: GoldenDaemon, name: string): Turn[] {
   return [[hello, answer], ...turns];
 }
 
-/** A daemon that greets, and then hears nothing more. */
-export function greeter(): Peer {
+/** A daemon that greets, does not have a derivation, and hears nothing more. */
+export function greeter(derivation: string): Peer {
   const [greeting] = goldenTurns(daemons["1.5"]!, "export-path");
-  return new Peer([greeting!, [Buffer.from("nothing else"), Buffer.alloc(0)]]);
+  const queryValidPaths = encode(31, [derivation]);
+  const none = encode(0x616c7473, []);
+  return new Peer([
+    greeting!,
+    [queryValidPaths, none],
+    [Buffer.from("nothing else"), Buffer.alloc(0)],
+  ]);
 }
 
 /** What a real daemon exported: nar, metadata, signature. */

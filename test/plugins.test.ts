@@ -400,7 +400,7 @@ test("a machine has time to be connected to, beside one that is", async () => {
         if (name === "cold") await delay(150); // what ssh takes, nearby
         return {
           failure: () => undefined,
-          openSocket: () => Promise.resolve(greeter()),
+          openSocket: () => Promise.resolve(greeter(request().derivation)),
           exec: () => Promise.reject(new Error("none")),
           close: () => {},
         };

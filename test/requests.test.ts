@@ -257,7 +257,7 @@ test("processRequest() keeps nothing of a build that is given up", async () => {
     name: "fake",
     machines: () => [only],
     connect: () => ({
-      openSocket: () => Promise.resolve(greeter()),
+      openSocket: () => Promise.resolve(greeter(request().derivation)),
       exec: () => Promise.reject(new Error("it runs nothing")),
       failure: () => undefined,
       close: () => void (closed = true),

@@ -148,9 +148,12 @@ function suiteUnder(runtime: Runtime): void {
       assert.match(tested.stderr, named);
       assert.match(buildBulk(), named);
       withSshd(single, () => {
-        const [, { status, stderr }] = buildWork();
+        const { status, stderr } = run(
+          "head",
+          ...offloadCommand(runtime, "test"),
+        );
         assert.is(status, 1, stderr);
-        assert.match(stderr, named);
+        assert.match(stderr, RegExp(`^w1:22: daemon: failed: .*${named}`, "m"));
       });
     });
   });

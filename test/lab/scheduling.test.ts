@@ -5,6 +5,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
+  addressOf,
   assertOffloaded,
   build,
   buildCommand,
@@ -48,15 +49,26 @@ async function ask(derivation: string, options: HookOptions) {
   return { answer, took, stderr };
 }
 
-/** Whether head has facts of a machine. */
-function isKnown(id: string): boolean {
+/** How many rows some SQL finds in what head has observed. */
+function rowsOf(sql: string): number {
   const script = `const { DatabaseSync } = require("node:sqlite");
     const file = "/var/guix/offload/observations.sqlite";
     const database = new DatabaseSync(file, { timeout: 10000 });
-    const sql = "SELECT 1 FROM machine WHERE id = ? AND facts IS NOT NULL";
-    console.log(database.prepare(sql).all(process.argv[1]).length);`;
+    console.log(database.prepare(process.argv[1]).all().length);`;
   const node = "/offload/node_modules/node/bin/node";
-  return inHost("head", node, "-e", script, id).trim() === "1";
+  return Number(inHost("head", node, "-e", script, sql));
+}
+
+/** Whether head has facts of a machine. */
+function isKnown(id: string): boolean {
+  const sql = "SELECT 1 FROM machine WHERE facts IS NOT NULL AND id =";
+  return rowsOf(`${sql} '${id}'`) === 1;
+}
+
+/** Has head believe that logging in takes longer than an answer may. */
+function pretendSlow(): void {
+  const facts = "json_set(facts, '$.login', 60)";
+  assert.ok(rowsOf(`UPDATE machine SET facts = ${facts} RETURNING 1`) > 0);
 }
 
 /** The process of a host's sshd that listens. */
@@ -375,6 +387,18 @@ export default plugin as Plugin;
     assert.match(result.stderr, "plugin: # decline");
   });
 
+  test("more messages than a pipe holds keep no answer back", () => {
+    writePlugin(
+      "loud.mjs",
+      'for (let i = 0; i < 3000; i++) console.log("x".repeat(70));' +
+        ' export default { name: "loud", score: () => 1 };',
+    );
+    const [derivation] = makeWork("head");
+    const result = build("head", derivation!);
+    assertOffloaded(derivation!, result, ["w1", "w2"]);
+    assert.is(result.stderr.match(/^plugin: x{70}$/gm)?.length, 3000);
+  });
+
   test("a build waits for a busy machine when its own dies", async () => {
     up("mortal");
     useMachines(
@@ -509,6 +533,40 @@ export default plugin as Plugin;
     }
   });
 
+  test("silent machines do not keep others from being asked", async () => {
+    up("silent");
+    const many = (text: string) =>
+      text.replace(/^\(list\n/, (start) => {
+        const [, machine = ""] = text.split("(build-machine");
+        const others = Array.from({ length: 40 }, (_, number) =>
+          ` (build-machine${
+            machine.replace('"silent"', `"silent${number}"`)
+              .replace("(systems", "(speed 9.) $&")
+          }`);
+        return `${start}${others.join("\n")}\n`;
+      });
+    useMachines("head", ["silent", "w1"], many);
+    const address = addressOf("silent");
+    const names = Array.from({ length: 40 }, (_, number) => `silent${number}`);
+    const hosts = `${root("head")}/etc/hosts`;
+    const before = readFileSync(hosts, "utf8");
+    writeFileSync(hosts, `${before}${address} ${names.join(" ")}\n`);
+    const [derivation] = makeWork("head");
+    try {
+      await whileSilent("silent", async () => {
+        const { answer, stderr } = await ask(derivation!, {
+          ...{ runtime, wantsLocal: true },
+          variables: ["OFFLOAD_DECISION_TIMEOUT=10"],
+        });
+        assert.is(answer, "accept", stderr);
+        assert.match(stderr, "'silent0' has not answered yet");
+      });
+    } finally {
+      writeFileSync(hosts, before);
+      down("silent");
+    }
+  });
+
   test("a login may take longer than an answer", async () => {
     const relay = await startRelay("w1", "--delay=200");
     useMachines("head", ["w1"], (text) => relayed(text, "w1"));
@@ -609,6 +667,7 @@ export default { name: "odd", connect: () => new Promise(later) };`,
       ...["OFFLOAD_DECISION_TIMEOUT=0.5", "OFFLOAD_FACTS_LIFETIME=600"],
       ...["OFFLOAD_BACKOFF=600", "OFFLOAD_OUTAGE_TIMEOUT=600"],
     ];
+    pretendSlow();
     const hook = startHook("head", { runtime, variables });
     assert.is(await hook.ask(derivation!), "accept", hook.text());
     hook.work(closure("head", derivation!), ["/gnu/store/none"]);
