@@ -536,6 +536,8 @@ export interface Problem {
   readonly hint?: string | undefined;
   /** How it is told, where not as what it is. */
   readonly toldAs?: "warning";
+  /** What is wrong, for programs: `configuration` unless told. */
+  readonly code?: ErrorCode | undefined;
 }
 
 /** What a machine file evaluates to. */
@@ -7188,8 +7190,8 @@ export const COMMANDS: readonly Command[] = [
     summary: "Print the machines that are listed",
     description: [
       "They are those of FILE, or of /etc/guix/machines.scm and the plugins. " +
-      "What is wrong with a file is told with its place, and as what fails to " +
-      "list machines, it makes the exit code 1.",
+      "What is wrong with a file is told with its place. That, or a plugin " +
+      "that fails to list machines, makes the exit code 1.",
     ],
     options: [JSON_OPTION],
     examples: [["offload machines ./machines.scm", "checks a new file"]],
@@ -7210,7 +7212,11 @@ export const COMMANDS: readonly Command[] = [
 export const EXIT_CODES: readonly (readonly [code: string, meaning: string])[] =
   [
     ["0", "All is well"],
-    ["1", "Something failed: a machine, a list of machines, or the command"],
+    [
+      "1",
+      "Something failed: a machine, a list of machines, or the command; " +
+      "or no machine would build it",
+    ],
     ["2", "It was used wrongly, or its settings can't be read"],
   ];
 
@@ -7404,6 +7410,17 @@ function formatExplanation(
   return formatTable([header, ...rows], screen);
 }
 
+/** Reads a derivation that somebody has named. */
+function parseDerivation(text: string, file: string) {
+  try {
+    return readDerivation(text);
+  } catch (cause) {
+    const hint = "'guix build -d PACKAGE' prints the name of one";
+    const message = `'${file}' is no derivation`;
+    throw new OffloadError(message, { cause, hint, exitCode: EXIT.usage });
+  }
+}
+
 /** `offload explain DERIVATION`. */
 async function explainCommand(
   derivation: string,
@@ -7418,7 +7435,7 @@ async function explainCommand(
     const message = `failed to read '${derivation}': ${reason(cause)}`;
     throw new OffloadError(message, { cause });
   }
-  const { system, features, prefersLocal } = readDerivation(text);
+  const { system, features, prefersLocal } = parseDerivation(text, derivation);
   const request = { wantsLocal: false, derivation, system, features };
   const never = prefersLocal && isBuiltHere(system)
     ? "guix-daemon builds it itself, for its preferLocalBuild is set"
@@ -7920,17 +7937,30 @@ export function checkInstallation(
 
 /** What is wrong here, as if it were a machine. */
 function testOf(machine: string, problems: readonly Problem[]): TestReport[] {
-  const steps = problems.map(({ severity, message, hint }): Step => ({
+  const steps = problems.map(({ severity, message, hint, code }): Step => ({
     name: machine,
     outcome: severity === "error" ? "failed" : "warning",
     detail: message,
     hint,
+    code: code ?? "configuration",
     seconds: 0,
   }));
   const failed = steps.some(({ outcome }) => outcome === "failed");
   const outcome = failed ? "failed" : "warning";
   return steps.length === 0 ? [] : [{ machine, outcome, seconds: 0, steps }];
 }
+
+/** Whether a plugin has a problem. */
+function isPlugins({ code }: Problem): boolean {
+  return code === "plugin";
+}
+
+/** What is no failure, and yet no success. */
+const NOTHING_TESTED: Problem = {
+  severity: "warning",
+  message: "no machine is listed, and so none was tested",
+  hint: "'offload trust' adds one to the machine file",
+};
 
 /** Lays out the reports: a table, and what to do where it is needed. */
 function formatReports(
@@ -8006,6 +8036,15 @@ export function formatJunitError(error: unknown): string {
     `${xml(hint)}</error></testcase>\n</testsuite>\n</testsuites>\n`;
 }
 
+/** Whether a file is a plain one, or can become that. */
+function mayBeReplaced(file: string): boolean {
+  try {
+    return statSync(file, { throwIfNoEntry: false })?.isFile() ?? true;
+  } catch { // who writes it says why
+    return false;
+  }
+}
+
 /** Writes a file that was asked for; returns what is wrong, if that fails. */
 function writeReport(file: string, text: string): OffloadError | undefined {
   try {
@@ -8027,11 +8066,11 @@ async function withReport(
   run: () => Promise<CommandResult>,
 ): Promise<CommandResult> {
   const isDefined = command.options.some(([usage]) => usage === "--junit FILE");
-  if (!isDefined || typeof junit !== "string") return await run();
-  const write = (error: unknown) => writeReport(junit, formatJunitError(error));
-  const stat = statSync(junit, { throwIfNoEntry: false });
+  if (!isDefined || junit === undefined) return await run();
+  const file = String(junit);
+  const write = (error: unknown) => writeReport(file, formatJunitError(error));
   // A pipe is to get one report.
-  if (stat?.isFile() ?? true) write("it did not come to its end");
+  if (mayBeReplaced(file)) write("it did not come to its end");
   try {
     return await run();
   } catch (error) {
@@ -8073,9 +8112,12 @@ async function testCommand(
   });
   const results = await awaitAll("testing machines", tests, screen);
   context.signal.throwIfAborted();
+  const isNothing = machines.length + context.problems.length === 0;
   const reports = [
     ...testOf("installation", checkInstallation(machines, context)),
-    ...testOf("machine file", context.problems),
+    ...testOf("machine file", context.problems.filter((it) => !isPlugins(it))),
+    ...testOf("plugins", context.problems.filter(isPlugins)),
+    ...testOf("machines", isNothing ? [NOTHING_TESTED] : []),
     ...results,
   ];
   const problem = options.junit === undefined
@@ -8096,6 +8138,8 @@ interface MachineStatus {
   readonly reachable?: boolean;
   /** Why not. */
   readonly problem?: string | undefined;
+  /** The same, for programs. */
+  readonly code?: ErrorCode | undefined;
   readonly kernel?: string | undefined;
   readonly architecture?: string | undefined;
   readonly hostName?: string | undefined;
@@ -8222,8 +8266,9 @@ async function inspect(
     return { ...use, reachable: true, problem, ...describeFacts(facts) };
   } catch (error) {
     context.signal.throwIfAborted();
-    const problem = inOneLine(reason(error));
-    return { ...describeUse(machine, context), reachable: false, problem };
+    const [problem, code] = [inOneLine(reason(error)), codeOf(error)];
+    const use = describeUse(machine, context);
+    return { ...use, reachable: false, problem, code };
   }
 }
 
@@ -9158,7 +9203,7 @@ function distance(from: string, to: string): number {
 
 /** The error where there is no such command, with what may have been meant. */
 function unknownCommand(word: string | undefined): OffloadError {
-  if (word === undefined) return usageError("missing command name");
+  if (!word) return usageError("missing command name");
   if (word.startsWith("-")) return usageError(`${word}: unrecognized option`);
   const [nearest] = COMMANDS.map(({ name }) => name)
     .filter((name) => name.startsWith(word) || distance(word, name) <= 2)
@@ -9558,7 +9603,10 @@ async function makeContext(
   };
   // A plugin that does not load may have listed machines.
   const warn = (problem: unknown) =>
-    report({ severity: "error", message: reason(problem), toldAs: "warning" });
+    report({
+      ...{ severity: "error", message: reason(problem) },
+      ...{ toldAs: "warning", code: "plugin" },
+    });
   const loading = machineFile === undefined ? { ...log, warn } : log;
   return {
     ...hook,

@@ -203,6 +203,8 @@ const PROGRAM = String.raw`
 
 (define (note-file! name . _)
   (when (string? name)
+    ;; Whose working directory it is, is not compared.
+    (unless (string-prefix? "/" name) (set! volatile? #t))
     (set! files (cons (if (string-prefix? "/" name)
                           name
                           (string-append (getcwd) "/" name))

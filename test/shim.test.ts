@@ -343,8 +343,9 @@ test("guix offload accepts the oldest runtimes and previews", async () => {
   });
 });
 
-/** What the shim waits for, before what else a runtime does. */
-const STARTED = `kill -USR1 "$PPID"`;
+/** What the shim waits for, and notes, before what else a runtime does. */
+const STARTED = 'kill -USR1 "$PPID"; ' +
+  "while [ -e /proc/$PPID/fd/8 ]; do :; done";
 
 /** Shells that are there: the daemon's /bin/sh may be any. */
 const SHELLS = ["dash", "bash"];
