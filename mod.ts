@@ -5239,7 +5239,12 @@ async function meetDaemon(
   session: Session,
   known: Facts | undefined,
   context: Context,
-): Promise<{ remote: StoreConnection; facts: Facts | undefined }> {
+): Promise<{
+  readonly remote: StoreConnection;
+  readonly facts: Facts | undefined;
+  /** When it answered, as `performance.now()` has it. */
+  readonly answered: number;
+}> {
   const start = performance.now();
   session.useSocket(known?.socket);
   const greeted = session.greetDaemon();
@@ -5247,15 +5252,16 @@ async function meetDaemon(
   // machine still be of use.
   const asked = known ?? probe(session, context).catch(() => undefined);
   const [greeting] = await Promise.allSettled([greeted]);
-  const took = (performance.now() - start) / 1000;
+  const answered = performance.now();
+  const took = (answered - start) / 1000;
   const patience = Math.max(took, context.settings.decisionTimeout);
   const facts = await within(patience, Promise.resolve(asked), "no answer")
     .catch(() => undefined);
   if (session.useSocket(facts?.socket)) {
-    return { remote: await session.greetDaemon(), facts };
+    return { remote: await session.greetDaemon(), facts, answered };
   }
   if (greeting.status === "rejected") throw greeting.reason;
-  return { remote: greeting.value, facts };
+  return { remote: greeting.value, facts, answered };
 }
 
 /**
@@ -5271,15 +5277,16 @@ async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
   prospect.awaited = `guix-daemon on '${machine.name}'`;
   try {
     const known = isFresh(prospect.facts, context) ? prospect.facts : undefined;
-    const { remote, facts } = await meetDaemon(session, known, context);
+    const meeting = await meetDaemon(session, known, context);
     // A part of an answer is none.
     if (session.failure() !== undefined) throw session.failure();
+    const { remote, facts, answered } = meeting;
     const { derivation } = prospect;
     if (await isThisMachine(machine, remote, derivation, context)) {
       prospect.excluded = THIS_MACHINE;
     }
     if (known ?? prospect.excluded) return session;
-    const login = (performance.now() - start) / 1000;
+    const login = (answered - start) / 1000;
     prospect.facts = { ...facts ?? { time: Date.now() }, login };
     context.observations.saveFacts(id, prospect.facts);
     return session;
@@ -5408,9 +5415,10 @@ async function awaitGreeted(
 function noteUnanswered(prospect: Prospect, context: Context): void {
   const { machine, id, awaited, hasGreeted } = prospect;
   const { log, observations, settings } = context;
-  // Another process may have had an answer.
+  // Another process may have had an answer since.
   const { facts } = observations.machines(id).get(id) ?? {};
-  if (isFresh(facts, context)) {
+  const before = prospect.facts?.time ?? 0;
+  if (isFresh(facts, context) && facts.time > before) {
     prospect.facts = facts;
     return;
   }
