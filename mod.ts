@@ -5071,6 +5071,31 @@ const THIS_MACHINE: Exclusion = {
   isBusy: false,
 };
 
+/** When a store got an item. */
+async function registeredIn(
+  store: StoreConnection,
+  path: string,
+): Promise<number | undefined> {
+  return (await queryPathInfos(store, [path])).get(path)?.registered;
+}
+
+/** When ours did, if that can be told. */
+async function registeredHere(
+  path: string,
+  context: Context,
+): Promise<number | undefined> {
+  let local: StoreConnection | undefined;
+  try {
+    local = await openLocalDaemon(context);
+    return await registeredIn(local, path);
+  } catch (error) { // that is nobody else's fault
+    context.log.debug(`'${path}': ${reason(error)}`);
+    return undefined;
+  } finally {
+    local?.stream.destroy();
+  }
+}
+
 /** Whether a store has got an item of ours at the very time we did. */
 async function hasSince(
   remote: StoreConnection,
@@ -5078,15 +5103,8 @@ async function hasSince(
   context: Context,
 ): Promise<boolean> {
   const [valid] = await queryValidPaths(remote, [path]);
-  if (valid !== path) return false;
-  const local = await openLocalDaemon(context);
-  try {
-    const infos = [local, remote].map((store) => queryPathInfos(store, [path]));
-    const [ours, theirs] = await Promise.all(infos);
-    return ours!.get(path)!.registered === theirs!.get(path)!.registered;
-  } finally {
-    local.stream.destroy();
-  }
+  const ours = valid === path ? await registeredHere(path, context) : undefined;
+  return ours !== undefined && ours === await registeredIn(remote, path);
 }
 
 /** Makes a store item here that no other store has. */
