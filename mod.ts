@@ -6766,7 +6766,11 @@ async function transferAndOffload(
     const before = performance.now();
     const { buildOptions, settings } = context;
     await setBuildOptions(remote, buildOptions, settings.substitutes);
-    const roundTrip = performance.now() - before;
+    const took = performance.now() - before;
+    // Of two looks at a busy machine, the shorter one says how far it is.
+    const id = machineId(machine);
+    const { facts } = context.observations.machines(id).get(id) ?? {};
+    const roundTrip = Math.min(took, facts?.roundTrip ?? took);
     const store = await local;
     const connections: TransportContext & Context = {
       ...contextFor(guixPlugin, context),

@@ -159,9 +159,13 @@ export async function makeField(
   return { hook, choice, relay };
 }
 
-/** Edits a machine file so that w1 is preferred, and reached by the relay. */
+/**
+ * Edits a machine file so that w1 is preferred, and reached by the relay. What
+ * compresses an archive there may have all of it while little has arrived.
+ */
 function preferRelayed(text: string): string {
-  return relayed(text, "w1").replace("(port", "(speed 9.) (port");
+  const fields = '(speed 9.) (compression "none") (port';
+  return relayed(text, "w1").replace("(port", fields);
 }
 
 /** Has head use both machines. */
