@@ -5130,10 +5130,22 @@ async function holdsItem(
 }
 
 /**
- * Whether the guix-daemon that is reached is that of this machine, whatever way
- * leads there: a build that is sent to it would wait for its own lock. Of
- * another machine one look at `path`, an item of ours, shows it; only what
- * looks like this one is asked for an item that was made for that.
+ * Whether a store is ours, whatever way leads there. Of another one a look at
+ * `path`, an item of ours, mostly shows it; only what looks like ours is asked
+ * for an item that was made for that.
+ */
+async function isOurStore(
+  remote: StoreConnection,
+  path: string,
+  context: Context,
+): Promise<boolean> {
+  return await hasSince(remote, path, context) &&
+    await holdsItem(remote, await makeToken(context));
+}
+
+/**
+ * Whether the guix-daemon that is reached is that of this machine: a build that
+ * is sent to it would wait for its own lock.
  */
 async function isThisMachine(
   machine: Machine,
@@ -5144,12 +5156,8 @@ async function isThisMachine(
   const { log, observations, settings } = context;
   const known = observations.identity(machine);
   if (known !== undefined) return known;
-  const compare = async () => {
-    if (!await hasSince(remote, path, context)) return false;
-    return await holdsItem(remote, await makeToken(context));
-  };
   const isThis = await within(
-    ...[settings.connectTimeout, compare()] as const,
+    ...[settings.connectTimeout, isOurStore(remote, path, context)] as const,
     `guix-daemon on '${machine.name}' or here: no answer`,
   );
   observations.saveIdentity(machine, isThis);
@@ -7879,7 +7887,7 @@ async function testMachine(
       await testPrograms(trial, session);
       const isThis = remote && await unlessAborted(
         signal,
-        prepare().then(({ path }) => holdsItem(remote, path)),
+        prepare().then(({ path }) => isOurStore(remote, path, context)),
       ).catch(() => false); // the import tells what is wrong
       if (isThis) {
         const hint =
