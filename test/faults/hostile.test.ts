@@ -547,6 +547,7 @@ const rows: readonly Row[] = [
           ),
       },
     }),
+    answer: "postpone",
     says: /guix-daemon on '.*(too long|unexpected)/,
     quick: true,
   },
