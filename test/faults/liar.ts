@@ -220,6 +220,9 @@ async function serveCommand(
 ): Promise<void> {
   const isProbe = command.includes("uname");
   const output = isProbe ? facts?.() ?? FACTS : other?.(command);
+  // What tells the output from what a shell prints when it starts.
+  const [, ...parts] = /([\da-f-]{36}) ([\da-f-]{36})/.exec(command) ?? [];
+  if (output !== undefined) channel.write(`${parts.join(":")}\n`);
   await Promise.all([
     pour(channel, output ?? Buffer.alloc(0)),
     isProbe && complaints && pour(channel.stderr, complaints()),
