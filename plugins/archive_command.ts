@@ -17,16 +17,19 @@ async function* runArchive(
 ): AsyncGenerator<Uint8Array, void> {
   const command = `exec guix archive ${options.map(quote).join(" ")}`;
   const { channel, ended } = await exec(command);
-  const sent = pipeline(input, channel);
-  sent.catch(() => channel.destroy()); // else it would wait for more
+  let problem: { code?: unknown } | undefined;
+  pipeline(input, channel).catch((error) => {
+    problem = error;
+    channel.destroy(); // else it would wait for more
+  });
   yield* channel;
   const { code, errors } = await ended;
-  if (code !== 0) {
-    throw new Error(
-      `'guix archive' failed on '${machine.name}': ${errors.trim()}`,
-    );
-  }
-  await sent;
+  // What ended well has had all it wanted, whatever became of the rest.
+  if (code === 0) return;
+  if (problem?.code === "local") throw problem;
+  throw new Error(
+    `'guix archive' failed on '${machine.name}': ${errors.trim()}`,
+  );
 }
 
 const plugin = {
