@@ -8035,6 +8035,12 @@ function xml(text: string): string {
     .replace(/(?![\t\n])\p{Cc}|\p{Cs}/gu, "\ufffd");
 }
 
+/** A report as JUnit has it, with these suites. */
+function junitDocument(suites: string): string {
+  return '<?xml version="1.0" encoding="UTF-8"?>\n' +
+    `<testsuites name="offload test">\n${suites}</testsuites>\n`;
+}
+
 /** Writes the reports as JUnit does: a suite for each machine. */
 export function formatJunit(reports: readonly TestReport[]): string {
   const bodies = {
@@ -8058,20 +8064,19 @@ export function formatJunit(reports: readonly TestReport[]): string {
       "</testcase>\n"
     ).join("") + "</testsuite>\n"
   );
-  return '<?xml version="1.0" encoding="UTF-8"?>\n' +
-    `<testsuites name="offload test">\n${suites.join("")}</testsuites>\n`;
+  return junitDocument(suites.join(""));
 }
 
 /** Writes, as JUnit does, that there was no test at all, and why. */
 export function formatJunitError(error: unknown): string {
   const { hint = "" } = (error ?? {}) as Partial<OffloadError>;
-  return '<?xml version="1.0" encoding="UTF-8"?>\n' +
-    '<testsuites name="offload test">\n' +
+  return junitDocument(
     '<testsuite name="offload test" tests="1" failures="0" errors="1" ' +
-    'skipped="0" time="0.000">\n' +
-    '<testcase classname="offload test" name="offload test" time="0.000">' +
-    `<error message="${xml(reason(error))}" type="${codeOf(error)}">` +
-    `${xml(hint)}</error></testcase>\n</testsuite>\n</testsuites>\n`;
+      'skipped="0" time="0.000">\n' +
+      '<testcase classname="offload test" name="offload test" time="0.000">' +
+      `<error message="${xml(reason(error))}" type="${codeOf(error)}">` +
+      `${xml(hint)}</error></testcase>\n</testsuite>\n`,
+  );
 }
 
 /** Whether a file is a plain one, or can become that. */
@@ -8104,7 +8109,9 @@ async function withReport(
   run: () => Promise<CommandResult>,
 ): Promise<CommandResult> {
   const isDefined = command.options.some(([usage]) => usage === "--junit FILE");
-  if (!isDefined || junit === undefined) return await run();
+  // No file was named where there is no value, or more than one.
+  const isNamed = typeof junit === "string" || typeof junit === "number";
+  if (!isDefined || !isNamed) return await run();
   const file = String(junit);
   const write = (error: unknown) => writeReport(file, formatJunitError(error));
   // A pipe is to get one report.

@@ -40,13 +40,29 @@ import {
 const test = suite("commands");
 
 /** Runs Offload with these arguments. */
-async function offload(...args: readonly string[]) {
+function offload(...args: readonly string[]) {
+  return runOffload({ OFFLOAD_PLUGINS: "/nonexistent" }, args);
+}
+
+/** Runs it in a directory, with the plugins and the machine file there. */
+function offloadIn(directory: string, ...args: readonly string[]) {
+  const env = {
+    OFFLOAD_PLUGINS: `${directory}/offload`,
+    GUIX_CONFIGURATION_DIRECTORY: directory,
+  };
+  return runOffload(env, args, directory);
+}
+
+async function runOffload(
+  settings: Record<string, string>,
+  args: readonly string[],
+  cwd = ".",
+) {
   const [program, ...options] = ownRuntime;
-  const script = `${ROOT}/mod.ts`;
-  const env = { ...process.env, OFFLOAD_PLUGINS: "/nonexistent" };
-  const child = run(program, [...options, script, ...args], { env });
-  const { code, stdout, stderr } = await settled(child);
-  return { code, stdout: stdout.toString(), stderr };
+  const words = [...options, `${ROOT}/mod.ts`, ...args];
+  const env = { ...process.env, ...settings };
+  const { stdout, ...rest } = await settled(run(program, words, { cwd, env }));
+  return { ...rest, stdout: stdout.toString() };
 }
 
 /** Writes a machine file with a machine of each name, none of which is there. */
@@ -124,7 +140,7 @@ test("wrong arguments are told in Guix's words", async () => {
       [["completion", "csh"], /csh: unknown shell: expected bash, zsh or fish/],
     ];
     for (const [args, message] of wrong) {
-      const { code, stdout, stderr } = await offload(...args);
+      const { code, stdout, stderr } = await offloadIn(directory, ...args);
       assert.is(code, 2, stderr);
       assert.is(stdout, "");
       assert.match(stderr, /^offload: error: /);
@@ -133,6 +149,7 @@ test("wrong arguments are told in Guix's words", async () => {
       const help = name === undefined ? "" : `${name} `;
       assert.match(stderr, RegExp(`^hint: run 'offload ${help}--help'$`, "m"));
     }
+    assert.equal(readdirSync(directory), ["machines.scm"]);
   });
 });
 
@@ -167,19 +184,6 @@ test("test fails where the machine file is wrong", async () => {
     assert.match(report.steps[0].detail, /machines\.scm:1:\d+: unexpected end/);
   });
 });
-
-/** Runs Offload with plugins, and the machine file, of a directory. */
-async function offloadIn(directory: string, ...args: readonly string[]) {
-  const [program, ...options] = ownRuntime;
-  const env = {
-    ...process.env,
-    OFFLOAD_PLUGINS: `${directory}/offload`,
-    GUIX_CONFIGURATION_DIRECTORY: directory,
-  };
-  const words = [...options, `${ROOT}/mod.ts`, ...args];
-  const { stdout, ...rest } = await settled(run(program, words, { env }));
-  return { ...rest, stdout: stdout.toString() };
-}
 
 test("machines shows what plugins list, and fails where one can't", () =>
   withDirectory(async (directory) => {
