@@ -61,8 +61,8 @@ check "deno doc" "$deno" doc --lint mod.ts
 check "deno publish" "$deno" publish --dry-run --allow-dirty
 suites "$node" --disable-warning=ExperimentalWarning test/run.ts
 suites "$deno" run --allow-all test/run.ts
-# lane LAB NET: runs suites that the other lane has not taken, in a lab of its
-# own; hosts that were up before are left up.
+# lane LAB NET: runs suites that no other lane has taken, in a lab of its own;
+# hosts that were up before are left up.
 lane() (
     export OFFLOAD_LAB="$1" OFFLOAD_LAB_NET="$2"
     [ -n "$(scripts/lab/lab list)" ] || trap 'scripts/lab/lab down' EXIT
@@ -78,16 +78,19 @@ lane() (
 result() { echo "$work/$(echo "$1" | tr / .)"; }
 
 if [ "${1-}" != --unit ]; then
-    lab_suites=$(ls test/lab/*.test.ts test/faults/*.test.ts)
+    # The largest first: a long one that began last would be waited for.
+    lab_suites=$(ls -S test/lab/*.test.ts test/faults/*.test.ts)
     if [ "${1-}" = --faults ]; then export OFFLOAD_FAULTS=.
     else lab_suites=$(echo "$lab_suites" | grep -v /soak)
     fi
-    # Two at a time: they wait more than they work.
+    # Three at a time: they wait more than they work.
     first=${OFFLOAD_LAB:-/var/cache/offload-lab}
     scripts/lab/lab roots || exit 1
-    mkdir -p "$first.second"
-    ln -sfn "$first/roots" "$first.second/roots"
-    lane "$first.second" 127.0.2 &
+    for number in 2 3; do
+        mkdir -p "$first.$number"
+        ln -sfn "$first/roots" "$first.$number/roots"
+        lane "$first.$number" "127.$number.0" &
+    done
     lane "$first" "${OFFLOAD_LAB_NET:-127.0.1}"
     wait
     for suite in $lab_suites; do count "$(result "$suite")/output"; done
