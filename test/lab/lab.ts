@@ -14,6 +14,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  statSync,
   writeFileSync,
 } from "node:fs";
 import { machine } from "node:os";
@@ -325,6 +326,21 @@ export function build(
   ...derivations: readonly string[]
 ): Result {
   return run(master, ...buildCommand(derivations));
+}
+
+/**
+ * How many builds a host runs, each of which has a build user of its own. It
+ * starts no process, for it is asked again and again.
+ */
+export function builds(host: string): number {
+  const users = readFileSync(`${root(host)}/etc/passwd`, "utf8")
+    .matchAll(/^guixbuilder\d+:[^:]*:(\d+):/gm);
+  const owners = new Set(
+    readdirSync(`${root(host)}/proc`).map((name) =>
+      statSync(`${root(host)}/proc/${name}`, { throwIfNoEntry: false })?.uid
+    ),
+  );
+  return [...users].filter(([, uid]) => owners.has(Number(uid))).length;
 }
 
 /** Builds on a master itself. */

@@ -15,6 +15,7 @@ import {
   assertOffloaded,
   build,
   buildCommand,
+  builds,
   closure,
   forget,
   inHost,
@@ -48,12 +49,6 @@ function use(
 ): void {
   const text = `OFFLOAD_USE=${JSON.stringify(plugins)}`;
   useOffload(master, runtime, text, ...variables);
-}
-
-/** What the daemon calls a machine's own builds: each has a user. */
-function builds(machine: string): number {
-  const { stdout } = run(machine, "ps", "-e", "-o", "user:32=");
-  return new Set(stdout.match(/^guixbuilder\d+/gm)).size;
 }
 
 /** Starts three builds on each of these masters. */

@@ -9,6 +9,7 @@ import {
   assertOffloaded,
   build,
   buildCommand,
+  builds,
   closure,
   down,
   forget,
@@ -86,12 +87,6 @@ async function whileSilent(host: string, work: () => Promise<void>) {
   } finally {
     signal("CONT");
   }
-}
-
-/** How many builds a machine runs now: each has a user of its own. */
-function builds(machine: string): number {
-  const { stdout } = run(machine, "ps", "-e", "-o", "user:32=");
-  return new Set(stdout.match(/^guixbuilder\d+/gm)).size;
 }
 
 /** Has what is built on a machine stand still, or go on. */
