@@ -266,8 +266,9 @@ test("Observations double the time for which a machine is left alone", async () 
     assert.ok(remaining <= 3);
     await until("it is over", () => left()[1] < 0);
   }
-  observations.saveFailure(each, "gone", { ...settings, backoff: 100 });
-  observations.saveFailure(each, "gone", settings); // part of the same failure
+  const long = { ...settings, backoff: 100, backoffLimit: 100 };
+  observations.saveFailure(each, "gone", long);
+  observations.saveFailure(each, "gone", long); // part of the same failure
   assert.is(left()[0], 4);
   observations.saveBuild("machine:22", "hello", 1, []);
   assert.equal(left()[0], 0);
