@@ -38,7 +38,7 @@ async function withHook<T>(
   options: HookOptions,
   talk: (hook: Hook) => Promise<T>,
 ): Promise<T> {
-  const variables = ["OFFLOAD_DECISION_TIMEOUT=30", ...options.variables ?? []];
+  const variables = ["OFFLOAD_DECISION_TIMEOUT=10", ...options.variables ?? []];
   const hook = startHook("head", { ...options, variables });
   try {
     return await talk(hook);
