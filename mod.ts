@@ -208,6 +208,12 @@ class ProtocolError extends OffloadError {
   static override readonly code = "protocol";
 }
 
+/** A builder was killed, which the build may have done as well as the machine. */
+class Killed extends OffloadError {}
+
+/** More came than is taken, which the build may have made as well. */
+class Excess extends ProtocolError {}
+
 /** What was waited for takes too long. */
 class Late extends OffloadError {
   static override readonly code = "late";
@@ -3085,7 +3091,7 @@ export async function restoreNar(
 
 function checkLength(reader: ByteReader, length: number): void {
   if (length > LONGEST_TARGET) {
-    throw reader.error("invalid nar: a file name is too long");
+    throw new Excess(`${reader.name}: invalid nar: a file name is too long`);
   }
 }
 
@@ -3743,6 +3749,12 @@ const IDENTITY_LIFETIME = 86_400_000;
 /** For how long an item is believed to be on a machine, in seconds. */
 const HELD_LIFETIME = 30 * 86400;
 
+/** For how long a build speaks against its machine, in ms. */
+const DOUBT_LIFETIME = 3_600_000;
+
+/** How many different builds must speak against a machine. */
+const DOUBTS = 2;
+
 const OBSERVATIONS_SCHEMA = `
   PRAGMA journal_mode = WAL;
   PRAGMA synchronous = OFF;
@@ -3761,6 +3773,9 @@ const OBSERVATIONS_SCHEMA = `
     file TEXT PRIMARY KEY, derivation TEXT, time REAL);
   CREATE TABLE IF NOT EXISTS own (
     definition TEXT PRIMARY KEY, own INTEGER NOT NULL, time REAL NOT NULL);
+  CREATE TABLE IF NOT EXISTS doubt (
+    machine TEXT, derivation TEXT, time REAL, PRIMARY KEY (machine, derivation))
+    WITHOUT ROWID;
   CREATE TABLE IF NOT EXISTS used (machine TEXT PRIMARY KEY, time REAL);
   CREATE TABLE IF NOT EXISTS wait (
     id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
@@ -3865,6 +3880,23 @@ export class Observations {
     );
   }
 
+  /**
+   * Notes that a build failed on a machine and did well on another one; returns
+   * how many different ones have, lately and since one did well there.
+   */
+  saveDoubt(id: string, derivation: string): number {
+    const now = Date.now();
+    this.#query(
+      "DELETE FROM doubt WHERE time NOT BETWEEN ? AND ?",
+      ...[now - DOUBT_LIFETIME, now],
+    );
+    this.#query(
+      "INSERT OR REPLACE INTO doubt VALUES (?, ?, ?)",
+      ...[id, derivation, now],
+    );
+    return this.#query("SELECT 1 FROM doubt WHERE machine = ?", id).length;
+  }
+
   /** Notes whether a machine is this one; another definition may not be. */
   saveIdentity(machine: Machine, isThis: boolean): void {
     this.#query(
@@ -3903,6 +3935,7 @@ export class Observations {
     const now = Date.now();
     this.#query("BEGIN");
     this.#query("UPDATE machine SET failures = 0, until = 0 WHERE id = ?", id);
+    this.#query("DELETE FROM doubt WHERE machine = ?", id);
     this.#query(
       "INSERT INTO build VALUES (?, ?, ?, ?)",
       ...[name, id, seconds, now],
@@ -6072,7 +6105,7 @@ async function* bounded(
     signal.throwIfAborted();
     size += chunk.length;
     if (size > limit) {
-      throw new ProtocolError(`more than ${mebibytes(limit)} MiB came back`, {
+      throw new Excess(`more than ${mebibytes(limit)} MiB came back`, {
         hint: "the setting 'maximumArchiveSize' is the limit",
       });
     }
@@ -6704,7 +6737,8 @@ async function buildRemotely(
     const killing = `builder for \`${derivation}' failed due to signal 9`;
     const isOver = status === EXIT.timedOut ||
       (status === EXIT.buildFailed && last?.indexOf(killing) !== 0);
-    throw new OffloadError(
+    const wasKilled = !isOver && status === EXIT.buildFailed;
+    throw new (wasKilled ? Killed : OffloadError)(
       `derivation '${derivation}' offloaded to '${machine.name}' failed: ` +
         message,
       { cause, exitCode: isOver ? status : undefined },
@@ -6949,11 +6983,13 @@ export async function clearLeftovers(
  */
 async function chooseAnother(
   machines: readonly Machine[],
+  resting: Attempts["resting"],
   request: ScoredRequest,
   context: Context,
 ): Promise<Assignment | string> {
   const { log, settings: { outageTimeout }, signal } = context;
-  if (machines.length === 0) return "unreachable";
+  const isLeft = (machine: Machine) => resting.get(machine) !== Infinity;
+  if (!machines.some(isLeft)) return "unreachable";
   const end = performance.now() + outageTimeout * 1000;
   const accepted = { ...request, wantsLocal: false }; // no more
   let told = "";
@@ -6963,15 +6999,67 @@ async function chooseAnother(
   };
   return await remind("waiting for a machine", log, async () => {
     for (;;) {
-      const choice = await chooseBuildMachine(machines, accepted, context);
+      const others = machines.filter((machine) =>
+        !(resting.get(machine)! > performance.now())
+      );
+      const choice = await chooseBuildMachine(others, accepted, context);
       if (typeof choice !== "string") return choice;
-      if (choice === "busy") tell("waiting for a free slot");
+      const isWaiting = machines.some((it) =>
+        isLeft(it) && !others.includes(it)
+      );
+      if (choice === "busy" || isWaiting) tell("waiting for a free slot");
       else if (timeUntil(end) === 0) return choice;
       else tell(`no machine can be reached: waiting for ${outageTimeout} s`);
       await delay(1000);
       signal.throwIfAborted();
     }
   });
+}
+
+/** What came of a build on the machines so far. */
+interface Attempts {
+  /** Why it failed. */
+  readonly causes: string[];
+  /** Where that may be its own doing. */
+  readonly doubted: Machine[];
+  /** Which machines are not tried, and until when, by `performance.now()`. */
+  readonly resting: Map<Machine, number>;
+}
+
+/**
+ * Notes why a build failed on a machine. One that a user's build can make fail
+ * as it likes is not to blame, before others failed there that did well
+ * elsewhere.
+ */
+function noteAttempt(
+  machine: Machine,
+  error: unknown,
+  { causes, doubted, resting }: Attempts,
+  { log, observations, settings }: Context,
+): void {
+  causes.push(reason(error));
+  const isDoubtful = error instanceof Killed || error instanceof Excess;
+  if (isDoubtful) doubted.push(machine);
+  else observations.saveFailure(machine, reason(error), settings);
+  const rest = isDoubtful ? settings.backoff : 0;
+  const isForGood = error instanceof ProtocolError;
+  resting.set(machine, isForGood ? Infinity : performance.now() + 1000 * rest);
+  log.warn(error);
+  log.info(`'${machine.name}' failed: trying another machine...`);
+}
+
+/** Notes who failed at a build that did well in the end. */
+function noteDoubts(
+  { derivation }: Work,
+  { doubted }: Attempts,
+  { observations, settings }: Context,
+): void {
+  for (const machine of doubted) {
+    const builds = observations.saveDoubt(machineId(machine), derivation);
+    if (builds < DOUBTS) continue;
+    const problem = `${builds} builds failed that did well on other machines`;
+    observations.saveFailure(machine, problem, settings);
+  }
 }
 
 /** What to type where no machine does a build that was accepted. */
@@ -6997,9 +7085,9 @@ async function offload(
   first: Assignment,
   context: Context,
 ): Promise<void> {
-  const { log, observations, settings } = context;
-  const causes: string[] = [];
-  let others = machines;
+  const { log, settings } = context;
+  const attempts = { causes: [], doubted: [], resting: new Map() } as Attempts;
+  const { causes, resting } = attempts;
   for (let assignment: Assignment | string = first;;) {
     if (typeof assignment === "string") {
       const why = `no other machine can take '${work.derivation}': ` +
@@ -7009,26 +7097,19 @@ async function offload(
     }
     const { machine } = assignment.prospect;
     try {
-      return await attempt(work, assignment, context);
+      await attempt(work, assignment, context);
+      return noteDoubts(work, attempts, context);
     } catch (error) {
       context.signal.throwIfAborted();
       if (isFinal(error)) throw error;
       if (error instanceof NotAdmitted) log.info(error.message);
-      else {
-        observations.saveFailure(machine, reason(error), settings);
-        causes.push(reason(error));
-        if (causes.length >= settings.attempts) {
-          const hint = instead(work.derivation, request, context).slice(2);
-          throw new OffloadError(causes.join("; "), { cause: error, hint });
-        }
-        if (error instanceof ProtocolError) {
-          others = others.filter((other) => other !== machine);
-        }
-        log.warn(error);
-        log.info(`'${machine.name}' failed: trying another machine...`);
+      else noteAttempt(machine, error, attempts, context);
+      if (causes.length >= settings.attempts) {
+        const hint = instead(work.derivation, request, context).slice(2);
+        throw new OffloadError(causes.join("; "), { cause: error, hint });
       }
-      assignment = await chooseAnother(others, request, context);
     }
+    assignment = await chooseAnother(machines, resting, request, context);
   }
 }
 

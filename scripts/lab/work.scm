@@ -40,6 +40,7 @@ builds:
   --log-lines=N     print N lines, spread over these seconds
   --silent          print nothing else
   --fail            print the lines, take the time, then fail
+  --die             the same, but be killed by SIGKILL: a limit is reached
   --print=FILE      print FILE; a build that runs in no chroot finds it
   --scratch-size=N  fill N bytes in the build directory
 outputs:
@@ -52,7 +53,7 @@ outputs:
 ")
 
 (define option-spec
-  '((help) (chain) (silent) (fail) (tree) (compressible)
+  '((help) (chain) (silent) (fail) (die) (tree) (compressible)
     (bytes) (flat) (local)
     (count (value #t)) (name (value #t)) (seed (value #t)) (system (value #t))
     (features (value #t)) (inputs (value #t)) (input-size (value #t))
@@ -82,6 +83,10 @@ else
     done
 fi
 [ -z \"$print\" ] || cat \"$print\"
+if [ -n \"$die\" ]; then
+    ulimit -t 1
+    while :; do :; done
+fi
 if [ -n \"$fail\" ]; then
     say 'failing, as told to'
     exit 1
@@ -259,7 +264,7 @@ say \"built $name\"
     ("print" . ,(string-option options 'print ""))
     ,@(map (lambda (name)
              (cons (symbol->string name) (flag name)))
-           '(silent fail tree bytes flat compressible))
+           '(silent fail die tree bytes flat compressible))
     ,@(match (list-option options 'features "")
         (() '())
         (features

@@ -1,0 +1,116 @@
+/** Whose fault it is: what a build does itself is not its machine's. */
+
+import { rmSync } from "node:fs";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  assertOffloaded,
+  build,
+  buildCommand,
+  inHost,
+  makeWork,
+  root,
+  run,
+  RUNTIMES,
+  start,
+  until,
+  up,
+  useMachines,
+  useOffload,
+  watch,
+  within,
+} from "./lab.ts";
+import type { Running, Runtime } from "./lab.ts";
+
+const PLUGINS = "/etc/guix/offload";
+
+for (const runtime of RUNTIMES) suiteUnder(runtime);
+
+/** The rows that some SQL finds in what head has observed. */
+function rowsOf(sql: string): Record<string, unknown>[] {
+  const script = `const { DatabaseSync } = require("node:sqlite");
+    const file = "/var/guix/offload/observations.sqlite";
+    const database = new DatabaseSync(file, { timeout: 10000 });
+    console.log(JSON.stringify(database.prepare(process.argv[1]).all()));`;
+  const node = "/offload/node_modules/node/bin/node";
+  return JSON.parse(inHost("head", node, "-e", script, sql));
+}
+
+/** How often machines are noted to have failed, by NAME:PORT. */
+function failures(): Record<string, unknown> {
+  const rows = rowsOf("SELECT id, failures FROM machine ORDER BY id");
+  return Object.fromEntries(rows.map(({ id, failures }) => [id, failures]));
+}
+
+function startBuild(derivation: string): Running {
+  return watch(start("head", ...buildCommand([derivation])));
+}
+
+/** To which machines a build was offloaded, in order. */
+function triesOf(text: string): string[] {
+  return [...text.matchAll(/offloading build of \S+ to '(.*)'/g)]
+    .map(([, machine]) => machine!);
+}
+
+/** Has the first machine be the best one, by far. */
+function fast(text: string): string {
+  return text.replace('(name "w1")', "$& (speed 9.)");
+}
+
+/** Kills what is built on w1, as soon as it runs. */
+async function killOnFirst(client: Running): Promise<void> {
+  const script = "kill -KILL $(pgrep -G guixbuild)";
+  await until("a builder", () => run("w1", "sh", "-c", script).status === 0);
+  const { status, stderr } = await within("the build", client.ended);
+  assert.is(status, 0, stderr);
+  assert.equal(triesOf(stderr), ["w1", "w2"], stderr);
+}
+
+function suiteUnder(runtime: Runtime): void {
+  const test = suite(`blame under ${runtime}`);
+
+  test.before(() => {
+    up("head", "w1", "w2");
+    const variables = ["ATTEMPTS=2", `MAXIMUM_ARCHIVE_SIZE=${2 ** 20}`];
+    useOffload("head", runtime, ...variables.map((it) => `OFFLOAD_${it}`));
+  });
+  test.before.each(() => {
+    rmSync(root("head") + PLUGINS, { recursive: true, force: true });
+    useMachines("head", ["w1", "w2"]);
+  });
+
+  test("a builder that is killed by what it does blames no machine", async () => {
+    const clients = makeWork("head", "--die", "--count=2").map(startBuild);
+    for (const client of clients) {
+      const { status, stderr } = await within("the end", client.ended);
+      assert.is(status, 1, stderr);
+      assert.equal(triesOf(stderr).sort(), ["w1", "w2"], stderr);
+      assert.match(stderr, "failed due to signal 9");
+    }
+    assert.equal(failures(), { "w1:22": 0, "w2:22": 0 });
+    const [derivation] = makeWork("head");
+    assertOffloaded(derivation!, build("head", derivation!), ["w1", "w2"]);
+  });
+
+  test("a machine on which several builds are killed is to blame", async () => {
+    useMachines("head", ["w1", "w2"], fast);
+    const works = makeWork("head", "--seconds=1", "--count=2");
+    for (const [before, derivation] of works.entries()) {
+      await killOnFirst(startBuild(derivation));
+      assert.is(failures()["w1:22"], before === 0 ? 0 : 1);
+    }
+    const [derivation] = makeWork("head");
+    assertOffloaded(derivation!, build("head", derivation!), ["w2"]);
+  });
+
+  test("more than may come back is no machine's fault at once", () => {
+    const [derivation] = makeWork("head", `--output-size=${2 ** 21}`);
+    const { status, stderr } = build("head", derivation!);
+    assert.is(status, 1, stderr);
+    assert.match(stderr, /more than 1\.0 MiB came back/);
+    assert.equal(triesOf(stderr).sort(), ["w1", "w2"], stderr);
+    assert.equal(failures(), { "w1:22": 0, "w2:22": 0 });
+  });
+
+  test.run();
+}
