@@ -7016,12 +7016,17 @@ async function chooseAnother(
   });
 }
 
+/** For how many seconds a build leaves a machine at most that refuses it. */
+const LONGEST_REST = 8;
+
 /** What came of a build on the machines so far. */
 interface Attempts {
   /** Why it failed. */
   readonly causes: string[];
   /** Where that may be its own doing. */
   readonly doubted: Machine[];
+  /** How often a plugin has refused it a machine. */
+  readonly refusals: Map<Machine, number>;
   /** Which machines are not tried, and until when, by `performance.now()`. */
   readonly resting: Map<Machine, number>;
 }
@@ -7046,6 +7051,20 @@ function noteAttempt(
   resting.set(machine, isForGood ? Infinity : performance.now() + 1000 * rest);
   log.warn(error);
   log.info(`'${machine.name}' failed: trying another machine...`);
+}
+
+/** Leaves a machine to others, each time for longer. */
+function noteRefusal(
+  machine: Machine,
+  { message }: NotAdmitted,
+  { refusals, resting }: Attempts,
+  log: Log,
+): void {
+  const before = refusals.get(machine) ?? 0;
+  refusals.set(machine, before + 1);
+  const rest = Math.min(2 ** before, LONGEST_REST);
+  resting.set(machine, performance.now() + 1000 * rest);
+  log.info(message);
 }
 
 /** Notes who failed at a build that did well in the end. */
@@ -7086,7 +7105,9 @@ async function offload(
   context: Context,
 ): Promise<void> {
   const { log, settings } = context;
-  const attempts = { causes: [], doubted: [], resting: new Map() } as Attempts;
+  const attempts: Attempts = {
+    ...{ causes: [], doubted: [], refusals: new Map(), resting: new Map() },
+  };
   const { causes, resting } = attempts;
   for (let assignment: Assignment | string = first;;) {
     if (typeof assignment === "string") {
@@ -7102,8 +7123,9 @@ async function offload(
     } catch (error) {
       context.signal.throwIfAborted();
       if (isFinal(error)) throw error;
-      if (error instanceof NotAdmitted) log.info(error.message);
-      else noteAttempt(machine, error, attempts, context);
+      if (error instanceof NotAdmitted) {
+        noteRefusal(machine, error, attempts, log);
+      } else noteAttempt(machine, error, attempts, context);
       if (causes.length >= settings.attempts) {
         const hint = instead(work.derivation, request, context).slice(2);
         throw new OffloadError(causes.join("; "), { cause: error, hint });

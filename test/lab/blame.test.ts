@@ -1,6 +1,6 @@
 /** Whose fault it is: what a build does itself is not its machine's. */
 
-import { rmSync } from "node:fs";
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
@@ -66,6 +66,29 @@ async function killOnFirst(client: Running): Promise<void> {
   assert.equal(triesOf(stderr), ["w1", "w2"], stderr);
 }
 
+/** Writes a plugin whose `admit` notes when it is asked, and does that. */
+function writeAdmission(body: string): void {
+  const text = `import { appendFileSync, readFileSync } from "node:fs";
+    const file = "/tmp/asked";
+    export default { name: "site", admit({ name }) {
+      appendFileSync(file, \`\${name} \${Date.now()}\\n\`);
+      const times = readFileSync(file, "utf8").trim().split("\\n").length;
+      ${body}
+    } };`;
+  mkdirSync(root("head") + PLUGINS, { recursive: true });
+  writeFileSync(`${root("head")}${PLUGINS}/site.mjs`, text);
+  rmSync(`${root("head")}/tmp/asked`, { force: true });
+}
+
+/** When the plugin was asked about which machine. */
+function asked(): { machine: string; time: number }[] {
+  const text = readFileSync(`${root("head")}/tmp/asked`, "utf8");
+  return text.trim().split("\n").map((line) => {
+    const [machine, time] = line.split(" ");
+    return { machine: machine!, time: Number(time) };
+  });
+}
+
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`blame under ${runtime}`);
 
@@ -110,6 +133,25 @@ function suiteUnder(runtime: Runtime): void {
     assert.match(stderr, /more than 1\.0 MiB came back/);
     assert.equal(triesOf(stderr).sort(), ["w1", "w2"], stderr);
     assert.equal(failures(), { "w1:22": 0, "w2:22": 0 });
+  });
+
+  test("a machine that a plugin refuses is left to others", () => {
+    useMachines("head", ["w1", "w2"], fast);
+    writeAdmission('return name !== "w1";');
+    const [derivation] = makeWork("head");
+    assertOffloaded(derivation!, build("head", derivation!), ["w2"]);
+    assert.equal(asked().map(({ machine }) => machine), ["w1", "w2"]);
+  });
+
+  test("the only machine is asked again in growing intervals", () => {
+    useMachines("head", ["w1"]);
+    writeAdmission("return times > 2;");
+    const [derivation] = makeWork("head");
+    assertOffloaded(derivation!, build("head", derivation!), ["w1"]);
+    const [first, second, third] = asked().map(({ time }) => time);
+    assert.is(asked().length, 3);
+    assert.ok(second! - first! >= 1000, `${second! - first!} ms`);
+    assert.ok(third! - second! >= 2000, `${third! - second!} ms`);
   });
 
   test.run();
