@@ -5381,28 +5381,29 @@ async function ask(prospect: Prospect, context: Context): Promise<void> {
   }
 }
 
-/** Waits for the answer that another of our processes asked for. */
-async function awaitOther(prospect: Prospect, context: Context): Promise<void> {
-  while (!prospect.dismissed) {
-    await delay(20);
-    if (context.observations.claim(prospect.id, CLAIM)) {
-      return ask(prospect, context); // the other one is gone, or slow
-    }
-    const { id } = prospect;
-    const record = context.observations.machines(id).get(id);
-    const { machine, derivation } = prospect;
-    const { facts, problem } = makeProspect(
-      ...[machine, record, context, derivation] as const,
-    );
-    Object.assign(prospect, { facts, problem });
-    if (facts !== undefined || problem !== undefined) return;
-  }
+/** Takes the answer that another of our processes has got meanwhile. */
+function hasAnswer(prospect: Prospect, context: Context): boolean {
+  const { id, machine, derivation } = prospect;
+  const record = context.observations.machines(id).get(id);
+  const { facts, problem } = makeProspect(
+    ...[machine, record, context, derivation] as const,
+  );
+  Object.assign(prospect, { facts, problem });
+  return facts !== undefined || problem !== undefined;
 }
 
 /** Finds out about a machine, or leaves that to another of our processes. */
 async function consult(prospect: Prospect, context: Context): Promise<void> {
-  const mine = context.observations.claim(prospect.id, CLAIM);
-  await (mine ? ask : awaitOther)(prospect, context);
+  while (!prospect.dismissed) {
+    // Whoever asked is gone, or slow, or has the answer now.
+    const mine = context.observations.claim(prospect.id, CLAIM);
+    if (hasAnswer(prospect, context)) break;
+    if (mine) {
+      await ask(prospect, context);
+      break;
+    }
+    await delay(20);
+  }
   if (prospect.facts === undefined) throw new Error(prospect.problem);
 }
 

@@ -9,10 +9,13 @@ import {
   buildCommand,
   inHost,
   makeWork,
+  relayed,
   root,
   run,
   RUNTIMES,
   start,
+  startHook,
+  startRelay,
   until,
   up,
   useMachines,
@@ -152,6 +155,30 @@ function suiteUnder(runtime: Runtime): void {
     assert.is(asked().length, 3);
     assert.ok(second! - first! >= 1000, `${second! - first!} ms`);
     assert.ok(third! - second! >= 2000, `${third! - second!} ms`);
+  });
+
+  test("of many hooks at once one asks a machine", async () => {
+    const relay = await startRelay("w1");
+    useMachines("head", ["w1"], relayed);
+    const [derivation] = makeWork("head");
+    const hooks = Array.from(
+      { length: 8 },
+      () => startHook("head", { runtime }),
+    );
+    try {
+      const answers = await Promise.all(
+        hooks.map((hook) => hook.ask(derivation!)),
+      );
+      const accepted = answers.filter((answer) => answer === "accept").length;
+      assert.ok(accepted > 0 && accepted < 5, answers.join());
+      // Who asked may have lost the slot to another one, who connects anew.
+      const { connections } = await relay.count();
+      assert.ok(connections <= accepted + 1, `${connections} for ${accepted}`);
+    } finally {
+      hooks.forEach((hook) => hook.close());
+      await within("the hooks", Promise.all(hooks.map(({ ended }) => ended)));
+      await relay.stop();
+    }
   });
 
   test.run();
