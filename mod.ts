@@ -8442,7 +8442,7 @@ function describeWork(
 ): string[] {
   const notes = builds.map(({ derivation, since }) => {
     if (derivation === undefined) return "a build of another program's";
-    const seconds = (Date.now() - Date.parse(since!)) / 1000;
+    const seconds = Math.max(0, Date.now() - Date.parse(since!)) / 1000;
     const time = formatDuration(seconds);
     return `building ${derivationName(derivation)} for ${time}`;
   });

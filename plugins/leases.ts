@@ -7,9 +7,9 @@
  * @module
  */
 
-import { statSync, writeFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
 import type { Machine, Plugin, PluginContext } from "../mod.ts";
-import { quote } from "./programs.ts";
+import { isFresh, quote } from "./programs.ts";
 
 /** For how many seconds a machine is left alone where all leases are taken. */
 const PATIENCE = 1;
@@ -83,8 +83,7 @@ const plugin = {
   },
   exclude(machine, context) {
     const file = fullFile(machine, context);
-    const time = statSync(file, { throwIfNoEntry: false })?.mtimeMs ?? 0;
-    if (Date.now() - time > PATIENCE * 1000) return undefined;
+    if (!isFresh(file, PATIENCE)) return undefined;
     return { why: "other masters use all its slots", isBusy: true };
   },
   async admit(machine, context) {

@@ -23,7 +23,7 @@ import {
 import { createConnection } from "node:net";
 import process from "node:process";
 import type { Exclusion, Machine, PluginContext } from "../mod.ts";
-import { runDetached } from "./programs.ts";
+import { isRecent, runDetached } from "./programs.ts";
 import { hostOf } from "./ssh.ts";
 
 /** What a list says of a machine that is started on demand. */
@@ -47,9 +47,10 @@ const RETRY = 60;
 const KEEPER = `
 directory=$1 mode=$2 start=$3 stop=$4 boot=$5 idle=$6
 exec </dev/null >>"$directory/log" 2>&1
-now() { date +%s; }
+# Seconds that no setting of the clock moves.
+now() { cut -d . -f 1 /proc/uptime; }
 state() {
-    echo "$1 $(now)" >"$directory/power.new"
+    echo "$1 $(date +%s)" >"$directory/power.new"
     mv "$directory/power.new" "$directory/power"
 }
 is() { read -r word rest <"$directory/power" && [ "$word" = "$1" ]; }
@@ -157,7 +158,7 @@ export async function excludeOff(
     runDetached(KEEPER, [directory, mode, start, stop, ...limits]);
   };
   const kept = isKept(directory);
-  if (word === "failed" && Date.now() / 1000 - Number(time) < RETRY) {
+  if (word === "failed" && isRecent(Number(time) * 1000, RETRY)) {
     return { why: `failed to start: see ${directory}/log`, isBusy: false };
   }
   if (word === "booting" && kept) {

@@ -95,10 +95,20 @@ export function digest(data: string | Uint8Array): string {
   return createHash("sha256").update(data).digest("hex");
 }
 
-/** Seconds since a file was written; Infinity where it is missing. */
-function ageOf(file: string): number {
-  const time = statSync(file, { throwIfNoEntry: false })?.mtimeMs;
-  return time === undefined ? Infinity : (Date.now() - time) / 1000;
+/**
+ * Whether a time, in milliseconds since 1970, is of the last so many seconds.
+ * One in the future is not: it is of before the clock was set back, or of a
+ * server whose clock is ahead.
+ */
+export function isRecent(time: number, seconds: number): boolean {
+  const age = Date.now() - time;
+  return age >= 0 && age < seconds * 1000;
+}
+
+/** Whether a file was written in the last so many seconds. */
+export function isFresh(file: string, seconds: number): boolean {
+  const stat = statSync(file, { throwIfNoEntry: false });
+  return stat !== undefined && isRecent(stat.mtimeMs, seconds);
 }
 
 /** Keeps what a command prints, or its complaint, in the file `$1`. */
@@ -134,14 +144,15 @@ export async function cachedOutput(
   );
   const name = digest(command).slice(0, 16);
   const file = `${privateDirectory("programs", context)}/${name}`;
-  const isMissing = ageOf(file) === Infinity;
-  const mustRun = Math.min(ageOf(file), ageOf(`${file}.error`)) >= lifetime!;
-  if (mustRun && (isMissing || ageOf(`${file}.asked`) > timeout!)) {
+  const isMissing = !existsSync(file);
+  const mustRun = !isFresh(file, lifetime!) &&
+    !isFresh(`${file}.error`, lifetime!);
+  if (mustRun && (isMissing || !isFresh(`${file}.asked`, timeout!))) {
     writeFileSync(`${file}.asked`, "");
     const child = runDetached(REFRESH, [file, command, String(timeout)]);
     if (isMissing) await new Promise((resolve) => child.on("exit", resolve));
   }
-  if (ageOf(file) < Infinity) return readFileSync(file, "utf8");
+  if (existsSync(file)) return readFileSync(file, "utf8");
   const complaint = readFileSync(`${file}.error`, "utf8").trim();
   throw new Error(`'${command}' failed: ${complaint}`);
 }

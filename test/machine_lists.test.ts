@@ -49,8 +49,8 @@ function runsInBackground(): boolean {
 }
 
 /** Lets a minute pass, twice the time for which an answer is to be kept. */
-function age(): void {
-  const before = Date.now() / 1000 - 2 * LIFETIME;
+function age(seconds = 2 * LIFETIME): void {
+  const before = Date.now() / 1000 - seconds;
   for (const file of programFiles()) utimesSync(file, before, before);
 }
 
@@ -253,6 +253,26 @@ test("command lists what is printed, and keeps it", async () => {
   assert.equal((await listBy(options, directory)).names, ["w1"]);
   await until("another run", () => !runsInBackground());
   assert.is(runs(), 2);
+});
+
+test("command asks again where the clock was set back", async () => {
+  const options = {
+    command: `echo run >>${directory}/runs; echo '[]'`,
+    lifetime: LIFETIME,
+  };
+  const runs = () => readFileSync(`${directory}/runs`, "utf8").length / 4;
+  await listBy(options, directory);
+  age(-3600);
+  assert.equal(await listBy(options, directory), { names: [], warnings: [] });
+  await until("another run", () => !runsInBackground());
+  assert.is(runs(), 2);
+  // Another one asked, and was killed.
+  age();
+  writeFileSync(`${programFiles()[0]}.asked`, "");
+  age(-3600);
+  await listBy(options, directory);
+  await until("a third run", () => !runsInBackground());
+  assert.is(runs(), 3);
 });
 
 test("command tells how the command failed, and runs it no more", async () => {

@@ -1,12 +1,19 @@
 /** The built-in plugins that score and exclude machines. */
 
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  mkdtempSync,
+  rmSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { contextFor } from "../mod.ts";
 import type { Candidate, Facts, Plugin, Settings } from "../mod.ts";
 import drain from "../plugins/drain.ts";
+import leases from "../plugins/leases.ts";
 import pressure from "../plugins/pressure.ts";
 import roundRobin from "../plugins/round_robin.ts";
 import { candidate, machine, makeContext, request } from "./context.ts";
@@ -49,6 +56,34 @@ test("round-robin prefers what was not used for the longest time", () => {
   ) as number[];
   assert.equal(scores, scores.toSorted((a, b) => b - a));
   assert.is(new Set(scores).size, 4);
+});
+
+test("round-robin takes a time in the future for none", () => {
+  const context = contextOf(roundRobin);
+  const [future, past] = [3_600_000, -3_600_000].map((time) => {
+    const lastUsed = Date.now() + time;
+    return roundRobin.score!({ ...candidate(), lastUsed }, request(), context);
+  }) as number[];
+  assert.ok(future! > past!, `${future}`);
+});
+
+test("leases excludes what was full a moment ago, not in the future", () => {
+  const stateDirectory = mkdtempSync(`${tmpdir()}/offload-`);
+  try {
+    const context = { ...contextOf(leases), stateDirectory };
+    const each = machine();
+    const directory = `${stateDirectory}/offload/${each.name}:${each.port}`;
+    mkdirSync(directory, { recursive: true });
+    assert.is(leases.exclude!(each, context), undefined);
+    writeFileSync(`${directory}/full`, "");
+    for (const [ahead, isFull] of [[0, true], [-60, false], [3600, false]]) {
+      const time = Date.now() / 1000 + Number(ahead);
+      utimesSync(`${directory}/full`, time, time);
+      assert.is(leases.exclude!(each, context) !== undefined, isFull);
+    }
+  } finally {
+    rmSync(stateDirectory, { recursive: true });
+  }
 });
 
 /** The score of a machine that says so of itself. */
