@@ -1561,7 +1561,8 @@ const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
   },
   maximumArchiveSize: {
     ...{ default: 2 ** 36, minimum: 2 ** 20, maximum: 2 ** 50 },
-    description: "bytes that a machine may send for the outputs of a build",
+    description: "bytes that the outputs of a build may take, on the way and " +
+      "on the disk, where each file, directory and link takes 4096 at least",
   },
   minimumFreeSpace: {
     ...{ default: 100 * 2 ** 20, minimum: 0, maximum: 2 ** 50 },
@@ -3080,13 +3081,38 @@ async function expectTokens(
   }
 }
 
-/** Restores the nar that `reader` is at as the new file `target`. */
+/** What file systems mostly give out at once, in bytes. */
+const BLOCK = 4096;
+
+/** Told what a part of an archive takes on the disk, before it is written. */
+type Take = (size: number) => void;
+
+/** Lets archives take so many bytes on the disk, all in all. */
+function takeUpTo(limit: number): Take {
+  let taken = 0;
+  return (size) => {
+    taken += size;
+    if (taken > limit) throw tooLarge(limit);
+  };
+}
+
+function tooLarge(limit: number): Excess {
+  return new Excess(`more than ${mebibytes(limit)} MiB came back`, {
+    hint: "the setting 'maximumArchiveSize' is the limit",
+  });
+}
+
+/**
+ * Restores the nar that `reader` is at as the new file `target`; `take` may
+ * throw where that takes too much.
+ */
 export async function restoreNar(
   reader: ByteReader,
   target: string,
+  take: Take = () => {},
 ): Promise<void> {
   await expectTokens(reader, "nix-archive-1");
-  await restoreNode(reader, target);
+  await restoreNode(reader, target, take);
 }
 
 function checkLength(reader: ByteReader, length: number): void {
@@ -3095,13 +3121,18 @@ function checkLength(reader: ByteReader, length: number): void {
   }
 }
 
-async function restoreNode(reader: ByteReader, target: string): Promise<void> {
+async function restoreNode(
+  reader: ByteReader,
+  target: string,
+  take: Take,
+): Promise<void> {
   checkLength(reader, Buffer.byteLength(target));
   await expectTokens(reader, "(", "type");
   const type = await reader.string(LONGEST_NAME);
-  if (type === "regular") await restoreRegular(reader, target);
+  take(BLOCK); // the inode, and what names it or it names
+  if (type === "regular") await restoreRegular(reader, target, take);
   else if (type === "symlink") await restoreSymlink(reader, target);
-  else if (type === "directory") return restoreDirectory(reader, target);
+  else if (type === "directory") return restoreDirectory(reader, target, take);
   else throw reader.error(`invalid nar: unsupported file type '${type}'`);
   await expectTokens(reader, ")");
 }
@@ -3109,6 +3140,7 @@ async function restoreNode(reader: ByteReader, target: string): Promise<void> {
 async function restoreRegular(
   reader: ByteReader,
   target: string,
+  take: Take,
 ): Promise<void> {
   let token = await reader.string(LONGEST_NAME);
   const mode = token === "executable" ? 0o755 : 0o644;
@@ -3120,6 +3152,7 @@ async function restoreRegular(
     throw reader.error(`invalid nar: unexpected '${token}' in a file`);
   }
   const size = await reader.number();
+  take(BLOCK * Math.ceil(size / BLOCK));
   // "wx": nothing may be there, not even a symlink to follow.
   const file = openSync(target, "wx", mode);
   try {
@@ -3149,6 +3182,7 @@ async function restoreSymlink(
 async function restoreDirectory(
   reader: ByteReader,
   target: string,
+  take: Take,
 ): Promise<void> {
   mkdirSync(target);
   let previous: Buffer | undefined;
@@ -3162,7 +3196,7 @@ async function restoreDirectory(
     const name = await reader.bytes(LONGEST_NAME);
     checkEntryName(reader, name, previous);
     await expectTokens(reader, "node");
-    await restoreEntry(reader, target, name);
+    await restoreEntry(reader, target, name, take);
     await expectTokens(reader, ")");
     previous = name;
   }
@@ -3190,11 +3224,12 @@ async function restoreEntry(
   reader: ByteReader,
   directory: string,
   name: Buffer,
+  take: Take,
 ): Promise<void> {
-  if (isUtf8(name)) return restoreNode(reader, `${directory}/${name}`);
+  if (isUtf8(name)) return restoreNode(reader, `${directory}/${name}`, take);
   checkLength(reader, Buffer.byteLength(directory) + 1 + name.length);
   const temporary = `${directory}/${randomUUID()}`;
-  await restoreNode(reader, temporary);
+  await restoreNode(reader, temporary, take);
   renameToBytes(temporary, Buffer.concat([Buffer.from(`${directory}/`), name]));
 }
 
@@ -3212,9 +3247,10 @@ interface ItemMetadata {
 async function restoreItem(
   reader: ByteReader,
   target: string,
+  take: Take,
 ): Promise<ItemMetadata> {
   reader.startHash();
-  await restoreNar(reader, target);
+  await restoreNar(reader, target, take);
   if (await reader.number() !== EXPORT_MAGIC) {
     throw reader.error("corrupt file set archive");
   }
@@ -6105,11 +6141,7 @@ async function* bounded(
   for await (const chunk of chunks) {
     signal.throwIfAborted();
     size += chunk.length;
-    if (size > limit) {
-      throw new Excess(`more than ${mebibytes(limit)} MiB came back`, {
-        hint: "the setting 'maximumArchiveSize' is the limit",
-      });
-    }
+    if (size > limit) throw tooLarge(limit);
     yield chunk;
   }
 }
@@ -6591,13 +6623,18 @@ function checkItem(
   });
 }
 
-/** Restores and checks what a bundle holds; returns where each output is. */
+/**
+ * Restores and checks what a bundle holds, of `limit` bytes on the disk at the
+ * most; returns where each output is.
+ */
 export async function restoreOutputs(
   reader: ByteReader,
   outputs: readonly string[],
   acl: Acl,
+  limit: number = Infinity,
 ): Promise<ReadonlyMap<string, string>> {
   const restored = new Map<string, string>();
+  const take = takeUpTo(limit);
   // An item's name comes after its contents, and in whatever order.
   while (await reader.number(1) === 1) {
     if (restored.size === outputs.length) {
@@ -6605,7 +6642,7 @@ export async function restoreOutputs(
     }
     const file = temporaryName(outputs[restored.size]!);
     removeFile(file); // an earlier hook may have been killed
-    const item = await restoreItem(reader, file);
+    const item = await restoreItem(reader, file, take);
     checkItem(item, outputs, acl, reader);
     if (restored.has(item.path)) throw reader.error(`'${item.path}' twice`);
     restored.set(item.path, file);
@@ -6639,7 +6676,9 @@ async function retrieveOutputs(
   const reader = new ByteReader(bundle, name);
   const acl = readAcl(context.configDirectory);
   try {
-    const restored = await restoreOutputs(reader, outputs, acl);
+    const restored = await restoreOutputs(
+      ...[reader, outputs, acl, maximumArchiveSize] as const,
+    );
     signal.throwIfAborted(); // they may be another attempt's by now
     for (const [output, file] of restored) {
       removeFile(output);
@@ -7946,7 +7985,9 @@ async function exportSample(
   const directory = mkdtempSync(`${tmpdir()}/offload-`);
   try {
     await reader.number(1);
-    const item = await restoreItem(reader, `${directory}/item`);
+    const item = await restoreItem(
+      ...[reader, `${directory}/item`, takeUpTo(2 ** 20)] as const,
+    );
     return { item, path, reader };
   } finally {
     removeFile(directory);

@@ -3,8 +3,15 @@ import { lstatSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { statSync, symlinkSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { encode, OffloadError } from "../mod.ts";
 import {
+  ByteReader,
+  encode,
+  OffloadError,
+  restoreNar,
+  restoreOutputs,
+} from "../mod.ts";
+import {
+  chunks,
   daemons,
   goldenExport,
   makeRandom,
@@ -85,6 +92,49 @@ test("restoreNar() restores files, links and directories of all kinds", async ()
     ...names.map((name) => [name, directory([name, file(name)])] as const),
     ["\u{1f9ca}".repeat(63), program()],
   )));
+});
+
+test("restoreNar() tells beforehand what the disk must hold", async () => {
+  const many = Array.from(
+    { length: 100 },
+    (_, number) => [`${100 + number}`, file(Buffer.from("x"))] as const,
+  );
+  const cases: [Node, number][] = [
+    [link("x"), 4096],
+    [directory(), 4096],
+    [file(Buffer.alloc(0)), 4096],
+    [file(Buffer.alloc(1)), 8192],
+    [file(Buffer.alloc(4096)), 8192],
+    [file(Buffer.alloc(4097)), 12288],
+    [directory(...many), 4096 + 100 * 8192],
+  ];
+  for (const [node, expected] of cases) {
+    await withDirectory(async (directory) => {
+      let taken = 0;
+      await restoreNar(
+        new ByteReader(chunks(nar(node)), "archive"),
+        `${directory}/target`,
+        (size) => taken += size,
+      );
+      assert.is(taken, expected);
+    });
+  }
+});
+
+test("restoreOutputs() writes no more than it may", async () => {
+  const many = Array.from(
+    { length: 1000 },
+    (_, number) => [`${1000 + number}`, file(Buffer.from("x"))] as const,
+  );
+  await withDirectory(async (directory_) => {
+    const bundle = Buffer.concat([encode(1), nar(directory(...many))]);
+    const reader = new ByteReader(chunks(bundle), "archive");
+    const outputs = [`${directory_}/output`];
+    const work = restoreOutputs(reader, outputs, new Set(), 2 ** 20);
+    await rejects(work, /^more than 1\.0 MiB came back$/);
+    const written = readdirSync(`${outputs[0]}.chroot`).length;
+    assert.ok(written > 100 && written <= 128, `${written} files`);
+  });
 });
 
 test("restoreNar() makes executable what is, and nothing else", async () => {

@@ -46,6 +46,7 @@ builds:
 outputs:
   --outputs=A,B     have these outputs, each referring to the next (default: out)
   --output-size=N   N bytes in each
+  --output-files=N  N files of a byte, too
   --references=N    let the first refer to the first N inputs
   --tree            all a nar can hold: directories, executables, links…
   --bytes           file names and link targets that are not UTF-8
@@ -59,7 +60,7 @@ outputs:
     (features (value #t)) (inputs (value #t)) (input-size (value #t))
     (input-files (value #t)) (text-inputs (value #t)) (seconds (value #t))
     (log-lines (value #t)) (outputs (value #t)) (output-size (value #t))
-    (references (value #t)) (scratch-size (value #t)) (print (value #t))))
+    (references (value #t)) (scratch-size (value #t)) (output-files (value #t)) (print (value #t))))
 
 (define builder-script "\
 set -e
@@ -140,6 +141,11 @@ make_output() {
     echo \"$name $seed $next\" >result
     refer \"$@\" >references
     data >data
+    n=0
+    while [ $n -lt \"$files\" ]; do
+        n=$((n + 1))
+        printf x >file-$n
+    done
     [ -z \"$tree\" ] || grow_tree
     [ -z \"$bytes\" ] || grow_bytes
 }
@@ -259,6 +265,7 @@ say \"built $name\"
     ("pause" . ,(decimal pause))
     ("size" . ,(number->string (number-option options 'output-size 0)))
     ("scratch" . ,(number->string (number-option options 'scratch-size 0)))
+    ("files" . ,(number->string (number-option options 'output-files 0)))
     ("references" . ,(number->string (number-option options 'references 0)))
     ("outputs" . ,(string-join (list-option options 'outputs "out")))
     ("print" . ,(string-option options 'print ""))

@@ -138,6 +138,15 @@ function suiteUnder(runtime: Runtime): void {
     assert.equal(failures(), { "w1:22": 0, "w2:22": 0 });
   });
 
+  test("files count at what they take on the disk", () => {
+    for (const [files, isTooMuch] of [[100, false], [200, true]] as const) {
+      const [derivation] = makeWork("head", `--output-files=${files}`);
+      const { status, stderr } = build("head", derivation!);
+      assert.is(status, isTooMuch ? 1 : 0, stderr);
+      assert.is(/more than 1\.0 MiB came back/.test(stderr), isTooMuch);
+    }
+  });
+
   test("a machine that a plugin refuses is left to others", () => {
     useMachines("head", ["w1", "w2"], fast);
     writeAdmission('return name !== "w1";');
