@@ -5288,6 +5288,18 @@ function isFresh(
   return age >= 0 && age < lifetime * 1000;
 }
 
+/** Until when a machine is left alone, in milliseconds since 1970. */
+function leftAloneUntil(
+  machine: Machine,
+  record: MachineRecord | undefined,
+  { backoff, backoffLimit }: Settings,
+): number {
+  if (record?.definition !== definitionOf(machine)) return 0;
+  // Times too far in the future are of before the clock was set back.
+  const latest = Date.now() + 1000 * Math.max(backoff, backoffLimit);
+  return record.until <= latest ? record.until : 0;
+}
+
 function makeProspect(
   machine: Machine,
   record: MachineRecord | undefined,
@@ -5296,21 +5308,17 @@ function makeProspect(
   lastUsed?: number,
 ): Prospect {
   const { observations, settings, stateDirectory } = context;
-  const { backoff, backoffLimit, factsLifetime } = settings;
+  const { factsLifetime } = settings;
   const id = machineId(machine);
-  const now = Date.now();
   const facts = record?.facts;
   const isSlow = 1000 * (facts?.login ?? 0) > GRACE.most;
   const lifetime = isSlow ? Math.max(REMEMBERED, factsLifetime) : factsLifetime;
-  const same = record?.definition === definitionOf(machine);
-  // Times too far in the future are of before the clock was set back.
-  const latest = now + 1000 * Math.max(backoff, backoffLimit);
-  const until = same && record.until <= latest ? record.until : 0;
+  const until = leftAloneUntil(machine, record, settings);
   return {
     machine,
     id,
     facts: isFresh(facts, context, lifetime) ? facts : undefined,
-    problem: until > now ? record?.problem : undefined,
+    problem: until > Date.now() ? record?.problem : undefined,
     excluded: undefined,
     until,
     session: undefined,
@@ -8371,12 +8379,13 @@ function describeFacts(facts: Facts): Partial<MachineStatus> {
 /** What is known here of a machine, without asking it. */
 function describeUse(
   machine: Machine,
-  { observations, stateDirectory }: Context,
+  { observations, settings, stateDirectory }: Context,
 ): MachineStatus {
   const id = machineId(machine);
   const record = observations.machines(id).get(id);
   const used = observations.slots();
-  const left = ((record?.until ?? 0) - Date.now()) / 1000;
+  const until = leftAloneUntil(machine, record, settings);
+  const left = (until - Date.now()) / 1000;
   return {
     machine: id,
     slots: machine.parallelBuilds,
