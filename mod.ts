@@ -3776,6 +3776,14 @@ function restoreInfinity(key: string, value: unknown): unknown {
   return key === "inodes" ? value ?? Infinity : value;
 }
 
+function toRecord({ id: _, facts, bandwidth, ...record }: Row): MachineRecord {
+  return {
+    ...record as unknown as MachineRecord,
+    bandwidth: bandwidth as number | null ?? undefined,
+    facts: facts === null ? undefined : JSON.parse(`${facts}`, restoreInfinity),
+  };
+}
+
 /** The problem of a machine that took too long; a late answer clears it. */
 const UNANSWERED = "no answer yet";
 
@@ -3791,8 +3799,17 @@ const DOUBT_LIFETIME = 3_600_000;
 /** How many different builds must speak against a machine. */
 const DOUBTS = 2;
 
+/** For how long observations are kept in memory, in ms, before another try. */
+const OBSERVATIONS_RETRY = 10_000;
+
+/** Of what is wrong with a database that is sound. */
+const UNUSABLE =
+  /locked|full|readonly|read-only|I\/O|open|permission|^E[A-Z]+:/i;
+
+// The journal is in memory: whatever file lay beside the database would be of
+// the next one, too, when that is replaced, and what is mapped can be cut off.
 const OBSERVATIONS_SCHEMA = `
-  PRAGMA journal_mode = WAL;
+  PRAGMA journal_mode = MEMORY;
   PRAGMA synchronous = OFF;
   CREATE TABLE IF NOT EXISTS machine (
     id TEXT PRIMARY KEY, facts TEXT, failures INTEGER NOT NULL DEFAULT 0,
@@ -3818,14 +3835,24 @@ const OBSERVATIONS_SCHEMA = `
   INSERT OR IGNORE INTO wait VALUES (0, 0, 0);
 `;
 
+/** Names a file that has a name, so that another by that name is noticed. */
+function inodeOf(file: string): string {
+  const stat = statSync(file, { throwIfNoEntry: false });
+  return stat === undefined ? "none" : `${stat.dev}:${stat.ino}`;
+}
+
 /**
  * What our processes see of machines and builds, shared in a small database
- * beside the slots. Losing it loses nothing but speed, so no method throws.
+ * beside the slots. Losing it loses nothing but speed, so no method throws: one
+ * that is damaged is replaced, and memory used for a while where none can be.
  */
 export class Observations {
   readonly #file: string;
   readonly #log: Log;
+  readonly #told = new Set<string>();
   #database: DatabaseSync | undefined;
+  #inode = "";
+  #retry = 0;
 
   /** Keeps the database in `directory`, made when first needed, or memory. */
   constructor(directory: string, log: Log) {
@@ -3833,47 +3860,87 @@ export class Observations {
     this.#log = log;
   }
 
-  #open(file: string): DatabaseSync {
-    for (const name of [file, file, ":memory:"]) {
+  /** The database, or the one in memory until it is tried again. */
+  #open(): DatabaseSync {
+    const isMemory = performance.now() < this.#retry;
+    const inode = isMemory ? "memory" : inodeOf(this.#file);
+    // Another process may have replaced it, or somebody removed it.
+    if (this.#database !== undefined && inode === this.#inode) {
+      return this.#database;
+    }
+    this.#close();
+    if (!isMemory) makeStateFile(this.#file);
+    const name = isMemory ? ":memory:" : this.#file;
+    this.#inode = isMemory ? inode : inodeOf(name);
+    this.#database = new DatabaseSync(name, { timeout: 250 });
+    this.#database.exec(OBSERVATIONS_SCHEMA);
+    return this.#database;
+  }
+
+  #close(): void {
+    const database = this.#database;
+    this.#database = undefined;
+    if (database?.isOpen !== false) database?.close();
+  }
+
+  /** Says what is wrong: all once, and what an account may not not at all. */
+  #tell(what: string, error: unknown): void {
+    const text = `${what} '${this.#file}': ${reason(error)}`;
+    const { code } = error as NodeJS.ErrnoException;
+    const isQuiet = code === "EACCES" || code === "EPERM" ||
+      /locked/.test(reason(error)) || this.#told.has(what);
+    if (isQuiet) return this.#log.debug(text);
+    this.#told.add(what);
+    this.#log.warn(text);
+  }
+
+  /** Sees to it that the next try does better. */
+  #recover(error: unknown, canReplace: boolean): void {
+    const inode = this.#inode;
+    this.#close();
+    const isDamaged = error instanceof SyntaxError || // of JSON
+      !UNUSABLE.test(reason(error));
+    if (canReplace && isDamaged) {
+      this.#tell("replacing the damaged", error);
       try {
-        if (name === file) makeStateFile(file);
-        const database = new DatabaseSync(name, { timeout: 250 });
-        database.exec(OBSERVATIONS_SCHEMA);
-        return database;
-      } catch (error) {
-        this.#log.debug(`failed to open '${name}': ${reason(error)}`);
-        const damaged = /not a database|malformed|no column/.test(`${error}`);
-        if (damaged) rmSync(file, { force: true });
+        if (inodeOf(this.#file) === inode) rmSync(this.#file);
+        return;
+      } catch (cause) {
+        error = cause;
       }
     }
-    throw new OffloadError("SQLite does not work");
+    this.#tell("keeping observations in memory instead of", error);
+    this.#retry = performance.now() + OBSERVATIONS_RETRY;
+  }
+
+  /** Does some work with the database, whatever is wrong with that. */
+  #use<T>(work: (database: DatabaseSync) => T): T {
+    for (let attempts = 1;; attempts++) {
+      try {
+        return work(this.#open());
+      } catch (error) {
+        if (attempts === 3) throw error;
+        this.#recover(error, attempts === 1);
+      }
+    }
   }
 
   #query(sql: string, ...values: SQLInputValue[]): Row[] {
-    try {
-      this.#database ??= this.#open(this.#file);
-      return this.#database.prepare(sql).all(...values) as Row[];
-    } catch (error) {
-      this.#log.debug(`observations: ${reason(error)}`);
-      return [];
-    }
+    return this.#use((it) => it.prepare(sql).all(...values) as Row[]);
   }
 
   /** All that is known of machines, or of one, by NAME:PORT. */
   machines(id?: string): Map<string, MachineRecord> {
-    const rows = id === undefined
-      ? this.#query("SELECT * FROM machine")
-      : this.#query("SELECT * FROM machine WHERE id = ?", id);
-    return new Map(rows.map(({ id, facts, bandwidth, ...record }) => [
-      id as string,
-      {
-        ...record as unknown as MachineRecord,
-        bandwidth: bandwidth as number | null ?? undefined,
-        facts: facts === null
-          ? undefined
-          : JSON.parse(facts as string, restoreInfinity),
-      },
-    ]));
+    const all = "SELECT * FROM machine";
+    return this.#use((database) => {
+      const rows = id === undefined
+        ? database.prepare(all).all()
+        : database.prepare(`${all} WHERE id = ?`).all(id);
+      // A value that is cut is damage as well.
+      return new Map(
+        (rows as Row[]).map((row) => [`${row.id}`, toRecord(row)]),
+      );
+    });
   }
 
   /** Claims the right to ask a machine; false where another process does. */
@@ -3969,19 +4036,20 @@ export class Observations {
     items: readonly string[],
   ): void {
     const now = Date.now();
-    this.#query("BEGIN");
-    this.#query("UPDATE machine SET failures = 0, until = 0 WHERE id = ?", id);
-    this.#query("DELETE FROM doubt WHERE machine = ?", id);
-    this.#query(
-      "INSERT INTO build VALUES (?, ?, ?, ?)",
-      ...[name, id, seconds, now],
-    );
-    this.#query(
-      "INSERT OR REPLACE INTO held SELECT ?, value, ? FROM json_each(?)",
-      ...[id, now, JSON.stringify(items)],
-    );
-    this.#query("DELETE FROM held WHERE time < ?", now - HELD_LIFETIME * 1000);
-    this.#query("COMMIT");
+    this.#use((database) => {
+      const note = (sql: string, ...values: SQLInputValue[]) =>
+        database.prepare(sql).run(...values);
+      database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
+      note("UPDATE machine SET failures = 0, until = 0 WHERE id = ?", id);
+      note("DELETE FROM doubt WHERE machine = ?", id);
+      note("INSERT INTO build VALUES (?, ?, ?, ?)", name, id, seconds, now);
+      note(
+        "INSERT OR REPLACE INTO held SELECT ?, value, ? FROM json_each(?)",
+        ...[id, now, JSON.stringify(items)],
+      );
+      note("DELETE FROM held WHERE time < ?", now - HELD_LIFETIME * 1000);
+      database.exec("COMMIT");
+    });
   }
 
   /** Earlier builds of a name, the latest first. */

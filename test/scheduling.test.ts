@@ -1,7 +1,16 @@
 /** Scheduling, as far as it needs no machine: facts, observations, choice. */
 
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
+import { dirname } from "node:path";
+import { DatabaseSync } from "node:sqlite";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
@@ -333,6 +342,89 @@ test("Observations survive a database that is none", () => {
   observations.saveBuild("a:22", "hello", 3, []);
   assert.is(observations.history("hello").length, 1);
   rmSync(directory, { recursive: true });
+});
+
+/** Ways to damage a database while it is open, and after. */
+const DAMAGE: Readonly<Record<string, (file: string) => void>> = {
+  "pages behind the first": (file) => {
+    const text = readFileSync(file);
+    writeFileSync(file, text.fill("garbage ", 4096), { flag: "r+" });
+  },
+  "its end is cut off": (file) => truncateSync(file, 5000),
+  "all is cut off": (file) => truncateSync(file, 0),
+  "it is something else": (file) => writeFileSync(file, "garbage".repeat(999)),
+  "a value is cut": (file) => execute(file, "UPDATE machine SET facts = '{'"),
+  "a table is gone": (file) => execute(file, "DROP TABLE machine"),
+  "it is removed": (file) => rmSync(file),
+  "its directory is removed": (file) => rmSync(dirname(file), REMOVE),
+};
+
+const REMOVE = { recursive: true, force: true } as const;
+
+function execute(file: string, sql: string): void {
+  const database = new DatabaseSync(file);
+  database.exec(sql);
+  database.close();
+}
+
+for (const [what, damage] of Object.entries(DAMAGE)) {
+  test(`Observations heal where ${what}`, () => {
+    const { context, warnings } = makeContext();
+    const { observations, log, stateDirectory, settings } = context;
+    const file = `${stateDirectory}/observations.sqlite`;
+    const other = new Observations(stateDirectory, log);
+    for (const it of [observations, other]) {
+      it.saveFailure(machine({ name: "a" }), "gone", settings);
+    }
+    know(context, machine({ name: "a" }));
+    damage(file);
+    // What was open may have parts of it in memory.
+    for (const it of [observations, new Observations(stateDirectory, log)]) {
+      it.machines();
+      it.machines("a:22");
+    }
+    assert.ok(observations.claim("a:22", 60), "unknown means: ask");
+    // All of them see the new one, and it is sound.
+    assert.not(other.claim("a:22", 60));
+    know(context, machine({ name: "b" }));
+    assert.ok(other.machines().get("b:22")?.facts);
+    observations.saveBuild("b:22", "hello", 3, ["/gnu/store/x"]);
+    assert.equal(other.held("b:22", ["/gnu/store/x"]), ["/gnu/store/x"]);
+    const told = /^replacing the damaged '.*\/observations.sqlite': ./;
+    const isSaid = !/removed/.test(what);
+    assert.is(warnings.length, isSaid ? 1 : 0, warnings.join("\n"));
+    if (isSaid) assert.match(warnings[0]!, told);
+  });
+}
+
+test("Observations are replaced once, not by all who find them damaged", () => {
+  const { context, warnings } = makeContext();
+  const { log, stateDirectory } = context;
+  const all = Array.from(
+    { length: 5 },
+    () => new Observations(stateDirectory, log),
+  );
+  all.forEach((it, index) => it.saveBuild("a:22", `b${index}`, 1, []));
+  DAMAGE["it is something else"]!(`${stateDirectory}/observations.sqlite`);
+  all.forEach((it, index) => it.saveBuild("a:22", `c${index}`, 1, []));
+  for (const it of all) {
+    all.forEach((_, index) => assert.is(it.history(`c${index}`).length, 1));
+  }
+  assert.is(warnings.length, 1, warnings.join("\n"));
+});
+
+test("Observations are in memory where the file is locked", () => {
+  const { context, warnings } = makeContext();
+  const { observations, stateDirectory } = context;
+  know(context, machine({ name: "a" }));
+  const file = `${stateDirectory}/observations.sqlite`;
+  const locked = new DatabaseSync(file);
+  locked.exec("BEGIN EXCLUSIVE");
+  assert.ok(observations.claim("a:22", 60), "it can't be asked");
+  observations.saveBuild("a:22", "hello", 3, []);
+  assert.is(observations.history("hello").length, 1);
+  assert.equal(warnings, []);
+  locked.close();
 });
 
 test.run();
