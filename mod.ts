@@ -3722,30 +3722,32 @@ export function acquireBuildSlot(
   return undefined;
 }
 
-/** Whether one of the locks in the text of /proc/locks is on `file`. */
-function isLocked(file: string, locks: string): boolean {
-  const stat = statSync(file, { throwIfNoEntry: false });
-  if (stat === undefined) return false;
-  const [major, minor] = [stat.dev >> 8 & 0xfff, stat.dev & 0xff];
-  for (const match of locks.matchAll(/ POSIX .* (\w+):(\w+):(\d+) /g)) {
-    const [device, inode] = [match.slice(1, 3), Number(match[3])];
-    const [itsMajor, itsMinor] = device.map((part) => parseInt(part, 16));
-    // Without a device of its own, a file system may show another number.
-    const same = itsMajor === major && (major === 0 || itsMinor === minor);
-    if (same && inode === stat.ino) return true;
+/**
+ * Whether somebody holds a slot. The lock itself tells: the text of /proc/locks
+ * names a device and an inode as they need not be known here.
+ */
+function isLocked(file: string): boolean {
+  if (!existsSync(file)) return false;
+  // Looks share their lock, so that they don't meet each other's.
+  const database = new DatabaseSync(file, { timeout: 0 });
+  try {
+    database.exec("PRAGMA schema_version");
+    return false;
+  } catch (error) {
+    return /database is locked/.test(String(error));
+  } finally {
+    database.close();
   }
-  return false;
 }
 
 /** The files of a machine's slots that are taken. */
 function takenSlots(machine: Machine, stateDirectory: string): string[] {
   const directory = slotDirectory(machine, stateDirectory);
-  const locks = readFileSync("/proc/locks", "latin1");
   const files = Array.from(
     { length: machine.parallelBuilds },
     (_, slot) => `${directory}/${slot}`,
   );
-  return files.filter((file) => isLocked(file, locks));
+  return files.filter(isLocked);
 }
 
 /** Counts the free slots of a machine, without taking them. */

@@ -1,8 +1,12 @@
 /** Builds while the directory of the state is damaged. */
 
-import { writeFileSync } from "node:fs";
+import { execFileSync } from "node:child_process";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { acquireBuildSlot, chooseBuildMachine } from "../../mod.ts";
+import { machine, makeContext, request } from "../context.ts";
 import {
   assertOffloaded,
   build,
@@ -18,6 +22,7 @@ import type { Result, Runtime } from "./lab.ts";
 const FILE = "/var/guix/offload/observations.sqlite";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
+manyDevices();
 
 /** Builds one derivation, which must be offloaded. */
 function offload(): Result {
@@ -43,6 +48,49 @@ function suiteUnder(runtime: Runtime): void {
     const told = /warning: replacing the damaged '.*observations.sqlite': /g;
     assert.is(offload().stderr.match(told)?.length, 1);
     assert.not.match(offload().stderr, told);
+  });
+
+  test.run();
+}
+
+/** Does some work in a file system on /dev/loop300 or the like. */
+async function onLateDevice(
+  work: (directory: string) => Promise<void>,
+): Promise<void> {
+  const directory = mkdtempSync(`${tmpdir()}/offload-device-`);
+  const sh = (script: string) =>
+    execFileSync("sh", ["-euc", script], { cwd: directory, timeout: 30_000 });
+  sh(`mkdir state; dd if=/dev/zero of=image bs=1M count=4 2>/dev/null
+    mkfs.ext4 -q image; mknod device b 7 300; losetup "$PWD/device" image
+    mount "$PWD/device" state`);
+  try {
+    await work(`${directory}/state`);
+  } finally {
+    sh("umount -l state; losetup -d $PWD/device");
+    rmSync(directory, { recursive: true });
+  }
+}
+
+function manyDevices(): void {
+  const test = suite("slots on a device with a minor number above 255");
+
+  test("a slot that is taken is waited for, not tried at once", async () => {
+    await onLateDevice(async (stateDirectory) => {
+      const { context } = makeContext({ stateDirectory });
+      const only = machine();
+      const slot = acquireBuildSlot(only, stateDirectory)!;
+      const facts = { time: Date.now(), load: 0, cores: 4 };
+      context.observations.saveFacts("machine:22", facts);
+      let scored = 0;
+      const plugin = { name: "counts", score: () => ++scored };
+      const choice = await chooseBuildMachine(
+        ...[[only], request(), { ...context, plugins: [plugin] }] as const,
+        performance.now() + 300,
+      );
+      assert.is(choice, "busy");
+      assert.is(scored, 1);
+      slot.release();
+    });
   });
 
   test.run();
