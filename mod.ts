@@ -465,8 +465,8 @@ interface DenoNamespace {
   readonly version: { readonly deno: string };
   dlopen(file: string, symbols: unknown): {
     readonly symbols: Record<
-      "rename" | "symlink",
-      (...paths: Buffer[]) => number
+      "rename" | "symlink" | "setgroups",
+      (...values: (Buffer | number | null)[]) => number
     >;
   };
 }
@@ -1831,6 +1831,11 @@ export interface PluginContext {
   readonly configDirectory: string;
   /** Where Guix keeps its state: /var/guix. */
   readonly stateDirectory: string;
+  /**
+   * Does what touches a file of the state as its owner, whose alone it is: as
+   * such even where root runs a command.
+   */
+  asOwner<T>(file: string, action: () => T): T;
   /** The machine file, as far as it is evaluated without Guile. */
   machineFile(): Awaitable<MachineFile>;
   /** Tells of something wrong with the machine file. */
@@ -3641,25 +3646,55 @@ export interface Slot {
   release(): void;
 }
 
-/** Makes a directory of the state: its owner's, also where root does it. */
-function makeStateDirectory(directory: string): void {
-  const first = mkdirSync(directory, { recursive: true });
-  if (first === undefined || process.getuid?.() !== 0) return;
-  const { uid, gid } = statSync(dirname(first));
-  for (let made = directory; made.length >= first.length;) {
-    chownSync(made, uid, gid);
-    made = dirname(made);
-  }
+/** Whose a file is, if not root's, or else what is on the way to it. */
+function ownerOf(file: string): Stats | undefined {
+  const above = dirname(file);
+  const owner = above === file ? undefined : ownerOf(above);
+  // A link is of whom made it, what it leads to maybe of another.
+  const stats = owner ? [] : [lstatSync, statSync].map((look) => {
+    try {
+      return look(file);
+    } catch {
+      return undefined; // the others are told where it is used
+    }
+  });
+  return owner ?? stats.find((it) => it !== undefined && it.uid !== 0);
 }
 
-/** Makes a file of the state, likewise. */
-function makeStateFile(file: string): void {
-  makeStateDirectory(dirname(file));
-  if (existsSync(file)) return;
-  closeSync(openSync(file, "a"));
-  if (process.getuid?.() !== 0) return;
-  const { uid, gid } = statSync(dirname(file));
-  chownSync(file, uid, gid);
+/** Leaves all groups but the process's own, which root needs for nothing. */
+function leaveGroups(): void {
+  if (process.getgroups!().length === 0) return;
+  if (process.setgroups) return process.setgroups([]);
+  const setgroups = { parameters: ["usize", "pointer"], result: "i32" };
+  deno!.dlopen("libc.so.6", { setgroups }).symbols.setgroups(0, null);
+}
+
+/** Takes on the rights of an account, until what is returned is called. */
+function become({ uid, gid }: Stats): () => void {
+  leaveGroups();
+  process.setegid!(gid);
+  process.seteuid!(uid);
+  return () => {
+    process.seteuid!(0);
+    process.setegid!(0);
+  };
+}
+
+/**
+ * Does what touches a file of the state: what it makes is its owner's alone.
+ * Where root does it and the file, or what it is in, is another account's, it
+ * is done with the rights of that one, who could lead root anywhere.
+ */
+export function asOwner<T>(file: string, action: () => T): T {
+  const owner = process.geteuid?.() === 0 ? ownerOf(file) : undefined;
+  const goBack = owner && become(owner);
+  const mask = process.umask(0o077);
+  try {
+    return action();
+  } finally {
+    process.umask(mask);
+    goBack?.();
+  }
 }
 
 /** Names a machine as the slot directories do. */
@@ -3684,6 +3719,10 @@ function slotDirectory(machine: Machine, stateDirectory: string): string {
  * but SQLite takes them too.  The file stays empty.
  */
 function lockFile(file: string): Slot | undefined {
+  return asOwner(file, () => lockOwn(file));
+}
+
+function lockOwn(file: string): Slot | undefined {
   const database = new DatabaseSync(file, { timeout: 0 });
   try {
     // No journal file beside the slot, which would be left behind.
@@ -3707,7 +3746,7 @@ export function acquireBuildSlot(
 ): Slot | undefined {
   const directory = slotDirectory(machine, stateDirectory);
   try {
-    makeStateDirectory(directory);
+    asOwner(directory, () => mkdirSync(directory, { recursive: true }));
     // Twice: of two that try the same slot at once, neither may get it.
     for (let slot = 0; slot < 2 * machine.parallelBuilds; slot++) {
       const locked = lockFile(`${directory}/${slot % machine.parallelBuilds}`);
@@ -3871,7 +3910,7 @@ export class Observations {
       return this.#database;
     }
     this.#close();
-    if (!isMemory) makeStateFile(this.#file);
+    if (!isMemory) mkdirSync(dirname(this.#file), { recursive: true });
     const name = isMemory ? ":memory:" : this.#file;
     this.#inode = isMemory ? inode : inodeOf(name);
     this.#database = new DatabaseSync(name, { timeout: 250 });
@@ -3917,6 +3956,10 @@ export class Observations {
 
   /** Does some work with the database, whatever is wrong with that. */
   #use<T>(work: (database: DatabaseSync) => T): T {
+    return asOwner(this.#file, () => this.#try(work));
+  }
+
+  #try<T>(work: (database: DatabaseSync) => T): T {
     for (let attempts = 1;; attempts++) {
       try {
         return work(this.#open());
@@ -9890,6 +9933,7 @@ async function makeContext(
     daemonSocket: socket.replace(/^unix:(\/\/)?/, ""),
     buildLog: openBuildLog(),
     guix: environment.OFFLOAD_GUIX ?? "guix",
+    asOwner,
     machineFile: () => readMachineFile(machines, environment),
     machineFromFields,
     problems,

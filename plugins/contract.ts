@@ -14,6 +14,7 @@ import process from "node:process";
 import { buffer, text } from "node:stream/consumers";
 import { isDeepStrictEqual } from "node:util";
 import {
+  asOwner,
   ByteReader,
   contextFor,
   exportBundle,
@@ -79,6 +80,7 @@ export function makePluginContext(
     configDirectory: environment.GUIX_CONFIGURATION_DIRECTORY ?? "/etc/guix",
     stateDirectory: environment.GUIX_STATE_DIRECTORY ?? "/var/guix",
     guix: environment.OFFLOAD_GUIX ?? "guix",
+    asOwner,
     machineFile: () => ({ file, machines: [], problems: [] }),
     machineFromFields,
     report: ({ severity, message }) => {

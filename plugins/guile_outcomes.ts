@@ -12,7 +12,7 @@ import { delimiter, dirname, join } from "node:path";
 import type { PluginContext } from "../mod.ts";
 import { evaluate } from "./guile.ts";
 import type { Outcome } from "./guile.ts";
-import { digest, sharedDirectory, writePrivately } from "./programs.ts";
+import { digest, ownDirectory, writePrivately } from "./programs.ts";
 
 /** For how many milliseconds it is left at that when Guile took too long. */
 const PATIENCE = 600_000;
@@ -90,7 +90,7 @@ function stateOf(context: PluginContext, kind: string, name: string): string {
 
 /** Where outcomes are kept. */
 function cacheFile(context: PluginContext): string {
-  return join(context.stateDirectory, "offload", "guile-machines.json");
+  return join(ownDirectory(context), "guile-machines.json");
 }
 
 /** Reads the outcomes that are kept, by machine file. */
@@ -113,7 +113,6 @@ function writeEntry(context: PluginContext, file: string, entry: Entry): void {
   const kept = [...others, [file, entry]].slice(-MAXIMUM_ENTRIES);
   const entries = Object.fromEntries(kept);
   try {
-    sharedDirectory(context);
     writePrivately(cacheFile(context), JSON.stringify({ version: 2, entries }));
   } catch (error) {
     const reason = (error as Error).message;

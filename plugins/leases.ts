@@ -98,7 +98,8 @@ const plugin = {
     if (answer !== "full") {
       throw new Error(`failed to take a lease on '${machine.name}': ${answer}`);
     }
-    writeFileSync(fullFile(machine, context), "");
+    const file = fullFile(machine, context);
+    context.asOwner(file, () => writeFileSync(file, ""));
     return false;
   },
 } satisfies Plugin;

@@ -139,25 +139,30 @@ function isReachable({ name, port }: Machine): Promise<boolean> {
 export async function excludeOff(
   machine: Machine,
   demands: ReadonlyMap<string, Demand>,
-  { stateDirectory }: PluginContext,
+  { stateDirectory, asOwner }: PluginContext,
 ): Promise<Exclusion | undefined> {
   const id = `${machine.name}:${machine.port}`;
   const demand = demands.get(id);
   if (demand === undefined) return undefined;
   const directory = `${stateDirectory}/offload/${id}`;
-  const [word = "off", time] = readWords(`${directory}/power`);
+  const asIts = <T>(action: () => T) => asOwner(directory, action);
+  const [word = "off", time] = asIts(() => readWords(`${directory}/power`));
   const write = (word: string) => {
     const seconds = Math.floor(Date.now() / 1000);
     const file = `${directory}/power.${process.pid}`;
-    writeFileSync(file, `${word} ${seconds}\n`);
-    renameSync(file, `${directory}/power`);
+    asIts(() => {
+      writeFileSync(file, `${word} ${seconds}\n`);
+      renameSync(file, `${directory}/power`);
+    });
   };
   const keep = (mode: "start" | "watch") => {
     const { start, stop, "boot-timeout": boot, "idle-time": idle } = demand;
     const limits = [String(boot), String(idle)];
-    runDetached(KEEPER, [directory, mode, start, stop, ...limits]);
+    const args = [directory, mode, start, stop, ...limits];
+    const [uid, gid] = asIts(() => [process.geteuid!(), process.getegid!()]);
+    runDetached(KEEPER, args, uid === process.geteuid!() ? {} : { uid, gid });
   };
-  const kept = isKept(directory);
+  const kept = asIts(() => isKept(directory));
   if (word === "failed" && isRecent(Number(time) * 1000, RETRY)) {
     return { why: `failed to start: see ${directory}/log`, isBusy: false };
   }
@@ -174,8 +179,10 @@ export async function excludeOff(
     return undefined;
   }
   const start = () => {
-    mkdirSync(directory, { recursive: true });
-    rmSync(`${directory}/log`, { force: true });
+    asIts(() => {
+      mkdirSync(directory, { recursive: true });
+      rmSync(`${directory}/log`, { force: true });
+    });
     write("booting");
     keep("start");
   };

@@ -8,8 +8,8 @@ import { spawn } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
 import { createHash } from "node:crypto";
 import {
-  chownSync,
-  existsSync,
+  chmodSync,
+  lstatSync,
   mkdirSync,
   readFileSync,
   renameSync,
@@ -26,16 +26,19 @@ export function quote(word: string): string {
 }
 
 /**
- * Runs a script that outlives the hook. What it would inherit is closed: the
- * daemon waits until nobody has the log of the build open.
+ * Runs a script that outlives the hook, as another account if need be. What it
+ * would inherit is closed: the daemon waits until nobody has the log of the
+ * build open.
  */
 export function runDetached(
   script: string,
   args: readonly string[],
+  account: { readonly uid?: number; readonly gid?: number } = {},
 ): ChildProcess {
   const prelude = "exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-\n" +
     "PATH=$PATH:/run/current-system/profile/bin:/usr/bin:/bin\n";
   const child = spawn("/bin/sh", ["-c", prelude + script, "offload", ...args], {
+    ...account,
     detached: true,
     stdio: "ignore",
   });
@@ -54,27 +57,44 @@ export function readText(file: string): string {
   }
 }
 
-/** The directory of the state: the daemon's, also where root makes it. */
-export function sharedDirectory(
-  { stateDirectory }: Pick<PluginContext, "stateDirectory">,
+/**
+ * What is in the state that the account can believe, which root can't where it
+ * is another's: root's own is in memory then.
+ */
+export function ownDirectory(
+  { stateDirectory, asOwner }: Pick<
+    PluginContext,
+    "stateDirectory" | "asOwner"
+  >,
 ): string {
-  const directory = `${stateDirectory}/offload`;
-  if (existsSync(directory)) return directory;
-  mkdirSync(directory, { recursive: true });
-  const { uid, gid } = statSync(stateDirectory);
-  if (process.getuid?.() === 0) chownSync(directory, uid, gid);
+  const shared = `${stateDirectory}/offload`;
+  const owner = asOwner(shared, () => process.geteuid?.());
+  const directory = owner === process.geteuid?.() ? shared : "/run/offload";
+  mkdirSync(directory, { recursive: true, mode: 0o700 });
+  if (directory !== shared) checkPrivate(directory);
   return directory;
 }
 
-/** A directory of the state that is the account's alone. */
+/** Refuses a directory that others could have filled, closes one of our own. */
+function checkPrivate(directory: string): void {
+  const stat = lstatSync(directory);
+  if (!stat.isDirectory() || stat.uid !== process.geteuid?.()) {
+    const error = new Error(`'${directory}' is not this account's directory`);
+    throw Object.assign(error, { hint: `run 'rm -r ${directory}'` });
+  }
+  if ((stat.mode & 0o077) !== 0) chmodSync(directory, 0o700);
+}
+
+/** A directory that is the account's alone. */
 export function privateDirectory(
   name: string,
-  context: Pick<PluginContext, "stateDirectory">,
+  context: Pick<PluginContext, "stateDirectory" | "asOwner">,
 ): string {
   // Whoever else runs commands, such as root, has another one.
-  const uid = process.getuid?.();
-  const directory = `${sharedDirectory(context)}/${name}-${uid}`;
+  const uid = process.geteuid?.();
+  const directory = `${ownDirectory(context)}/${name}-${uid}`;
   mkdirSync(directory, { recursive: true, mode: 0o700 });
+  checkPrivate(directory);
   return directory;
 }
 

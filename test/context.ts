@@ -7,7 +7,12 @@
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import process from "node:process";
-import { machineFromFields, Observations, readSettings } from "../mod.ts";
+import {
+  asOwner,
+  machineFromFields,
+  Observations,
+  readSettings,
+} from "../mod.ts";
 import type {
   Candidate,
   Context,
@@ -114,6 +119,7 @@ export function makeContext(
     guix: "guix",
     problems: [],
     report: ({ message }) => warnings.push(message),
+    asOwner,
     machineFile: () => ({
       file: "/nonexistent",
       machines: [],

@@ -1,6 +1,7 @@
 /** Machines that JSON files and commands list, and their JSON Schema. */
 
 import {
+  chmodSync,
   chownSync,
   existsSync,
   mkdtempSync,
@@ -8,6 +9,7 @@ import {
   readFileSync,
   rmSync,
   statSync,
+  symlinkSync,
   utimesSync,
   writeFileSync,
 } from "node:fs";
@@ -15,7 +17,7 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { contextFor, listMachines, machineToJson } from "../mod.ts";
+import { asOwner, contextFor, listMachines, machineToJson } from "../mod.ts";
 import type { Plugin, Settings } from "../mod.ts";
 import command from "../plugins/command.ts";
 import jsonMachines from "../plugins/json_machines.ts";
@@ -115,14 +117,38 @@ function conforms(value: any, rule: any): boolean {
     (rule.type === "number" || value % 1 === 0);
 }
 
-test("privateDirectory() leaves the state to the daemon's user", () => {
+test("privateDirectory() believes nothing in another account's state", () => {
   const own = process.getuid!();
   const daemon = own === 0 ? 65534 : own;
   chownSync(directory, daemon, process.getgid!());
-  const made = privateDirectory("x", { stateDirectory: directory });
-  assert.is(statSync(`${directory}/offload`).uid, daemon);
-  assert.is(statSync(made).uid, own);
+  const name = `test-${process.pid}`;
+  const made = privateDirectory(name, { stateDirectory: directory, asOwner });
+  const state = own === 0 ? "/run" : directory;
+  try {
+    assert.is(made, `${state}/offload/${name}-${own}`);
+    assert.is(statSync(made).uid, own);
+    assert.is(statSync(made).mode & 0o777, 0o700);
+  } finally {
+    rmSync(made, { recursive: true });
+    chownSync(directory, own, process.getgid!());
+  }
+});
+
+test("privateDirectory() refuses what somebody else made", () => {
+  const context = { stateDirectory: directory, asOwner };
+  const made = privateDirectory("x", context);
+  chmodSync(made, 0o777);
+  assert.is(privateDirectory("x", context), made);
   assert.is(statSync(made).mode & 0o777, 0o700);
+  rmSync(made, { recursive: true });
+  symlinkSync("/etc", made);
+  assert.throws(
+    () => privateDirectory("x", context),
+    (error: Error & { hint: string }) =>
+      error.message === `'${made}' is not this account's directory` &&
+      error.hint === `run 'rm -r ${made}'`,
+  );
+  rmSync(made);
 });
 
 test("parseMachines() has the defaults of the machine file", () => {

@@ -1,0 +1,164 @@
+/**
+ * A local user without rights, and guix-daemon's account against root: what
+ * either does to files, locks, names and processes gives it no right and stops
+ * nobody's build.
+ */
+
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  assertOffloaded,
+  build,
+  inHost,
+  makeWork,
+  offloadCommand,
+  root,
+  run,
+  RUNTIMES,
+  up,
+  useMachines,
+  useOffload,
+} from "../lab/lab.ts";
+import type { Runtime } from "../lab/lab.ts";
+
+/** The masters, and the account that guix-daemon runs as there. */
+const MASTERS = { head: "root", uhead: "guix-daemon" } as const;
+
+type Master = keyof typeof MASTERS;
+
+const STATE = "/var/guix/offload";
+const DATABASE = `${STATE}/observations.sqlite`;
+
+for (const runtime of RUNTIMES) {
+  for (const master of Object.keys(MASTERS) as Master[]) {
+    suiteUnder(runtime, master);
+  }
+}
+
+/** Runs a shell script as an account of a host. */
+function as(account: string, host: string, script: string) {
+  return run(host, "su", "-s", "/bin/sh", "-c", script, account);
+}
+
+/** Does what must work as an account. */
+function must(account: string, host: string, script: string): void {
+  const { status, stderr } = as(account, host, script);
+  assert.is(status, 0, stderr);
+}
+
+function suiteUnder(runtime: Runtime, master: Master): void {
+  const account = MASTERS[master];
+  const test = suite(`a local user, ${account} as daemon, under ${runtime}`);
+
+  const offload = (...args: string[]) =>
+    run(master, ...offloadCommand(runtime, ...args));
+  /** A file of the master, seen from here. */
+  const there = (file: string) => root(master) + file;
+  const owner = (file: string) =>
+    inHost(master, "stat", "-c", "%U", file).trim();
+
+  test.before(() => {
+    up("head:master", "uhead:master:unprivileged", "w1");
+    useOffload(master, runtime, "OFFLOAD_ATTEMPTS=1");
+    inHost(master, "rm", "-rf", STATE, "/run/offload");
+  });
+  test.before.each(() => useMachines(master, ["w1"]));
+
+  function buildOne(): void {
+    const [derivation] = makeWork(master);
+    assertOffloaded(derivation!, build(master, derivation!), ["w1"]);
+  }
+
+  test("what root's commands make is the daemon's", () => {
+    inHost(master, "rm", "-rf", STATE);
+    const { status, stderr } = offload("status");
+    assert.is(status, 0, stderr);
+    assert.is(owner(STATE), account);
+    assert.is(owner(DATABASE), account);
+    buildOne();
+  });
+
+  if (account !== "root") {
+    /** Lets the account lead root by a link; what it leads to stays away. */
+    const lead = (script: string) => {
+      inHost(master, "rm", "-rf", STATE, "/etc/evil.conf", "/etc/evil");
+      must(account, master, script);
+      const { status, stderr } = offload("status");
+      assert.is(status, 0, stderr);
+      assert.not(existsSync(there("/etc/evil.conf")), script);
+      assert.not(existsSync(there("/etc/evil")), script);
+    };
+
+    test("root is not led by links in the state", () => {
+      try {
+        const links = ["", "-wal", "-shm", "-journal"].map((suffix) =>
+          `ln -s /etc/evil.conf ${DATABASE}${suffix}`
+        );
+        lead([`mkdir -p ${STATE}`, ...links].join(" && "));
+        lead(`ln -s /etc/evil ${STATE}`);
+      } finally {
+        inHost(master, "rm", "-rf", STATE);
+      }
+      buildOne();
+    });
+
+    test("root's machines are started and stopped as the daemon", () => {
+      const plugins = there("/etc/guix/offload");
+      const machine = { name: "w1", systems: ["x86_64-linux"], user: "root" };
+      const demand = {
+        start: "id -un >/tmp/started",
+        stop: "true",
+        "private-key": "/root/.ssh/id_ed25519",
+        "host-key": inHost("w1", "cat", "/etc/ssh/ssh_host_ed25519_key.pub")
+          .trim(),
+      };
+      inHost(master, "mkdir", "-p", "/etc/guix/offload");
+      const list = JSON.stringify([{ ...machine, ...demand }]);
+      writeFileSync(`${plugins}/list.json`, list);
+      const use = { command: { command: "cat /etc/guix/offload/list.json" } };
+      writeFileSync(`${plugins}/settings.json`, JSON.stringify({ use }));
+      inHost(master, "chown", "-R", "root:root", "/etc/guix/offload");
+      useMachines(master, ["w1"], () => "(list)");
+      try {
+        must(
+          account,
+          master,
+          `mkdir -p ${STATE}/w1:22 && cd ${STATE}/w1:22 && echo up 1 >power ` +
+            `&& ln -s /etc/evil.conf log`,
+        );
+        // What it lists for root is not what the daemon's account kept.
+        const { stdout, stderr } = offload("machines", "--json");
+        assert.match(stdout, '"w1"', stderr);
+        assert.ok(existsSync(there("/run/offload/programs-0")), stderr);
+        const [derivation] = makeWork(master);
+        offload("explain", derivation!);
+        assert.not(existsSync(there("/etc/evil.conf")));
+      } finally {
+        inHost(master, "rm", "-rf", STATE, "/etc/guix/offload");
+      }
+    });
+
+    test("root believes nothing that is kept for machine files", () => {
+      const program = `(use-modules (ice-9 match))
+        (match '("honest")
+          ((name) (list (build-machine (name name) (user "root")
+            (systems '("x86_64-linux")) (host-key "ssh-ed25519 AAAA")))))`;
+      useMachines(master, ["w1"], () => program);
+      const list = () => offload("machines", "--json").stdout;
+      must(account, master, `mkdir -p ${STATE}`);
+      assert.match(list(), "honest");
+      // The account's own hook keeps what root must not read.
+      const kept = `${STATE}/guile-machines.json`;
+      const own = there("/run/offload/guile-machines.json");
+      const forged = readFileSync(own, "utf8").replaceAll("honest", "forged");
+      assert.match(forged, "forged");
+      writeFileSync(there(kept), forged);
+      inHost(master, "chown", account, kept);
+      assert.match(list(), "honest");
+      assert.not.match(list(), "forged");
+    });
+  }
+
+  test.run();
+}
