@@ -3697,6 +3697,18 @@ export function asOwner<T>(file: string, action: () => T): T {
   }
 }
 
+/** Takes away what others than its owner may do with a file of the state. */
+function makePrivate(file: string): void {
+  const mode = statSync(file, { throwIfNoEntry: false })?.mode ?? 0;
+  if ((mode & 0o077) !== 0) chmodSync(file, mode & 0o700);
+}
+
+/** Makes a directory of the state, for its owner alone. */
+function makeStateDirectory(directory: string): void {
+  mkdirSync(directory, { recursive: true });
+  makePrivate(directory);
+}
+
 /** Names a machine as the slot directories do. */
 function machineId(machine: Machine): string {
   return `${machine.name}:${machine.port}`;
@@ -3723,6 +3735,7 @@ function lockFile(file: string): Slot | undefined {
 }
 
 function lockOwn(file: string): Slot | undefined {
+  makePrivate(file); // others could lock what they may read
   const database = new DatabaseSync(file, { timeout: 0 });
   try {
     // No journal file beside the slot, which would be left behind.
@@ -3746,7 +3759,10 @@ export function acquireBuildSlot(
 ): Slot | undefined {
   const directory = slotDirectory(machine, stateDirectory);
   try {
-    asOwner(directory, () => mkdirSync(directory, { recursive: true }));
+    asOwner(directory, () => {
+      makeStateDirectory(dirname(directory)); // closes all that is in it
+      makeStateDirectory(directory);
+    });
     // Twice: of two that try the same slot at once, neither may get it.
     for (let slot = 0; slot < 2 * machine.parallelBuilds; slot++) {
       const locked = lockFile(`${directory}/${slot % machine.parallelBuilds}`);
@@ -3779,14 +3795,25 @@ function isLocked(file: string): boolean {
   }
 }
 
-/** The files of a machine's slots that are taken. */
+/** Whether this account may look into a directory, or none is there. */
+function maySee(directory: string): boolean {
+  try {
+    statSync(`${directory}/.`, { throwIfNoEntry: false });
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** The files of a machine's slots that are taken, as far as can be seen. */
 function takenSlots(machine: Machine, stateDirectory: string): string[] {
   const directory = slotDirectory(machine, stateDirectory);
+  if (!maySee(directory)) return [];
   const files = Array.from(
     { length: machine.parallelBuilds },
     (_, slot) => `${directory}/${slot}`,
   );
-  return files.filter(isLocked);
+  return files.filter((file) => asOwner(file, () => isLocked(file)));
 }
 
 /** Counts the free slots of a machine, without taking them. */
@@ -3910,7 +3937,10 @@ export class Observations {
       return this.#database;
     }
     this.#close();
-    if (!isMemory) mkdirSync(dirname(this.#file), { recursive: true });
+    if (!isMemory) {
+      makeStateDirectory(dirname(this.#file));
+      makePrivate(this.#file);
+    }
     const name = isMemory ? ":memory:" : this.#file;
     this.#inode = isMemory ? inode : inodeOf(name);
     this.#database = new DatabaseSync(name, { timeout: 250 });
@@ -7730,6 +7760,7 @@ async function explainCommand(
   context: Context,
   screen: Screen,
 ): Promise<CommandResult> {
+  warnOfSlots(context);
   let text;
   try {
     text = readFileSync(derivation, "utf8");
@@ -8687,6 +8718,17 @@ function redraw(text: string, screen: Screen): void {
   screen.print(`\x1b[H${frame.join("")}\x1b[J`);
 }
 
+/** Tells an account that may not see the state what it is not shown. */
+function warnOfSlots({ stateDirectory, log }: Context): void {
+  const directory = `${stateDirectory}/offload`;
+  if (maySee(directory)) return;
+  log.warn(
+    new OffloadError(`all slots look free, for '${directory}' can't be seen`, {
+      hint: "run it as root, or as the account that guix-daemon runs as",
+    }),
+  );
+}
+
 /** Seconds between two looks at a machine. */
 const WATCH_INTERVAL = 2;
 
@@ -8728,6 +8770,7 @@ async function statusCommand(
 ): Promise<CommandResult> {
   const seconds = timeoutOf(options, context);
   const machines = await selectMachines(args, context);
+  warnOfSlots(context);
   context.log.info(`getting status of ${machines.length} build machines...`);
   const sessions = new Map<string, Session>();
   const look = (machine: Machine) =>

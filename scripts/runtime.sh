@@ -64,9 +64,12 @@ run() {
         "install one of them, or set OFFLOAD_RUNTIME to its file name"
 
     # Both compile a script once where they can keep the result, and guix-daemon
-    # waits for each start.  Nobody else may write there.
-    state=${GUIX_STATE_DIRECTORY:-/var/guix}/offload
-    if [ -O "$state" ]; then
+    # waits for each start.  Nobody else may write there, nor have put another's
+    # directory, or a link, in its place: root would run what was left there.
+    above=${GUIX_STATE_DIRECTORY:-/var/guix}
+    state=$above/offload
+    if [ -O "$state" ] && [ ! -L "$state" ] &&
+        { [ -O "$above" ] || [ ! -w "$above" ]; }; then
         export NODE_COMPILE_CACHE="${NODE_COMPILE_CACHE:-$state/node-cache}"
         export DENO_DIR="${DENO_DIR:-$state/deno-cache}"
     fi

@@ -16,9 +16,13 @@ import {
   root,
   run,
   RUNTIMES,
+  start,
+  until,
   up,
   useMachines,
   useOffload,
+  useReference,
+  watch,
 } from "../lab/lab.ts";
 import type { Runtime } from "../lab/lab.ts";
 
@@ -29,6 +33,19 @@ type Master = keyof typeof MASTERS;
 
 const STATE = "/var/guix/offload";
 const DATABASE = `${STATE}/observations.sqlite`;
+
+/** Locks for reading, by fcntl, those files that it may open. */
+const LOCK = `
+use Fcntl qw(:DEFAULT :seek);
+$| = 1;
+my @files;
+for my $name (@ARGV) {
+  open my $file, "<", $name or next;
+  my $lock = pack "s! s! x![q] q q i x![q]", F_RDLCK, SEEK_SET, 0, 0, 0;
+  push @files, $file if fcntl $file, F_SETLK, $lock;
+}
+print "locked ", scalar @files, "\\n";
+<STDIN>`;
 
 for (const runtime of RUNTIMES) {
   for (const master of Object.keys(MASTERS) as Master[]) {
@@ -79,6 +96,63 @@ function suiteUnder(runtime: Runtime, master: Master): void {
     buildOne();
   });
 
+  /** Starts what holds locks on files as that user, and ends with its input. */
+  async function lockAs(user: string, files: readonly string[]) {
+    writeFileSync(there("/tmp/lock.pl"), LOCK);
+    const perl = `perl /tmp/lock.pl ${files.join(" ")}`;
+    const holder = watch(
+      start(master, "su", "-s", "/bin/sh", "-c", perl, user),
+    );
+    await until("the locks", () => /^locked \d+$/m.test(holder.text()));
+    const locked = Number(/^locked (\d+)$/m.exec(holder.text())![1]);
+    return {
+      locked,
+      async end() {
+        holder.child.stdin!.end();
+        await holder.ended;
+      },
+    };
+  }
+
+  test("a user gets no lock on what hooks share", async () => {
+    buildOne();
+    const slots = Array.from({ length: 4 }, (_, i) => `${STATE}/w1:22/${i}`);
+    const files = [...slots, DATABASE, `${DATABASE}-shm`, `${DATABASE}-wal`];
+    const script = `cd ${STATE} && chmod 755 . w1:22 && touch ${slots[0]} ` +
+      `${DATABASE} && chmod 644 ${slots[0]} ${DATABASE}`;
+    // As earlier versions left it.
+    must(account, master, script);
+    const before = await lockAs("nobody", files);
+    await before.end();
+    assert.ok(before.locked >= 2, "the test can lock what is open to all");
+    buildOne();
+    const holder = await lockAs("nobody", files);
+    assert.is(holder.locked, 0);
+    buildOne();
+    await holder.end();
+    const others = ["-path", "*/*-cache*", "-o", "-perm", "/077", "-print"];
+    const open = inHost(master, "find", STATE, ...others);
+    assert.is(open, "");
+    const owners = inHost(master, "find", STATE, "!", "-user", account);
+    assert.is(owners, "");
+  });
+
+  test("guix offload works with what is its owner's alone", () => {
+    useReference(master);
+    try {
+      buildOne();
+    } finally {
+      useOffload(master, runtime, "OFFLOAD_ATTEMPTS=1");
+    }
+  });
+
+  test("a user is told that the slots can't be seen", () => {
+    buildOne();
+    const command = offloadCommand(runtime, "status").join(" ");
+    const { stderr } = as("nobody", master, `HOME=/tmp ${command}`);
+    assert.match(stderr, `all slots look free, for '${STATE}' can't be seen`);
+  });
+
   if (account !== "root") {
     /** Lets the account lead root by a link; what it leads to stays away. */
     const lead = (script: string) => {
@@ -97,6 +171,11 @@ function suiteUnder(runtime: Runtime, master: Master): void {
         );
         lead([`mkdir -p ${STATE}`, ...links].join(" && "));
         lead(`ln -s /etc/evil ${STATE}`);
+        // What runtimes keep compiled would be run.
+        const caches = ["/tmp/node-cache", "/tmp/deno-cache"];
+        inHost(master, "rm", "-rf", ...caches);
+        lead(`ln -s /tmp ${STATE}`);
+        caches.forEach((it) => assert.not(existsSync(there(it)), it));
       } finally {
         inHost(master, "rm", "-rf", STATE);
       }
