@@ -15,7 +15,9 @@ usage: install.sh [OPTION]…
 Installs Offload, or brings it up to date, and has guix-daemon use it.
 
   --from DIR|URL  take the release from there; else it is what this script is a
-                  part of: a release or a checkout
+                  part of: a release or a checkout.  An URL is one of https, or
+                  comes with --sha256
+  --sha256 SUM    demand that the release's SHA256SUMS has this checksum
   --prefix DIR    install under DIR; /usr/local unless told
   --yes           restart guix-daemon without asking; builds that run are lost
   --uninstall     undo it all
@@ -123,12 +125,37 @@ finish() {
 
 # --- The release
 
+# Unless a checksum is known, nobody on the way may choose what is fetched:
+# redirects stay with https, or aren't followed where wget can't promise that.
 download() {
-    if command -v curl >/dev/null; then curl -fsSL -o "$2" "$1"
-    elif command -v wget >/dev/null; then wget -q -O "$2" "$1"
+    if command -v curl >/dev/null; then
+        protocols==https
+        [ -z "$sha256" ] || protocols==http,https
+        curl -fsSL --proto "$protocols" --proto-redir "$protocols" -o "$2" "$1"
+    elif command -v wget >/dev/null; then
+        redirects=--max-redirect=0
+        [ -z "$sha256" ] || redirects=
+        wget -q $redirects -O "$2" "$1"
     else fail "neither curl nor wget is there" "install one of them"
     fi || fail "failed to fetch '$1'" \
-        "--from names the URL of the directory that the release's files are in"
+        "--from names the URL of the directory that the release's files are in; redirects lead nowhere but to https, with curl"
+}
+
+# Refuses an URL whose answers anybody on the way could have made.
+check_source() {
+    case $from in
+    http://*) [ -n "$sha256" ] ||
+        fail "'$from' is not https: anybody on the way could change what it sends" \
+            "name an https URL, or give the checksum of its SHA256SUMS by --sha256" ;;
+    esac
+}
+
+check_sum() {
+    [ -n "$sha256" ] || return 0
+    sum=$(sha256sum "$work/release/SHA256SUMS")
+    [ "${sum%% *}" = "$sha256" ] ||
+        fail "'$from/SHA256SUMS' has the checksum ${sum%% *}, not $sha256" \
+            "it is of another release, or somebody changed it"
 }
 
 fetch() {
@@ -149,8 +176,10 @@ get_release() {
     fi
     [ -n "$from" ] || fail "expected --from DIR or --from URL" \
         "name the directory, or the base of the URL, of the release's files"
+    check_source
     mkdir "$work/release"
     fetch SHA256SUMS
+    check_sum
     names=$(sed 's/^[0-9a-f]* [ *]//' "$work/release/SHA256SUMS")
     for name in $names; do
         case $name in
@@ -210,6 +239,7 @@ choose_runtime() {
 # Prints the process id of the guix-daemon that runs, if one does; those that
 # serve its clients are its children.
 find_daemon() {
+    owner=$(stat -c %u "${NIX_STORE:-/gnu/store}" 2>/dev/null) || owner=0
     for process in /proc/[0-9]*; do
         is_daemon "$process" || continue
         parent=$(sed -n 's/^PPid:[^0-9]*//p' "$process/status" 2>/dev/null) || continue
@@ -217,12 +247,26 @@ find_daemon() {
     done
 }
 
+# Whether a process is a guix-daemon, rather than somebody's that calls itself
+# so: it is alive, of root or of the store's owner, whatever it may become (a
+# program that is setuid is its caller's), and none of what daemons build, which
+# runs in a pid namespace of its own.
 is_daemon() {
     name=$(cat "$1/comm" 2>/dev/null) || return 1
     case $name in
     guix-daemon | .guix-daemon*) ;;
     *) return 1 ;;
     esac
+    state=$(sed -n 's/^State:[^A-Z]*\(.\).*/\1/p' "$1/status" 2>/dev/null) || return 1
+    users=$(sed -n 's/^Uid:[^0-9]*//p' "$1/status" 2>/dev/null | tr '\t' '\n' | sort -u)
+    case $state:$users in
+    [ZX]:* | :*) return 1 ;;
+    *:0 | *:"$owner") ;;
+    *) return 1 ;;
+    esac
+    # Only root may look.
+    its=$(readlink "$1/ns/pid") || return 0
+    [ "$its" = "$(readlink /proc/self/ns/pid)" ]
 }
 
 # Whether process $1 has this installation in its environment.
@@ -263,11 +307,18 @@ restart_systemd() {
     told restarted restart guix-daemon
 }
 
-# The command that started process $1, for a shell.
+# The command that started process $1, for a shell: its words are quoted where
+# they are odd, and nothing in them controls the terminal.
 command_of() {
-    if [ -z "$1" ]; then echo "guix-daemon --build-users-group=guixbuild"
-    else tr '\0' ' ' <"/proc/$1/cmdline" | sed 's/ $//'
+    if [ -z "$1" ]; then
+        echo "guix-daemon --build-users-group=guixbuild"
+        return
     fi
+    tr '\0\n' '\n?' <"/proc/$1/cmdline" |
+        LC_ALL=C tr '\001-\011\013-\037\177-\377' '?' | sed "
+            s/'/'\\\\''/g
+            /^[A-Za-z0-9_.,:=+@%\/-][A-Za-z0-9_.,:=+@%\/-]*\$/!s/.*/'&'/" |
+        tr '\n' ' ' | sed 's/ $//'
 }
 
 # --- Installing
@@ -476,7 +527,7 @@ uninstall_offload() {
 # ---
 
 main() {
-    from= prefix= yes= dry_run= action=install_offload
+    from= sha256= prefix= yes= dry_run= action=install_offload
     committed= reloaded= restarted= kept=0
     here=
     case $0 in
@@ -484,11 +535,12 @@ main() {
     esac
     while [ $# -gt 0 ]; do
         case $1 in
-        --from | --prefix)
+        --from | --prefix | --sha256)
             [ -n "${2-}" ] || fail "$1: expected a value" "run it with --help"
             case $1 in
             --from) from=${2%/} ;;
             --prefix) prefix=${2%/} ;;
+            --sha256) sha256=$2 ;;
             esac
             shift ;;
         --yes) yes=yes ;;

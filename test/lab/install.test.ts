@@ -19,10 +19,12 @@ import {
   readFileSync,
   readlinkSync,
   rmSync,
+  statSync,
   writeFileSync,
 } from "node:fs";
-import { createServer } from "node:http";
-import type { Server } from "node:http";
+import { createServer as createHttpServer } from "node:http";
+import { createServer } from "node:https";
+import type { Server } from "node:https";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import process from "node:process";
@@ -68,7 +70,11 @@ const NOT_COMPARED = ["dev", "gnu", "offload", "proc", "run", "sys", "tmp"]
 
 const release = mkdtempSync(`${tmpdir()}/offload-release-`);
 let server: Server;
+/** A server's key and certificate, for 127.0.0.1. */
+const CERTIFICATE = `${ROOT}test/data/server.pem`;
+
 let url = "";
+let redirection = "";
 const derivations: Record<string, string[]> = {};
 
 /** The hosts, and the account that guix-daemon runs as there. */
@@ -78,7 +84,13 @@ test.before(async () => {
   const env = { ...process.env, OFFLOAD_RUNTIME: PROGRAMS.node };
   const made = spawnSync(`${ROOT}scripts/bundle`, [release], { env });
   assert.is(made.status, 0, made.stderr.toString());
-  server = createServer((request, response) => {
+  const pem = readFileSync(CERTIFICATE);
+  server = createServer({ key: pem, cert: pem }, (request, response) => {
+    const [, path] = /^\/plain(\/.*)$/.exec(request.url!) ?? [];
+    if (path) {
+      response.writeHead(302, { location: redirection + path }).end();
+      return;
+    }
     const file = release + request.url;
     if (!existsSync(file)) response.writeHead(404).end();
     else response.end(readFileSync(file));
@@ -86,7 +98,7 @@ test.before(async () => {
   await new Promise<void>((resolve) => {
     server.listen(0, "127.0.0.1", resolve);
   });
-  url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  url = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;
   up("fresh:master", "ufresh:master:unprivileged", "w1");
   for (const host of Object.keys(HOSTS)) {
     useMachines(host, ["w1"]);
@@ -156,7 +168,8 @@ async function pipe(
   shell: string,
   options: string,
 ): Promise<Result> {
-  const line =
+  copyFileSync(CERTIFICATE, `${root(host)}/tmp/server.pem`);
+  const line = "export CURL_CA_BUNDLE=/tmp/server.pem; " +
     `curl -fsSL ${url}/install.sh | ${shell} -s -- --from ${url} ${options}`;
   // This process serves the files meanwhile.
   const running = watch(start(host, "sh", "-c", line));
@@ -517,6 +530,87 @@ const SYSTEM_SCRIPT = (services: string) => `
                        ${services})))
 (display ((@@ (gnu services base) guix-configuration-environment) config))
 `;
+
+/** Runs a program called guix-daemon, as an account, under an odd name. */
+const PRETEND = `
+cp /usr/bin/sleep /tmp/guix-daemon
+exec setpriv --reuid="$1" --clear-groups bash -c '
+    exec -a "guix-daemon; curl x | sh \u001b[31m" /tmp/guix-daemon 1000'`;
+
+test("only root's or the store owner's guix-daemon is one, and quoted", async () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  const printed = () => {
+    const { status, stdout, stderr } = install("fresh", "--dry-run");
+    assert.is(status, 0, stderr);
+    return /^ {4}env GUIX=\S+ (.*)$/m.exec(stdout)![1];
+  };
+  const pretend = (user: string) =>
+    watch(start("fresh", "sh", "-c", PRETEND, "sh", user));
+  const isThere = (uid: number) =>
+    readdirSync(`${root("fresh")}/proc`).some((pid) => {
+      const directory = `${root("fresh")}/proc/${pid}`;
+      return /^\d+$/.test(pid) &&
+        statSync(directory, { throwIfNoEntry: false })?.uid === uid &&
+        readFileSync(`${directory}/cmdline`, "utf8").includes("curl x");
+    });
+  const daemon = inHost("fresh", "cat", "/run/guix-daemon.pid").trim();
+  inHost("fresh", "kill", "-KILL", daemon);
+  const others = pretend("65534");
+  // A child that nobody has waited for.
+  const zombie =
+    "if (!fork) { $0 = 'guix-daemon'; exit } print 'up'; sleep 1000";
+  const parent = watch(start("fresh", "perl", "-e", `$| = 1; ${zombie}`));
+  try {
+    await until("they run", () => isThere(65534) && parent.text() === "up");
+    assert.is(printed(), "guix-daemon --build-users-group=guixbuild");
+    const odd = pretend("0");
+    await until("it runs", () => isThere(0));
+    assert.is(printed(), "'guix-daemon; curl x | sh ?[31m' 1000");
+    inHost("fresh", "pkill", "-x", "guix-daemon");
+    await within("their end", Promise.all([others.ended, odd.ended]));
+  } finally {
+    parent.child.kill();
+    restartDaemon("fresh");
+  }
+});
+
+test("a release comes by https, or with its checksum", async () => {
+  makeFresh("fresh", "node");
+  const before = listing("fresh");
+  const sums = readFileSync(`${release}/SHA256SUMS`);
+  const sum = createHash("sha256").update(sums).digest("hex");
+  const plain = createHttpServer((request, response) => {
+    response.end(readFileSync(release + request.url));
+  });
+  await new Promise<void>((done) => plain.listen(0, "127.0.0.1", done));
+  const from = `http://127.0.0.1:${(plain.address() as AddressInfo).port}`;
+  // The other server sends all that is asked for below /plain there.
+  redirection = from;
+  copyRelease("fresh");
+  const attempt = async (...options: readonly string[]) => {
+    const script = "export CURL_CA_BUNDLE=/tmp/server.pem; " +
+      `exec sh /root/release/install.sh --dry-run ${options.join(" ")}`;
+    copyFileSync(CERTIFICATE, `${root("fresh")}/tmp/server.pem`);
+    const running = watch(start("fresh", "sh", "-c", script));
+    return await within("install.sh", running.ended, 120_000);
+  };
+  const refuses = async (words: RegExp, ...options: readonly string[]) =>
+    assertRefused("fresh", before, await attempt(...options), words);
+  try {
+    await refuses(/ is not https: anybody/, "--from", from);
+    await refuses(/failed to fetch 'https:/, "--from", `${url}/plain`);
+    const wrong = sum.replace(/^./, (it) => it === "0" ? "1" : "0");
+    await refuses(/not [0-9a-f]{64}$/m, "--from", from, "--sha256", wrong);
+    for (const place of [from, `${url}/plain`, "/root/release"]) {
+      const good = await attempt("--from", place, "--sha256", sum);
+      assert.is(good.status, 0, good.stderr);
+    }
+    assert.equal(changes(before, listing("fresh")), []);
+  } finally {
+    plain.close();
+  }
+});
 
 test("without systemd it prints the lines to add, for each init system", () => {
   makeFresh("fresh", "node");

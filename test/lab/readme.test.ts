@@ -16,8 +16,8 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { createServer } from "node:http";
-import type { Server } from "node:http";
+import { createServer } from "node:https";
+import type { Server } from "node:https";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import process from "node:process";
@@ -91,6 +91,9 @@ function allCommands(): string[] {
 
 const release = mkdtempSync(`${tmpdir()}/offload-release-`);
 let server: Server;
+/** A server's key and certificate, for 127.0.0.1. */
+const CERTIFICATE = `${ROOT}test/data/server.pem`;
+
 let url = "";
 let derivation = "";
 
@@ -169,11 +172,14 @@ const TYPED: Readonly<
     const text = await typed(command, "/offload", runtime);
     assert.match(text, "installed /usr/local/bin/offload");
   },
-  'curl -fsSL "$URL/install.sh" | sh -s -- --from "$URL"': async (command) => {
-    copyFileSync(NODE, `${root(HOST)}/usr/local/bin/node`);
-    await typed(command, "/root", `URL=${url}`);
-    lab("daemon", HOST, "GUIX=/usr/local/lib/offload/guix");
-  },
+  'curl --proto =https -fsSL "$URL/install.sh" | sh -s -- --from "$URL"':
+    async (command) => {
+      copyFileSync(NODE, `${root(HOST)}/usr/local/bin/node`);
+      copyFileSync(CERTIFICATE, `${root(HOST)}/root/server.pem`);
+      const trusted = "CURL_CA_BUNDLE=/root/server.pem";
+      await typed(command, "/root", `URL=${url}`, trusted);
+      lab("daemon", HOST, "GUIX=/usr/local/lib/offload/guix");
+    },
   "offload trust root@w1.example.org --file /etc/guix/machines.scm": async (
     command,
   ) => {
@@ -249,13 +255,14 @@ test.before(async () => {
   const env = { ...process.env, OFFLOAD_RUNTIME: NODE };
   const made = spawnSync(`${ROOT}scripts/bundle`, [release], { env });
   assert.is(made.status, 0, made.stderr.toString());
-  server = createServer((request, response) => {
+  const pem = readFileSync(CERTIFICATE);
+  server = createServer({ key: pem, cert: pem }, (request, response) => {
     response.end(readFileSync(release + request.url));
   });
   await new Promise<void>((resolve) => {
     server.listen(0, "127.0.0.1", resolve);
   });
-  url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  url = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;
   up(`${HOST}:master:stranger`, `${MACHINE_HOST}:stranger`);
   const address = inHost(HOST, "getent", "hosts", MACHINE_HOST).split(" ")[0];
   appendFileSync(`${root(HOST)}/etc/hosts`, `${address} ${MACHINE}\n`);
