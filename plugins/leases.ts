@@ -21,8 +21,8 @@ const TRIES = 20;
  * Takes a lease, says so, and holds it until its standard input ends, as it
  * does with the connection.
  *
- * The files are opened for reading: in such a directory nobody, not even root,
- * may open another account's file to write it (fs.protected_regular).
+ * What others than the account and root could write to is refused: a link there
+ * would lead this anywhere, and a lock of theirs would stop all builds.
  */
 function leaseCommand(directory: string, leases: number): string {
   const numbers = Array.from({ length: leases }, (_, number) => number);
@@ -45,11 +45,22 @@ function leaseCommand(directory: string, leases: number): string {
 (primitive-exit 0)
 `;
   return `
+user=$(id -u)
 directory=${quote(directory)}
-[ -d "$directory" ] || mkdir -p -m 1777 "$directory"
+if [ -z "$directory" ]; then
+    directory=/run/guix-offload
+    [ "$user" = 0 ] || directory=/tmp/guix-offload-$user
+fi
+[ -e "$directory" ] || mkdir -p -m 755 "$directory"
+set -- $(ls -ldn "$directory")
+case $1:$3 in
+d????-??-*:0 | d????-??-*:$user) ;;
+*) echo "'$directory' is no directory that only user $user or root may change" >&2
+   exit ;;
+esac
 cd "$directory" || exit
 for lease in ${numbers.join(" ")}; do
-    [ -e $lease ] || : >$lease
+    [ -e $lease ] || : >$lease || exit
 done
 command -v flock >/dev/null || exec guix repl -- /dev/fd/3 3<<'END'
 ${guile}
@@ -77,8 +88,9 @@ const plugin = {
   name: "leases",
   options: {
     directory: {
-      default: "/tmp/guix-offload",
-      description: "directory on the build machines, the same for all masters",
+      default: "",
+      description: "directory on the build machines, the same for all " +
+        "masters; one of the account's own unless told",
     },
   },
   exclude(machine, context) {

@@ -339,6 +339,35 @@ function suiteUnder(runtime: Runtime): void {
     }
   });
 
+  test("leases are kept where others than the account can't lead it", () => {
+    const own = "mkdir -m 777 /tmp/planted; ln -s /etc/nologin /tmp/planted/0";
+    const inside = "mkdir -m 755 /tmp/theirs; ln -s /etc/nologin /tmp/theirs/0";
+    const plant = `${own}; ${inside}; ln -s /etc /tmp/linked`;
+    inHost(
+      "w1",
+      "setpriv",
+      "--reuid=65534",
+      "--clear-groups",
+      "sh",
+      "-c",
+      plant,
+    );
+    useMachines("head", ["w1"]);
+    for (const name of ["planted", "theirs", "linked"]) {
+      const directory = `/tmp/${name}`;
+      use("head", runtime, { leases: { directory } }, "OFFLOAD_ATTEMPTS=1");
+      forget("head");
+      const [derivation] = makeWork("head");
+      const { status, stderr } = build("head", derivation!);
+      assert.is(status, 1);
+      assert.match(stderr, `'${directory}' is no directory that only user 0`);
+    }
+    assert.not.ok(existsSync(`${root("w1")}/etc/nologin`));
+    assert.not.ok(existsSync(`${root("w1")}/etc/0`));
+    inHost("w1", "rm", "-rf", "/tmp/planted", "/tmp/theirs", "/tmp/linked");
+    forget("head");
+  });
+
   test("the leases of a master that dies are free again", async () => {
     useMachines(
       "head",
