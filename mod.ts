@@ -3858,8 +3858,17 @@ const UNANSWERED = "no answer yet";
 /** For how long a machine is believed to be this one or another, in ms. */
 const IDENTITY_LIFETIME = 86_400_000;
 
-/** For how long an item is believed to be on a machine, in seconds. */
-const HELD_LIFETIME = 30 * 86400;
+/** For how long an item is believed to be on a machine, in ms. */
+const HELD_LIFETIME = 30 * 86_400_000;
+
+/** How old what a machine holds may become before it is noted anew, in ms. */
+const HELD_FRESHNESS = 86_400_000;
+
+/** How many rows are kept, the latest ones, of what each build adds to. */
+const KEPT_ROWS = { build: 100_000, held: 500_000 } as const;
+
+/** How many new rows there are before old ones go. */
+const PRUNED_ROWS = 1000;
 
 /** For how long a build speaks against its machine, in ms. */
 const DOUBT_LIFETIME = 3_600_000;
@@ -3876,9 +3885,16 @@ const UNUSABLE =
 
 // The journal is in memory: whatever file lay beside the database would be of
 // the next one, too, when that is replaced, and what is mapped can be cut off.
-const OBSERVATIONS_SCHEMA = `
+const OBSERVATIONS_PRAGMAS = `
   PRAGMA journal_mode = MEMORY;
   PRAGMA synchronous = OFF;
+`;
+
+/** Another number here makes the tables anew that changed. */
+const OBSERVATIONS_VERSION = 1;
+
+const OBSERVATIONS_SCHEMA = `
+  BEGIN IMMEDIATE;
   CREATE TABLE IF NOT EXISTS machine (
     id TEXT PRIMARY KEY, facts TEXT, failures INTEGER NOT NULL DEFAULT 0,
     until REAL NOT NULL DEFAULT 0, problem TEXT NOT NULL DEFAULT '',
@@ -3887,9 +3903,10 @@ const OBSERVATIONS_SCHEMA = `
   CREATE TABLE IF NOT EXISTS build (
     name TEXT, machine TEXT, seconds REAL, time REAL);
   CREATE INDEX IF NOT EXISTS build_name ON build (name, time);
-  CREATE TABLE IF NOT EXISTS held (
-    machine TEXT, item TEXT, time REAL, PRIMARY KEY (machine, item))
-    WITHOUT ROWID;
+  DROP TABLE IF EXISTS held;
+  CREATE TABLE held (
+    id INTEGER PRIMARY KEY, machine TEXT, item TEXT, time REAL,
+    UNIQUE (machine, item));
   CREATE TABLE IF NOT EXISTS slot (
     file TEXT PRIMARY KEY, derivation TEXT, time REAL);
   CREATE TABLE IF NOT EXISTS own (
@@ -3901,7 +3918,12 @@ const OBSERVATIONS_SCHEMA = `
   CREATE TABLE IF NOT EXISTS wait (
     id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
   INSERT OR IGNORE INTO wait VALUES (0, 0, 0);
+  PRAGMA user_version = ${OBSERVATIONS_VERSION};
+  COMMIT;
 `;
+
+const LATEST_ROWS = "SELECT (SELECT max(rowid) FROM build) AS build, " +
+  "(SELECT max(rowid) FROM held) AS held";
 
 /** Names a file that has a name, so that another by that name is noticed. */
 function inodeOf(file: string): string {
@@ -3944,7 +3966,12 @@ export class Observations {
     const name = isMemory ? ":memory:" : this.#file;
     this.#inode = isMemory ? inode : inodeOf(name);
     this.#database = new DatabaseSync(name, { timeout: 250 });
-    this.#database.exec(OBSERVATIONS_SCHEMA);
+    this.#database.exec(OBSERVATIONS_PRAGMAS);
+    const [row] = this.#database.prepare("PRAGMA user_version").all();
+    // Who only opens it writes nothing, and so waits for nobody.
+    if (row!.user_version !== OBSERVATIONS_VERSION) {
+      this.#database.exec(OBSERVATIONS_SCHEMA);
+    }
     return this.#database;
   }
 
@@ -4111,6 +4138,7 @@ export class Observations {
     items: readonly string[],
   ): void {
     const now = Date.now();
+    const [before] = this.#query(LATEST_ROWS);
     this.#use((database) => {
       const note = (sql: string, ...values: SQLInputValue[]) =>
         database.prepare(sql).run(...values);
@@ -4119,12 +4147,40 @@ export class Observations {
       note("DELETE FROM doubt WHERE machine = ?", id);
       note("INSERT INTO build VALUES (?, ?, ?, ?)", name, id, seconds, now);
       note(
-        "INSERT OR REPLACE INTO held SELECT ?, value, ? FROM json_each(?)",
-        ...[id, now, JSON.stringify(items)],
+        `INSERT INTO held (machine, item, time)
+         SELECT ?1, value, ?2 FROM json_each(?3) WHERE true
+         ON CONFLICT DO UPDATE SET time = ?2
+         WHERE time NOT BETWEEN ?2 - ?4 AND ?2`,
+        ...[id, now, JSON.stringify(items), HELD_FRESHNESS],
       );
-      note("DELETE FROM held WHERE time < ?", now - HELD_LIFETIME * 1000);
       database.exec("COMMIT");
     });
+    const [after] = this.#query(LATEST_ROWS);
+    for (const table of ["build", "held"] as const) {
+      const blocks = (row: Row | undefined) =>
+        Math.floor(Number(row?.[table] ?? 0) / PRUNED_ROWS);
+      if (blocks(after) !== blocks(before)) this.#prune(table);
+    }
+  }
+
+  /** Drops the oldest rows of a table; with builds, what outlived its use. */
+  #prune(table: keyof typeof KEPT_ROWS): void {
+    this.#query(
+      `DELETE FROM ${table}
+       WHERE rowid <= (SELECT max(rowid) FROM ${table}) - ?`,
+      KEPT_ROWS[table],
+    );
+    if (table !== "build") return;
+    const now = Date.now();
+    const day = now - IDENTITY_LIFETIME;
+    this.#query("DELETE FROM own WHERE time NOT BETWEEN ? AND ?", day, now);
+    const month = now - HELD_LIFETIME;
+    this.#query("DELETE FROM used WHERE time NOT BETWEEN ? AND ?", month, now);
+    this.#query(
+      `DELETE FROM machine WHERE until < ? AND asked < ?1
+       AND id NOT IN (SELECT machine FROM used)`,
+      month,
+    );
   }
 
   /** Earlier builds of a name, the latest first. */
@@ -4140,8 +4196,8 @@ export class Observations {
   held(id: string, paths: readonly string[]): string[] {
     return this.#query(
       `SELECT item FROM held WHERE machine = ?
-       AND item IN (SELECT value FROM json_each(?))`,
-      ...[id, JSON.stringify(paths)],
+       AND item IN (SELECT value FROM json_each(?)) AND time > ?`,
+      ...[id, JSON.stringify(paths), Date.now() - HELD_LIFETIME],
     ).map(({ item }) => item as string);
   }
 

@@ -323,6 +323,34 @@ test("Observations remember builds and what machines hold", () => {
   assert.equal(observations.held("b:22", paths), []);
 });
 
+test("Observations keep so many rows and no more, the latest", () => {
+  const { observations, stateDirectory } = makeContext().context;
+  observations.saveBuild("a:22", "first", 1, ["/gnu/store/first"]);
+  const database = new DatabaseSync(`${stateDirectory}/observations.sqlite`);
+  const rows = (table: string) =>
+    database.prepare(`SELECT count(*) AS rows FROM ${table}`).get()!.rows;
+  const numbers = (last: number) =>
+    `WITH RECURSIVE number(n) AS
+       (VALUES (2) UNION ALL SELECT n + 1 FROM number WHERE n < ${last})`;
+  database.exec(`BEGIN;
+      ${numbers(599_999)} INSERT INTO held SELECT n, 'a:22', n, 0 FROM number;
+      ${numbers(199_999)} INSERT INTO build SELECT n, 'a:22', 1, 0 FROM number;
+      INSERT INTO own SELECT name, 1, 0 FROM build;
+      INSERT INTO used SELECT name, 0 FROM build;
+      INSERT INTO machine (id) SELECT name FROM build;
+      COMMIT`);
+  observations.saveBuild("a:22", "last", 1, ["/gnu/store/last"]);
+  assert.is(rows("held"), 500_000);
+  assert.is(rows("build"), 100_000);
+  for (const table of ["own", "used", "machine"]) assert.is(rows(table), 0);
+  assert.equal(observations.held("a:22", ["/gnu/store/last"]), [
+    "/gnu/store/last",
+  ]);
+  assert.equal(observations.held("a:22", ["/gnu/store/first"]), []);
+  assert.is(observations.history("last").length, 1);
+  database.close();
+});
+
 test("Observations are claimed by one process at a time", () => {
   const { context } = makeContext();
   const { observations, log, stateDirectory } = context;
