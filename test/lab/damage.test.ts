@@ -10,8 +10,10 @@ import { machine, makeContext, request } from "../context.ts";
 import {
   assertOffloaded,
   build,
+  inHost,
   makeWork,
   root,
+  run,
   RUNTIMES,
   up,
   useMachines,
@@ -19,7 +21,8 @@ import {
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
 
-const FILE = "/var/guix/offload/observations.sqlite";
+const STATE = "/var/guix/offload";
+const FILE = `${STATE}/observations.sqlite`;
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 manyDevices();
@@ -30,6 +33,16 @@ function offload(): Result {
   const result = build("head", derivation!);
   assertOffloaded(derivation!, result, ["w1"]);
   return result;
+}
+
+/** Builds while the state is in a small file system of its own. */
+function withSmallState(work: () => void): void {
+  inHost("head", "mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", STATE);
+  try {
+    work();
+  } finally {
+    inHost("head", "umount", "-l", STATE);
+  }
 }
 
 function suiteUnder(runtime: Runtime): void {
@@ -48,6 +61,20 @@ function suiteUnder(runtime: Runtime): void {
     const told = /warning: replacing the damaged '.*observations.sqlite': /g;
     assert.is(offload().stderr.match(told)?.length, 1);
     assert.not.match(offload().stderr, told);
+  });
+
+  test("builds go on where the disk is full, told once", () => {
+    withSmallState(() => {
+      offload(); // makes what it needs
+      run("head", "dd", "if=/dev/zero", `of=${STATE}/fill`, "bs=4k");
+      inHost("head", "rm", FILE);
+      run("head", "dd", "if=/dev/zero", `of=${STATE}/more`, "bs=1k");
+      const told = /warning: keeping observations in memory instead of /g;
+      assert.is(offload().stderr.match(told)?.length, 1);
+      inHost("head", "rm", `${STATE}/fill`, `${STATE}/more`);
+      const { stderr } = offload();
+      assert.not.match(stderr, told, stderr);
+    });
   });
 
   test.run();
