@@ -3090,7 +3090,7 @@ async function expectTokens(
 const BLOCK = 4096;
 
 /** Told what a part of an archive takes on the disk, before it is written. */
-type Take = (size: number) => void;
+export type Take = (size: number) => void;
 
 /** Lets archives take so many bytes on the disk, all in all. */
 function takeUpTo(limit: number): Take {

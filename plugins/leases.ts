@@ -14,6 +14,9 @@ import { isFresh, quote } from "./programs.ts";
 /** For how many seconds a machine is left alone where all leases are taken. */
 const PATIENCE = 1;
 
+/** Where leases are, unless told. */
+const DIRECTORY = "/run/guix-offload";
+
 /** How many tenths of a second one of its leases is waited for. */
 const TRIES = 20;
 
@@ -47,10 +50,9 @@ function leaseCommand(directory: string, leases: number): string {
   return `
 user=$(id -u)
 directory=${quote(directory)}
-if [ -z "$directory" ]; then
-    directory=/run/guix-offload
-    [ "$user" = 0 ] || directory=/tmp/guix-offload-$user
-fi
+# Where only root can make it, others use root's, or one of their own.
+[ "$directory" != ${DIRECTORY} ] || [ "$user" = 0 ] || [ -e "$directory" ] ||
+    directory=/tmp/guix-offload-$user
 [ -e "$directory" ] || mkdir -p -m 755 "$directory"
 set -- $(ls -ldn "$directory")
 case $1:$3 in
@@ -88,9 +90,8 @@ const plugin = {
   name: "leases",
   options: {
     directory: {
-      default: "",
-      description: "directory on the build machines, the same for all " +
-        "masters; one of the account's own unless told",
+      default: DIRECTORY,
+      description: "directory on the build machines, the same for all masters",
     },
   },
   exclude(machine, context) {
