@@ -279,7 +279,7 @@ function suiteUnder(runtime: Runtime): void {
     const server = createServer(async (client) => {
       connections++;
       const daemon = createConnection(`${directory}/socket`);
-      daemon.on("error", () => {});
+      daemon.on("error", () => client.destroy());
       daemon.pipe(client).on("error", () => daemon.destroy());
       try {
         for await (const chunk of client) {
