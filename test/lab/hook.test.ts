@@ -30,16 +30,12 @@ import type { Hook, HookOptions, Result, Runtime } from "./lab.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
-/**
- * Runs `talk` with a hook that ends with it. However busy this machine is, it
- * has the time for an answer.
- */
+/** Runs `talk` with a hook that ends with it. */
 async function withHook<T>(
   options: HookOptions,
   talk: (hook: Hook) => Promise<T>,
 ): Promise<T> {
-  const variables = ["OFFLOAD_DECISION_TIMEOUT=10", ...options.variables ?? []];
-  const hook = startHook("head", { ...options, variables });
+  const hook = startHook("head", options);
   try {
     return await talk(hook);
   } finally {

@@ -105,6 +105,16 @@ export interface Running {
   readonly ended: Promise<Result>;
 }
 
+const watched = new Set<Running>();
+
+/** An error that shows what the commands wrote that still run. */
+function inVain(what: string): Error {
+  const texts = [...watched].map(({ child, text }) =>
+    `${child.spawnargs.slice(1).join(" ")}:\n${text().slice(-2000)}`
+  );
+  return new Error([`waited in vain: ${what}`, ...texts].join("\n"));
+}
+
 /** Collects what a child process writes until its end. */
 export function watch(child: ChildProcess): Running {
   const texts = { stdout: "", stderr: "" };
@@ -117,9 +127,14 @@ export function watch(child: ChildProcess): Running {
   }
   const ended = new Promise<Result>((resolve, reject) => {
     child.on("error", reject);
-    child.on("close", (status) => resolve({ status, ...texts }));
+    child.on("close", (status) => {
+      watched.delete(running);
+      resolve({ status, ...texts });
+    });
   });
-  return { child, text: () => text, ended };
+  const running = { child, text: () => text, ended };
+  watched.add(running);
+  return running;
 }
 
 /** Starts a command in a host on a terminal; what is written there is typed. */
@@ -142,7 +157,7 @@ export async function until(
 ): Promise<void> {
   const end = Date.now() + TIMEOUTS.wait;
   while (!condition()) {
-    if (Date.now() > end) throw new Error(`waited in vain: ${what}`);
+    if (Date.now() > end) throw inVain(what);
     await delay(5);
   }
 }
@@ -155,7 +170,7 @@ export async function within<T>(
 ): Promise<T> {
   const controller = new AbortController();
   const late = delay(limit, undefined, { signal: controller.signal })
-    .then(() => Promise.reject(new Error(`waited in vain: ${what}`)));
+    .then(() => Promise.reject(inVain(what)));
   late.catch(() => {});
   try {
     return await Promise.race([promise, late]);
@@ -566,7 +581,7 @@ export interface HookOptions {
   readonly wantsLocal?: boolean;
   /** The file that its build log goes to: a new one unless told. */
   readonly log?: string;
-  /** Further variables of its environment: `NAME=VALUE`. */
+  /** Further variables of its environment: `NAME=VALUE`, the last counts. */
   readonly variables?: readonly string[];
 }
 
@@ -581,7 +596,11 @@ export function startHook(
   const { wantsLocal = false, variables = [] } = options;
   const { log: file = `/tmp/build-log-${++hooks}` } = options;
   const guix = runtime === undefined ? "guix" : "/offload/scripts/guix";
-  const environment = [`OFFLOAD_RUNTIME=${runtime ?? ""}`, ...variables];
+  const environment = [
+    `OFFLOAD_RUNTIME=${runtime ?? ""}`,
+    "OFFLOAD_DECISION_TIMEOUT=10", // enough, however busy this machine is
+    ...variables,
+  ];
   const command = `${environment.join(" ")} exec ${guix} offload ` +
     `${SYSTEM} ${maxSilentTime} true ${buildTimeout} 4>${file}`;
   const running = watch(start(master, "sh", "-c", command));

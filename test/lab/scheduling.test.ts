@@ -518,10 +518,8 @@ export default plugin as Plugin;
     const [derivation] = makeWork("head");
     for (const wantsLocal of [false, true]) {
       forget("head");
-      const { answer, stderr, took } = await ask(derivation!, {
-        ...{ runtime, wantsLocal },
-        variables: ["OFFLOAD_DECISION_TIMEOUT=10"],
-      });
+      const asked = { runtime, wantsLocal };
+      const { answer, stderr, took } = await ask(derivation!, asked);
       assert.is(answer, "accept", stderr);
       assert.ok(took < 10_000, `${took} ms`); // that of the decision
       assert.match(stderr, "connection refused");
@@ -549,10 +547,8 @@ export default plugin as Plugin;
     const [derivation] = makeWork("head");
     try {
       await whileSilent("silent", async () => {
-        const { answer, stderr } = await ask(derivation!, {
-          ...{ runtime, wantsLocal: true },
-          variables: ["OFFLOAD_DECISION_TIMEOUT=10"],
-        });
+        const asked = { runtime, wantsLocal: true };
+        const { answer, stderr } = await ask(derivation!, asked);
         assert.is(answer, "accept", stderr);
         assert.match(stderr, "'silent0' has not answered yet");
       });
