@@ -32,12 +32,14 @@ import {
   mkdtempSync,
   opendirSync,
   openSync,
+  readdirSync,
   readFileSync,
   realpathSync,
   renameSync,
   rmSync,
   statSync,
   symlinkSync,
+  truncateSync,
   writeFileSync,
   writeSync,
 } from "node:fs";
@@ -1836,6 +1838,11 @@ export interface PluginContext {
    * such even where root runs a command.
    */
   asOwner<T>(file: string, action: () => T): T;
+  /**
+   * Has a directory of the state in which something can be written, or one in
+   * memory in place of it.
+   */
+  writable(directory: string): string;
   /** The machine file, as far as it is evaluated without Guile. */
   machineFile(): Awaitable<MachineFile>;
   /** Tells of something wrong with the machine file. */
@@ -3709,6 +3716,62 @@ function makeStateDirectory(directory: string): void {
   makePrivate(directory);
 }
 
+/** What a file system says that takes nothing, such as a full one. */
+const UNWRITABLE = /^(EROFS|ENOSPC|EDQUOT)$/;
+
+function isUnwritable(error: unknown): boolean {
+  return UNWRITABLE.test((error as NodeJS.ErrnoException).code ?? "");
+}
+
+/** Where files are that are in memory. */
+const MEMORY = "/dev/shm";
+const MEMORY_PREFIX = "guix-offload-";
+
+/** Whether only this account can have made a directory, and what is in it. */
+function isOwn(directory: string): boolean {
+  const stat = lstatSync(directory, { throwIfNoEntry: false });
+  return stat?.isDirectory() === true && (stat.mode & 0o077) === 0 &&
+    stat.uid === process.geteuid!();
+}
+
+/** The account's directory in memory: of several, all take the first. */
+function findMemory(): string | undefined {
+  if (!existsSync(MEMORY)) return undefined;
+  return readdirSync(MEMORY).filter((name) => name.startsWith(MEMORY_PREFIX))
+    .sort().map((name) => `${MEMORY}/${name}`).find(isOwn);
+}
+
+/** Stands in for a directory of the state, whose name it has. */
+function standIn(directory: string): string {
+  // By a name that nobody can have taken before.
+  if (!findMemory()) mkdtempSync(`${MEMORY}/${MEMORY_PREFIX}`);
+  return `${findMemory()}/${basename(directory)}`;
+}
+
+/**
+ * Has a directory of the state in which something can be written: `directory`
+ * or, where its file system is full or read-only, one in memory.
+ */
+export function writableDirectory(directory: string): string {
+  return asOwner(directory, () => {
+    try {
+      makeStateDirectory(directory);
+      const file = `${directory}/writable.${process.pid}`;
+      try {
+        writeFileSync(file, "it is");
+      } finally {
+        rmSync(file, { force: true });
+      }
+      return directory;
+    } catch (error) {
+      if (!isUnwritable(error)) throw error;
+      const instead = standIn(directory);
+      makeStateDirectory(instead);
+      return instead;
+    }
+  });
+}
+
 /** Names a machine as the slot directories do. */
 function machineId(machine: Machine): string {
   return `${machine.name}:${machine.port}`;
@@ -3734,22 +3797,61 @@ function lockFile(file: string): Slot | undefined {
   return asOwner(file, () => lockOwn(file));
 }
 
-function lockOwn(file: string): Slot | undefined {
+// No journal file beside it, which would be left behind. What is set is never
+// written, but nothing is locked in a file that can't be.
+const LOCK = `
+  PRAGMA journal_mode = MEMORY;
+  BEGIN EXCLUSIVE;
+  PRAGMA user_version = 1;
+`;
+
+function lockOwn(file: string, isDamaged = false): Slot | undefined {
   makePrivate(file); // others could lock what they may read
+  // SQLite would not say why it can't.
+  if (!existsSync(file)) closeSync(openSync(file, "a"));
   const database = new DatabaseSync(file, { timeout: 0 });
   try {
-    // No journal file beside the slot, which would be left behind.
-    database.exec("PRAGMA journal_mode=MEMORY; BEGIN EXCLUSIVE");
+    database.exec(LOCK);
     return { file, release: () => database.close() };
   } catch (error) {
     database.close();
     if (/database is locked/.test(String(error))) return undefined;
-    throw error;
+    // We hold no lock of it, which this would give up.
+    if (/readonly/.test(String(error))) closeSync(openSync(file, "r+"));
+    if (isDamaged || statSync(file).size === 0) throw error;
+  }
+  truncateSync(file);
+  return lockOwn(file, true);
+}
+
+/** Locks the first free slot of a machine, in a directory that is made. */
+function lockSlot(machine: Machine, directory: string): Slot | undefined {
+  asOwner(directory, () => {
+    makeStateDirectory(dirname(directory)); // closes all that is in it
+    makeStateDirectory(directory);
+  });
+  // Twice: of two that try the same slot at once, neither may get it.
+  for (let slot = 0; slot < 2 * machine.parallelBuilds; slot++) {
+    const locked = lockFile(`${directory}/${slot % machine.parallelBuilds}`);
+    if (locked !== undefined) return locked;
+  }
+  return undefined;
+}
+
+/** Does with a directory what can be done in memory if it can't be there. */
+function orInMemory<T>(directory: string, action: (place: string) => T): T {
+  try {
+    return action(directory);
+  } catch (error) {
+    if (!isUnwritable(error)) throw error;
+    return action(asOwner(directory, () => standIn(directory)));
   }
 }
 
 /**
- * Takes a free slot of a machine, or returns `undefined` where it has none.
+ * Takes a free slot of a machine, or returns `undefined` where it has none. On
+ * a file system that takes no file, slots are in memory, and `guix offload` has
+ * others.
  *
  * @throws {OffloadError} where the slot files can't be written.
  */
@@ -3759,22 +3861,13 @@ export function acquireBuildSlot(
 ): Slot | undefined {
   const directory = slotDirectory(machine, stateDirectory);
   try {
-    asOwner(directory, () => {
-      makeStateDirectory(dirname(directory)); // closes all that is in it
-      makeStateDirectory(directory);
-    });
-    // Twice: of two that try the same slot at once, neither may get it.
-    for (let slot = 0; slot < 2 * machine.parallelBuilds; slot++) {
-      const locked = lockFile(`${directory}/${slot % machine.parallelBuilds}`);
-      if (locked !== undefined) return locked;
-    }
+    return orInMemory(directory, (place) => lockSlot(machine, place));
   } catch (cause) {
     throw new OffloadError(
       `failed to lock a build slot in '${directory}': ${reason(cause)}`,
       { cause, hint: "the account that guix-daemon runs as must own it" },
     );
   }
-  return undefined;
 }
 
 /**
@@ -3809,16 +3902,24 @@ function maySee(directory: string): boolean {
 function takenSlots(machine: Machine, stateDirectory: string): string[] {
   const directory = slotDirectory(machine, stateDirectory);
   if (!maySee(directory)) return [];
-  const files = Array.from(
-    { length: machine.parallelBuilds },
-    (_, slot) => `${directory}/${slot}`,
-  );
-  return files.filter((file) => asOwner(file, () => isLocked(file)));
+  return asOwner(directory, () => {
+    const memory = findMemory();
+    const places = [directory];
+    if (memory) places.push(`${memory}/${basename(directory)}`);
+    const files = places.flatMap((place) =>
+      Array.from(
+        { length: machine.parallelBuilds },
+        (_, slot) => `${place}/${slot}`,
+      )
+    );
+    return files.filter(isLocked);
+  });
 }
 
 /** Counts the free slots of a machine, without taking them. */
 function countFreeSlots(machine: Machine, stateDirectory: string): number {
-  return machine.parallelBuilds - takenSlots(machine, stateDirectory).length;
+  const taken = takenSlots(machine, stateDirectory).length;
+  return Math.max(0, machine.parallelBuilds - taken);
 }
 
 /** What was seen of a machine. */
@@ -3904,11 +4005,12 @@ const OBSERVATIONS_SCHEMA = `
     name TEXT, machine TEXT, seconds REAL, time REAL);
   CREATE INDEX IF NOT EXISTS build_name ON build (name, time);
   DROP TABLE IF EXISTS held;
+  DROP TABLE IF EXISTS slot;
   CREATE TABLE held (
     id INTEGER PRIMARY KEY, machine TEXT, item TEXT, time REAL,
     UNIQUE (machine, item));
-  CREATE TABLE IF NOT EXISTS slot (
-    file TEXT PRIMARY KEY, derivation TEXT, time REAL);
+  CREATE TABLE slot (
+    file TEXT PRIMARY KEY, derivation TEXT, time REAL, inode TEXT);
   CREATE TABLE IF NOT EXISTS own (
     definition TEXT PRIMARY KEY, own INTEGER NOT NULL, time REAL NOT NULL);
   CREATE TABLE IF NOT EXISTS doubt (
@@ -4212,14 +4314,14 @@ export class Observations {
 
   /** What slots were used for last, unless that was noted to have ended. */
   slots(): UsedSlot[] {
-    return this.#query("SELECT file, derivation, time FROM slot") as UsedSlot[];
+    return this.#query("SELECT * FROM slot") as UsedSlot[];
   }
 
   /** Notes what a machine's slot is used for from now on. */
   useSlot(id: string, file: string, derivation: string): void {
     this.#query(
-      "INSERT OR REPLACE INTO slot VALUES (?, ?, ?)",
-      ...[file, derivation, Date.now()],
+      "INSERT OR REPLACE INTO slot VALUES (?, ?, ?, ?)",
+      ...[file, derivation, Date.now(), inodeOf(file)],
     );
     this.#query("INSERT OR REPLACE INTO used VALUES (?, ?)", id, Date.now());
   }
@@ -4232,9 +4334,12 @@ export class Observations {
     );
   }
 
-  /** Notes that a slot became free. */
-  releaseSlot(file: string): void {
-    this.#query("DELETE FROM slot WHERE file = ?", file);
+  /** Notes that a slot is no longer used for a derivation. */
+  releaseSlot(file: string, derivation: string): void {
+    this.#query(
+      "DELETE FROM slot WHERE file = ? AND derivation = ?",
+      ...[file, derivation],
+    );
     this.#query("UPDATE wait SET released = vain");
   }
 
@@ -4260,6 +4365,8 @@ export type UsedSlot = {
   readonly derivation: string;
   /** Since when, in milliseconds since 1970. */
   readonly time: number;
+  /** The file's device and inode then: another one by that name says nothing. */
+  readonly inode: string;
 };
 
 // ---------------------------------------------------------------------------
@@ -6695,13 +6802,15 @@ async function lockUploads(
   machine: Machine,
   { stateDirectory, log, signal }: PluginContext,
 ): Promise<Slot> {
-  const file = `${slotDirectory(machine, stateDirectory)}/upload`;
-  let lock = lockFile(file);
+  const directory = slotDirectory(machine, stateDirectory);
+  const take = () =>
+    orInMemory(directory, (place) => lockFile(`${place}/upload`));
+  let lock = take();
   if (lock !== undefined) return lock;
   const what = `waiting for another upload to '${machine.name}'`;
   log.info(`${what}...`);
   return await remind(what, log, async () => {
-    while ((lock = lockFile(file)) === undefined) {
+    while ((lock = take()) === undefined) {
       await delay(100);
       signal.throwIfAborted();
     }
@@ -7155,7 +7264,7 @@ async function attempt(
       ...[log, unwatch, () => over.abort()] as const,
       ...work.outputs.map((output) => () => removeFile(temporaryName(output))),
       // As long as the lock is held, nobody else notes anything of the slot.
-      () => observations.releaseSlot(slot.file),
+      () => observations.releaseSlot(slot.file, work.derivation),
     );
     letGo({ prospect, slot }, context);
   }
@@ -7176,7 +7285,7 @@ function removeLeftovers(derivation: string, log: Log): void {
  * the lock of the slot knows, for as long as that is held.
  */
 function clearSlot(
-  { file, derivation }: UsedSlot,
+  { file, derivation, inode }: UsedSlot,
   mine: Slot,
   { observations, log }: Pick<Context, "observations" | "log">,
 ): boolean {
@@ -7187,8 +7296,9 @@ function clearSlot(
     const isSame = observations.slots()
       .some((it) => it.file === file && it.derivation === derivation);
     if (!isSame) return true;
-    removeLeftovers(derivation, log);
-    observations.releaseSlot(file);
+    // What nobody can tell to be dead is left to the garbage collector.
+    if (inodeOf(file) === inode) removeLeftovers(derivation, log);
+    observations.releaseSlot(file, derivation);
     return true;
   } finally {
     if (lock !== mine) lock.release();
@@ -10033,6 +10143,7 @@ async function makeContext(
     buildLog: openBuildLog(),
     guix: environment.OFFLOAD_GUIX ?? "guix",
     asOwner,
+    writable: writableDirectory,
     machineFile: () => readMachineFile(machines, environment),
     machineFromFields,
     problems,

@@ -27,6 +27,7 @@ import {
   queryPathInfos,
   readSettings,
   restoreNar,
+  writableDirectory,
 } from "../mod.ts";
 import type {
   Awaitable,
@@ -81,6 +82,7 @@ export function makePluginContext(
     stateDirectory: environment.GUIX_STATE_DIRECTORY ?? "/var/guix",
     guix: environment.OFFLOAD_GUIX ?? "guix",
     asOwner,
+    writable: writableDirectory,
     machineFile: () => ({ file, machines: [], problems: [] }),
     machineFromFields,
     report: ({ severity, message }) => {

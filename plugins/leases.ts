@@ -112,7 +112,11 @@ const plugin = {
       throw new Error(`failed to take a lease on '${machine.name}': ${answer}`);
     }
     const file = fullFile(machine, context);
-    context.asOwner(file, () => writeFileSync(file, ""));
+    try {
+      context.asOwner(file, () => writeFileSync(file, ""));
+    } catch (error) { // it costs others a question each
+      context.log.debug(`'${file}': ${error}`);
+    }
     return false;
   },
 } satisfies Plugin;

@@ -13,13 +13,7 @@
  * @module
  */
 
-import {
-  mkdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
+import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { createConnection } from "node:net";
 import process from "node:process";
 import type { Exclusion, Machine, PluginContext } from "../mod.ts";
@@ -45,7 +39,7 @@ const PATIENCE = 200;
 const RETRY = 60;
 
 const KEEPER = `
-directory=$1 mode=$2 start=$3 stop=$4 boot=$5 idle=$6
+directory=$1 mode=$2 start=$3 stop=$4 boot=$5 idle=$6 slots=$7 id=$8
 exec </dev/null >>"$directory/log" 2>&1
 # Seconds that no setting of the clock moves.
 now() { cut -d . -f 1 /proc/uptime; }
@@ -55,8 +49,10 @@ state() {
 }
 is() { read -r word rest <"$directory/power" && [ "$word" = "$1" ]; }
 busy() {
-    for slot in "$directory"/[0-9]*; do
-        [ -e "$slot" ] || continue
+    # In memory are those that the disk does not take.  Inodes alone are looked
+    # at: a device may have another number there than a file has.
+    for slot in "$slots"/[0-9]* /dev/shm/guix-offload-*/"$id"/[0-9]*; do
+        [ -O "$slot" ] || continue
         set -- $(ls -i "$slot")
         ! grep -q ":$1 " /proc/locks || return 0
     done
@@ -139,12 +135,13 @@ function isReachable({ name, port }: Machine): Promise<boolean> {
 export async function excludeOff(
   machine: Machine,
   demands: ReadonlyMap<string, Demand>,
-  { stateDirectory, asOwner }: PluginContext,
+  { stateDirectory, asOwner, writable }: PluginContext,
 ): Promise<Exclusion | undefined> {
   const id = `${machine.name}:${machine.port}`;
   const demand = demands.get(id);
   if (demand === undefined) return undefined;
-  const directory = `${stateDirectory}/offload/${id}`;
+  const slots = `${stateDirectory}/offload/${id}`;
+  const directory = writable(slots);
   const asIts = <T>(action: () => T) => asOwner(directory, action);
   const [word = "off", time] = asIts(() => readWords(`${directory}/power`));
   const write = (word: string) => {
@@ -158,7 +155,7 @@ export async function excludeOff(
   const keep = (mode: "start" | "watch") => {
     const { start, stop, "boot-timeout": boot, "idle-time": idle } = demand;
     const limits = [String(boot), String(idle)];
-    const args = [directory, mode, start, stop, ...limits];
+    const args = [directory, mode, start, stop, ...limits, slots, id];
     const [uid, gid] = asIts(() => [process.geteuid!(), process.getegid!()]);
     runDetached(KEEPER, args, uid === process.geteuid!() ? {} : { uid, gid });
   };
@@ -179,10 +176,7 @@ export async function excludeOff(
     return undefined;
   }
   const start = () => {
-    asIts(() => {
-      mkdirSync(directory, { recursive: true });
-      rmSync(`${directory}/log`, { force: true });
-    });
+    asIts(() => rmSync(`${directory}/log`, { force: true }));
     write("booting");
     keep("start");
   };

@@ -58,22 +58,28 @@ export function readText(file: string): string {
   }
 }
 
+/** Where root's own is. */
+const ROOTS = "/run/offload";
+
+/** What it takes to find the state. */
+type StateContext = Pick<
+  PluginContext,
+  "stateDirectory" | "asOwner" | "writable"
+>;
+
 /**
  * What is in the state that the account can believe, which root can't where it
  * is another's: root's own is in memory then.
  */
 export function ownDirectory(
-  { stateDirectory, asOwner }: Pick<
-    PluginContext,
-    "stateDirectory" | "asOwner"
-  >,
+  { stateDirectory, asOwner, writable }: StateContext,
 ): string {
   const shared = `${stateDirectory}/offload`;
   const owner = asOwner(shared, () => process.geteuid?.());
-  const directory = owner === process.geteuid?.() ? shared : "/run/offload";
-  mkdirSync(directory, { recursive: true, mode: 0o700 });
-  if (directory !== shared) checkPrivate(directory);
-  return directory;
+  if (owner === process.geteuid?.()) return writable(shared);
+  mkdirSync(ROOTS, { recursive: true, mode: 0o700 });
+  checkPrivate(ROOTS);
+  return ROOTS;
 }
 
 /** Refuses a directory that others could have filled, closes one of our own. */
@@ -89,7 +95,7 @@ function checkPrivate(directory: string): void {
 /** A directory that is the account's alone. */
 export function privateDirectory(
   name: string,
-  context: Pick<PluginContext, "stateDirectory" | "asOwner">,
+  context: StateContext,
 ): string {
   // Whoever else runs commands, such as root, has another one.
   const uid = process.geteuid?.();

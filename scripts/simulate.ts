@@ -574,6 +574,7 @@ export class Farm {
       guix: "guix",
       machineFile: () => ({ file, machines, problems: [] }),
       asOwner: (_file, action) => action(),
+      writable: (directory) => directory,
       machineFromFields,
       report: ({ message }) => this.#report(message),
     };

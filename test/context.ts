@@ -12,6 +12,7 @@ import {
   machineFromFields,
   Observations,
   readSettings,
+  writableDirectory,
 } from "../mod.ts";
 import type {
   Candidate,
@@ -120,6 +121,7 @@ export function makeContext(
     problems: [],
     report: ({ message }) => warnings.push(message),
     asOwner,
+    writable: writableDirectory,
     machineFile: () => ({
       file: "/nonexistent",
       machines: [],

@@ -17,7 +17,13 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { asOwner, contextFor, listMachines, machineToJson } from "../mod.ts";
+import {
+  asOwner,
+  contextFor,
+  listMachines,
+  machineToJson,
+  writableDirectory as writable,
+} from "../mod.ts";
 import type { Plugin, Settings } from "../mod.ts";
 import command from "../plugins/command.ts";
 import jsonMachines from "../plugins/json_machines.ts";
@@ -122,7 +128,11 @@ test("privateDirectory() believes nothing in another account's state", () => {
   const daemon = own === 0 ? 65534 : own;
   chownSync(directory, daemon, process.getgid!());
   const name = `test-${process.pid}`;
-  const made = privateDirectory(name, { stateDirectory: directory, asOwner });
+  const made = privateDirectory(name, {
+    stateDirectory: directory,
+    asOwner,
+    writable,
+  });
   const state = own === 0 ? "/run" : directory;
   try {
     assert.is(made, `${state}/offload/${name}-${own}`);
@@ -135,7 +145,7 @@ test("privateDirectory() believes nothing in another account's state", () => {
 });
 
 test("privateDirectory() refuses what somebody else made", () => {
-  const context = { stateDirectory: directory, asOwner };
+  const context = { stateDirectory: directory, asOwner, writable };
   const made = privateDirectory("x", context);
   chmodSync(made, 0o777);
   assert.is(privateDirectory("x", context), made);

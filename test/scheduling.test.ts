@@ -218,7 +218,7 @@ test("chooseBuildMachine() waits for a slot, once in vain", async () => {
   const [second, atOnce] = await timed();
   assert.is(second, "busy");
   assert.ok(atOnce < waited / 2, `${atOnce} ms`);
-  context.observations.releaseSlot(held.file);
+  context.observations.releaseSlot(held.file, request().derivation);
   setTimeout(() => held.release(), 100);
   const [third] = await timed();
   assert.is.not(typeof third, "string");

@@ -227,8 +227,23 @@ test("acquireBuildSlot() says where it can't write", async () => {
     mkdirSync(`${directory}/taken/${FILE}`, { recursive: true });
     check(`${directory}/taken`); // a directory where the slot must be
     mkdirSync(`${directory}/damaged/offload/w1:22`, { recursive: true });
-    writeFileSync(`${directory}/damaged/${FILE}`, "no lock file".repeat(99));
-    check(`${directory}/damaged`);
+  });
+});
+
+test("acquireBuildSlot() empties what is in the way of a lock", async () => {
+  await withDirectory(async (directory) => {
+    mkdirSync(`${directory}/offload/w1:22`, { recursive: true });
+    const damage = () =>
+      writeFileSync(`${directory}/${FILE}`, "no lock file".repeat(99));
+    damage();
+    const slot = acquire(directory)!;
+    assert.is(statSync(`${directory}/${FILE}`).size, 0);
+    assert.is(acquire(directory), undefined);
+    slot.release();
+    damage();
+    const guix = await holdFcntl(directory);
+    assert.is(acquire(directory), undefined);
+    await guix.end("orderly");
   });
 });
 

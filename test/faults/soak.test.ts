@@ -1,6 +1,6 @@
 /**
- * Many builds, while machines fail at random: OFFLOAD_SOAK builds, 500 unless
- * told. OFFLOAD_SEED repeats a run's choice of faults, as far as times allow.
+ * Many builds, while machines fail at random or what hooks share is damaged:
+ * OFFLOAD_SOAK builds, 500 and 300 unless told. OFFLOAD_SEED repeats a run's choice of faults, as far as times allow.
  */
 
 import process from "node:process";
@@ -8,12 +8,15 @@ import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
+  assertOffloaded,
   assertStoreIsSound,
+  build,
   inHost,
   lab,
   makeWork,
   outputsOf,
   relayed,
+  run,
   RUNTIMES,
   start,
   startRelay,
@@ -34,6 +37,7 @@ import {
 
 const MACHINES = ["w1", "w2", "w3"] as const;
 const BUILDS = Number(process.env.OFFLOAD_SOAK ?? 500);
+const DAMAGED = Math.min(300, BUILDS);
 const SEED = Number(process.env.OFFLOAD_SEED ?? Date.now() % 1e9);
 
 /** Milliseconds from fault to fault. */
@@ -46,11 +50,17 @@ const PATIENT = [
   "OFFLOAD_OUTAGE_TIMEOUT=120",
 ];
 
-/** What goes wrong with a machine, and how it gets well. */
-interface Trouble {
+/** A machine that is reached by a relay. */
+interface Reached {
+  readonly machine: string;
+  readonly relay: Relay;
+}
+
+/** What goes wrong, with a machine unless told, and how that gets well. */
+interface Trouble<T = Reached> {
   readonly name: string;
-  begin(machine: string, relay: Relay): Promise<void> | void;
-  end(machine: string, relay: Relay): Promise<void> | void;
+  begin(target: T): Promise<void> | void;
+  end(target: T): Promise<void> | void;
 }
 
 const nothing = () => {};
@@ -58,40 +68,126 @@ const nothing = () => {};
 const TROUBLES: readonly Trouble[] = [
   ...(["drop", "cut", "refuse"] as const).map((command): Trouble => ({
     name: `network: ${command}`,
-    begin: (_, relay) => relay.become(command),
-    end: (_, relay) => relay.become("pass"),
+    begin: ({ relay }) => relay.become(command),
+    end: ({ relay }) => relay.become("pass"),
   })),
   ...(["sshd", "sessions", "daemon"] as const).map((program): Trouble => ({
     name: `${program} frozen`,
-    begin: (machine) => signal(machine, "STOP", program),
-    end: (machine) => signal(machine, "CONT", program),
+    begin: ({ machine }) => signal(machine, "STOP", program),
+    end: ({ machine }) => signal(machine, "CONT", program),
   })),
   {
     name: "sshd killed",
-    begin: (machine) => signal(machine, "KILL", "sshd"),
-    end: restartSshd,
+    begin: ({ machine }) => signal(machine, "KILL", "sshd"),
+    end: ({ machine }) => restartSshd(machine),
   },
   {
     name: "SSH sessions killed",
-    begin: (machine) => signal(machine, "KILL", "sessions"),
+    begin: ({ machine }) => signal(machine, "KILL", "sessions"),
     end: nothing,
   },
   {
     name: "daemon killed",
-    begin: (machine) => signal(machine, "KILL", "daemon"),
-    end: (machine) => lab("daemon", machine),
+    begin: ({ machine }) => signal(machine, "KILL", "daemon"),
+    end: ({ machine }) => lab("daemon", machine),
   },
   {
     name: "daemon ended",
-    begin: (machine) => signal(machine, "TERM", "daemon"),
-    end: (machine) => lab("daemon", machine),
+    begin: ({ machine }) => signal(machine, "TERM", "daemon"),
+    end: ({ machine }) => lab("daemon", machine),
   },
   {
     name: "builders killed",
-    begin: (machine) => signal(machine, "KILL", "builder"),
+    begin: ({ machine }) => signal(machine, "KILL", "builder"),
     end: nothing,
   },
 ];
+
+/** Where the state is, in a small file system of its own. */
+const STATE = "/var/guix/offload";
+
+const DATABASE = `${STATE}/observations.sqlite`;
+
+/** Locks files for writing, by fcntl, those that it may open. */
+const LOCK = `
+use Fcntl qw(:DEFAULT :seek);
+my @files;
+for my $name (@ARGV) {
+  open my $file, "+<", $name or next;
+  fcntl $file, F_SETLK,
+    pack("s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0);
+  push @files, $file;
+}
+sleep 4`;
+
+/** Shell scripts for what befalls the state, and for its end if need be. */
+const DAMAGES: Readonly<Record<string, readonly [string, string?]>> = {
+  "pages of the database": [
+    `size=$(stat -c %s ${DATABASE})
+    for page in $(seq 1 3 $((size / 4096))); do
+      printf garbage | dd of=${DATABASE} bs=1 conv=notrunc seek=$((page * 4096))
+    done`,
+  ],
+  "garbage for a database": [`head -c 9000 /dev/urandom >${DATABASE}`],
+  "a cut database": [`truncate -s 5000 ${DATABASE}`],
+  "values of the database": [
+    `sed -i 's/"cores"/"cor/g' ${DATABASE}`,
+  ],
+  "another program's database": [
+    `rm -f ${DATABASE}; cp /var/guix/db/db.sqlite ${DATABASE}`,
+  ],
+  "garbage in slots": [`for slot in ${STATE}/w*/[0-9]*; do
+    head -c 9000 /dev/urandom >$slot
+  done`],
+  "all removed": [`rm -rf ${STATE}/*`],
+  "slots removed": [`rm -rf ${STATE}/w*`],
+  "database removed": [`rm -f ${DATABASE}`],
+  "a directory for a database": [
+    `rm -f ${DATABASE}; mkdir ${DATABASE}`,
+    `rmdir ${DATABASE}`,
+  ],
+  "a FIFO for a database": [
+    `rm -f ${DATABASE}; mkfifo ${DATABASE}`,
+    `rm -f ${DATABASE}`,
+  ],
+  "a link for a database": [
+    `rm -f ${DATABASE}; ln -s /etc/nowhere/file ${DATABASE}`,
+    `rm -f ${DATABASE}`,
+  ],
+  "open to all": [`chmod -R a+rwX ${STATE}`],
+  "another owner": [
+    `chown -R nobody: ${STATE}`,
+    `chown -R root: ${STATE}`,
+  ],
+  "a full disk": [`cat /dev/zero >${STATE}/fill`, `rm -f ${STATE}/fill`],
+  "no inodes": [
+    `mkdir -p ${STATE}/fills
+    for number in $(seq 9999); do touch ${STATE}/fills/$number || break; done`,
+    `rm -rf ${STATE}/fills`,
+  ],
+  "read-only": [
+    `mount --bind ${STATE} ${STATE}; mount -o remount,bind,ro ${STATE}`,
+    `umount -l ${STATE}`,
+  ],
+  "another file system": [
+    `mount -t tmpfs tmpfs ${STATE}`,
+    `umount -l ${STATE}`,
+  ],
+  "locked by root": [`setsid perl -e '${LOCK}' ${DATABASE} ${STATE}/w*/* &`],
+  "locked by another user": [
+    `setsid su -s /bin/sh -c "perl -e '${LOCK}' ${DATABASE} ${STATE}/w1:22/0 \
+      ${STATE}/w2:22/0" nobody &`,
+  ],
+};
+
+/** Makes trouble of damages: it may be too late for one, say on a full disk. */
+const STATE_TROUBLES = Object.entries(DAMAGES).map(
+  ([name, [begin, end]]): Trouble<number> => {
+    const does = (script = "") => () =>
+      void run("head", "sh", "-c", `exec >/dev/null 2>&1\n${script}`);
+    return { name, begin: does(begin), end: end ? does(end) : nothing };
+  },
+);
 
 /** Random numbers below 1 that a seed repeats (mulberry32). */
 function makeRandom(seed: number): () => number {
@@ -104,32 +200,34 @@ function makeRandom(seed: number): () => number {
   };
 }
 
-/** Troubles one machine after another until `ended`; returns how often. */
-async function trouble(
-  relays: ReadonlyMap<string, Relay>,
-  random: () => number,
+/**
+ * Troubles one after another of `targets` until `ended`; returns how often.
+ * None is troubled twice at the same time.
+ */
+async function trouble<T>(
+  targets: readonly T[],
+  troubles: readonly Trouble<T>[],
   ended: Promise<unknown>,
 ): Promise<Record<string, number>> {
   const counts: Record<string, number> = {};
-  const healing = new Map<string, Promise<void>>();
+  const healing = new Map<T, Promise<void>>();
+  const random = makeRandom(SEED);
+  const pick = <U>(from: readonly U[]) =>
+    from[Math.floor(random() * from.length)];
   let over = false;
   ended.finally(() => over = true);
   while (!over) {
     await delay(INTERVAL);
-    const well = [...relays.keys()].filter((name) => !healing.has(name));
-    const machine = well[Math.floor(random() * well.length)];
-    if (machine === undefined || over) continue;
-    const relay = relays.get(machine)!;
-    const { name, begin, end } = TROUBLES[
-      Math.floor(random() * TROUBLES.length)
-    ]!;
+    const target = pick(targets.filter((it) => !healing.has(it)));
+    if (target === undefined || over) continue;
+    const { name, begin, end } = pick(troubles)!;
     counts[name] = (counts[name] ?? 0) + 1;
-    await begin(machine, relay);
+    await begin(target);
     const heals = delay(500 + random() * 5500).then(async () => {
-      await end(machine, relay);
-      healing.delete(machine);
+      await end(target);
+      healing.delete(target);
     });
-    healing.set(machine, heals);
+    healing.set(target, heals);
   }
   await Promise.all(healing.values());
   return counts;
@@ -217,13 +315,42 @@ function suiteUnder(runtime: Runtime): void {
     );
     const client = startBuilds([...most, ...some]);
     const began = performance.now();
-    const counts = await trouble(relays, makeRandom(SEED), client.ended);
+    const reached = [...relays]
+      .map(([machine, relay]): Reached => ({ machine, relay }));
+    const counts = await trouble(reached, TROUBLES, client.ended);
     const { stderr } = await client.ended;
     const seconds = Math.round((performance.now() - began) / 1000);
     const tries = stderr.match(/: trying another machine/g)?.length ?? 0;
     console.log(`  ${seconds} s, ${tries} tried again`, counts);
     assertAllDone(most, some, stderr);
     await assertClean(MACHINES);
+  });
+
+  test(`${DAMAGED} builds while the state is damaged, seed ${SEED}`, async () => {
+    const machines = ["w1", "w2"];
+    useMachines("head", machines);
+    inHost("head", "mkdir", "-p", STATE);
+    const options = "size=24m,nr_inodes=400";
+    inHost("head", "mount", "-t", "tmpfs", "-o", options, "tmpfs", STATE);
+    try {
+      const work = makeWork("head", `--count=${DAMAGED}`, "--seconds=1");
+      const client = startBuilds(work);
+      // Two damages may meet.
+      const counts = await trouble([1, 2], STATE_TROUBLES, client.ended);
+      const { status, stderr } = await client.ended;
+      console.log(" ", counts);
+      assert.is(status, 0, stderr.slice(-20_000));
+      assertAllDone(work, [], stderr);
+      await assertClean(machines);
+      // Nobody has to see to it: what is damaged still is replaced, once.
+      const [first, second] = makeWork("head", "--count=2");
+      build("head", first!);
+      const last = build("head", second!);
+      assertOffloaded(second!, last, machines);
+      assert.not.match(last.stderr, "warning");
+    } finally {
+      run("head", "umount", "-l", STATE);
+    }
   });
 
   test.run();

@@ -10,19 +10,33 @@ import { machine, makeContext, request } from "../context.ts";
 import {
   assertOffloaded,
   build,
+  buildCommand,
+  builds,
   inHost,
   makeWork,
   root,
   run,
   RUNTIMES,
+  start,
+  until,
   up,
   useMachines,
   useOffload,
+  watch,
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
 
 const STATE = "/var/guix/offload";
 const FILE = `${STATE}/observations.sqlite`;
+
+/** Shell scripts after which nothing can be made there. */
+const UNWRITABLE = {
+  "is read-only": `mount -o remount,ro ${STATE}`,
+  "has no inodes": `number=0
+    while touch ${STATE}/file$number 2>/dev/null; do
+      number=$((number + 1))
+    done`,
+};
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 manyDevices();
@@ -35,11 +49,32 @@ function offload(): Result {
   return result;
 }
 
+function oneSlot(text: string): string {
+  return text.replace(/parallel-builds \d+/, "parallel-builds 1");
+}
+
+/** Builds two, of which never both may run on the machine. */
+async function buildOneByOne(): Promise<void> {
+  const work = makeWork("head", "--count=2", "--seconds=1");
+  const building = watch(start("head", ...buildCommand(work)));
+  let isOver = false;
+  building.ended.finally(() => isOver = true);
+  let most = 0;
+  await until("the builds", () => {
+    most = Math.max(most, builds("w1"));
+    return isOver;
+  });
+  const result = await building.ended;
+  for (const derivation of work) assertOffloaded(derivation, result, ["w1"]);
+  assert.is(most, 1);
+}
+
 /** Builds while the state is in a small file system of its own. */
-function withSmallState(work: () => void): void {
-  inHost("head", "mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", STATE);
+async function withSmallState(work: () => unknown): Promise<void> {
+  const options = "size=24m,nr_inodes=200";
+  inHost("head", "mount", "-t", "tmpfs", "-o", options, "tmpfs", STATE);
   try {
-    work();
+    await work();
   } finally {
     inHost("head", "umount", "-l", STATE);
   }
@@ -63,8 +98,8 @@ function suiteUnder(runtime: Runtime): void {
     assert.not.match(offload().stderr, told);
   });
 
-  test("builds go on where the disk is full, told once", () => {
-    withSmallState(() => {
+  test("builds go on where the disk is full, told once", async () => {
+    await withSmallState(() => {
       offload(); // makes what it needs
       run("head", "dd", "if=/dev/zero", `of=${STATE}/fill`, "bs=4k");
       inHost("head", "rm", FILE);
@@ -76,6 +111,20 @@ function suiteUnder(runtime: Runtime): void {
       assert.not.match(stderr, told, stderr);
     });
   });
+
+  for (const [what, script] of Object.entries(UNWRITABLE)) {
+    test(`builds go on, one by one, where the file system ${what}`, async () => {
+      useMachines("head", ["w1"], oneSlot);
+      // Before anything is there, and with what builds leave.
+      for (const prepare of [() => {}, offload]) {
+        await withSmallState(async () => {
+          prepare();
+          inHost("head", "sh", "-c", script);
+          await buildOneByOne();
+        });
+      }
+    });
+  }
 
   test.run();
 }
