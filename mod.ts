@@ -3712,8 +3712,20 @@ function makePrivate(file: string): void {
 
 /** Makes a directory of the state, for its owner alone. */
 function makeStateDirectory(directory: string): void {
-  mkdirSync(directory, { recursive: true });
+  makeDirectories(directory);
   makePrivate(directory);
+}
+
+/** Makes directories one by one: Node says "not found" of a read-only system. */
+function makeDirectories(directory: string): void {
+  if (existsSync(directory)) return;
+  makeDirectories(dirname(directory));
+  try {
+    mkdirSync(directory);
+  } catch (error) {
+    // Another process may have been quicker.
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
+  }
 }
 
 /** What a file system says that takes nothing, such as a full one. */
@@ -10024,8 +10036,9 @@ function openBuildLog(): (text: Uint8Array) => Awaitable<void> {
   let file = STANDARD_ERROR;
   try {
     file = reopen(4);
-  } catch {
-    // Run by hand.
+  } catch (error) {
+    // It is run by hand, unless that is what Deno was not allowed.
+    if ((error as Error).name === "NotCapable") throw error;
   }
   const outlet = new Outlet(file);
   return (text) => {

@@ -158,7 +158,7 @@ function suiteUnder(
   test.run();
 }
 
-/** Deno reads /proc and opens descriptors for those that may do anything. */
+/** Deno opens descriptors for those that may do anything. */
 function permissions(): void {
   const test = suite("permissions of Deno");
 
