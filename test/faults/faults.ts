@@ -9,13 +9,7 @@
  * @module
  */
 
-import {
-  existsSync,
-  mkdirSync,
-  readFileSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
+import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { createConnection } from "node:net";
 import type { Socket } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
@@ -649,6 +643,39 @@ async function setClockBack({ relay }: Field): Promise<void> {
   );
 }
 
+const STATE = "/var/guix/offload";
+
+/** What hooks share here can't be written any more. */
+const UNWRITABLE: readonly Fault[] = (["before", ...MIDDLE] as const)
+  .flatMap((phase): Fault[] => [
+    {
+      name: "the disk of the state full",
+      phase,
+      inject: () =>
+        onState(`mount -t tmpfs -o size=64k,nr_inodes=9 tmpfs ${STATE}
+          ! cat /dev/zero >${STATE}/fill 2>/dev/null`),
+      heal: () => onState(`umount -l ${STATE}`),
+      ends: "on w1",
+      seconds: 15,
+      ...(phase === "before" && { quick: "deno" }),
+    },
+    {
+      name: "the disk of the state read-only",
+      phase,
+      inject: () =>
+        onState(`mount --bind ${STATE} ${STATE}
+          mount -o remount,bind,ro ${STATE}`),
+      heal: () => onState(`umount -l ${STATE}`),
+      ends: "on w1",
+      seconds: 15,
+      ...(phase === "sending" && { quick: "node" }),
+    },
+  ]);
+
+function onState(script: string): void {
+  inHost("head", "sh", "-euc", `mkdir -p ${STATE}\n${script}`);
+}
+
 /** The end of the hook, or of who waits for it. */
 const ABANDONED: readonly Fault[] = MIDDLE.flatMap((phase): Fault[] => [
   ...(["KILL", "TERM"] as const).map((name): Fault => ({
@@ -686,6 +713,7 @@ export const FAULTS: readonly Fault[] = [
   ...UNREACHABLE,
   ...INTERRUPTED,
   ...REFUSED,
+  ...UNWRITABLE,
   ...ABANDONED,
 ];
 
@@ -817,15 +845,19 @@ export function strays(): string[] {
   );
 }
 
+/** Prints those slot files that can't be locked. */
+const TAKEN = `
+use Fcntl qw(:DEFAULT :seek);
+for my $name (glob "${STATE}/*/[0-9]*") {
+  open my $file, "+<", $name or next;
+  my $lock = pack "s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0;
+  print "$name\\n" unless fcntl $file, F_SETLK, $lock;
+}`;
+
 /** The slots of head that are taken. */
 function takenSlots(): string[] {
-  const state = `${root("head")}/var/guix/offload`;
-  const script = `for slot in /var/guix/offload/*/[0-9]*; do
-  [ ! -e "$slot" ] || stat -c '%i' "$slot"; done`;
-  if (!existsSync(state)) return [];
-  const inodes = inHost("head", "sh", "-c", script).trim().split("\n");
-  const locks = readFileSync("/proc/locks", "latin1");
-  return inodes.filter((inode) => locks.includes(`:${inode} `));
+  const names = inHost("head", "perl", "-e", TAKEN).split("\n");
+  return names.filter((name) => name !== "");
 }
 
 /** What should be gone when no build runs: processes, slots. */
@@ -840,7 +872,7 @@ function remains(machines: readonly string[]): string[] {
       }
     }
   }
-  return [...left, ...takenSlots().map((inode) => `slot with inode ${inode}`)];
+  return [...left, ...takenSlots()];
 }
 
 /** Waits, not for long, until nothing remains; returns what still does. */
