@@ -7301,6 +7301,11 @@ function clearSlot(
   mine: Slot,
   { observations, log }: Pick<Context, "observations" | "log">,
 ): boolean {
+  if (inodeOf(file) !== inode) {
+    // Nobody can tell whether it is dead: the garbage collector will.
+    observations.releaseSlot(file, derivation);
+    return true;
+  }
   const lock = file === mine.file ? mine : lockFile(file);
   if (lock === undefined) return false;
   try {
@@ -7308,8 +7313,7 @@ function clearSlot(
     const isSame = observations.slots()
       .some((it) => it.file === file && it.derivation === derivation);
     if (!isSame) return true;
-    // What nobody can tell to be dead is left to the garbage collector.
-    if (inodeOf(file) === inode) removeLeftovers(derivation, log);
+    removeLeftovers(derivation, log);
     observations.releaseSlot(file, derivation);
     return true;
   } finally {
@@ -9032,11 +9036,25 @@ function tellChange({ log }: Context, what: string, undo: string): void {
 }
 
 /**
- * Replaces a file at once; owner and mode stay.
+ * Replaces a file at once; owner and mode stay. It is done as its directory's
+ * owner, who could lead root to another one.
  *
  * @throws {OffloadError} where it can't; then all is as it was.
  */
 export function replaceFile(
+  file: string,
+  contents: Uint8Array,
+  context: Pick<Context, "log" | "storeDirectory">,
+): void {
+  try {
+    asOwner(file, () => replaceOwn(file, contents, context));
+  } catch (cause) {
+    const message = `failed to replace '${file}': ${reason(cause)}`;
+    throw new OffloadError(message, { cause });
+  }
+}
+
+function replaceOwn(
   file: string,
   contents: Uint8Array,
   { log, storeDirectory }: Pick<Context, "log" | "storeDirectory">,
@@ -9057,12 +9075,12 @@ export function replaceFile(
   try {
     writeFileSync(temporary, contents);
     chmodSync(temporary, (kept?.mode ?? 0o644) & 0o7777); // whatever the umask
-    if (kept !== undefined) chownSync(temporary, kept.uid, kept.gid);
+    const isRoot = process.geteuid!() === 0;
+    if (isRoot && kept) chownSync(temporary, kept.uid, kept.gid);
     renameSync(temporary, name);
   } catch (cause) {
     removeFile(temporary);
-    const message = `failed to replace '${file}': ${reason(cause)}`;
-    throw new OffloadError(message, { cause });
+    throw cause;
   }
 }
 

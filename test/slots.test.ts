@@ -5,6 +5,7 @@ import {
   existsSync,
   mkdirSync,
   readdirSync,
+  rmSync,
   statSync,
   writeFileSync,
 } from "node:fs";
@@ -320,6 +321,22 @@ test("clearLeftovers() spares a build that began since it looked", async () => {
     assert.is(begun.isThere(), true, "its slot is taken");
     await other.end("orderly");
     mine.release();
+  });
+});
+
+test("clearLeftovers() spares a build whose slot was made anew", async () => {
+  await withDirectory(async (directory) => {
+    const context = contextIn(directory);
+    const alive = makeLeftovers(directory, "alive");
+    const theirs = acquire(directory, 2)!;
+    context.observations.useSlot("w1:22", theirs.file, alive.derivation);
+    rmSync(`${directory}/offload/w1:22`, { recursive: true });
+    const mine = acquire(directory, 2)!;
+    assert.is(mine.file, theirs.file);
+    await clearLeftovers(mine, "/another.drv", context);
+    assert.is(alive.isThere(), true);
+    assert.equal(context.observations.slots(), []);
+    [mine, theirs].forEach((slot) => slot.release());
   });
 });
 
