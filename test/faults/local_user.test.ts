@@ -10,6 +10,7 @@ import * as assert from "uvu/assert";
 import {
   assertOffloaded,
   build,
+  buildCommand,
   inHost,
   makeWork,
   offloadCommand,
@@ -153,6 +154,66 @@ function suiteUnder(runtime: Runtime, master: Master): void {
     assert.match(stderr, `all slots look free, for '${STATE}' can't be seen`);
   });
 
+  test("a user can neither stop a hook nor look into it", async () => {
+    const [derivation] = makeWork(master, "--seconds=2");
+    const building = watch(start(master, ...buildCommand([derivation!])));
+    await until("the build", () => /^building work$/m.test(building.text()));
+    const pids = inHost(master, "pgrep", "-f", "^[^ ]*(node|deno) .*mod[.]ts")
+      .trim().split("\n");
+    for (const pid of pids) {
+      for (
+        const script of [
+          `kill -KILL ${pid}`,
+          `cat /proc/${pid}/environ`,
+          `cat /proc/${pid}/mem`,
+          `ls /proc/${pid}/fd/`,
+          `: </proc/${pid}/fd/0`,
+        ]
+      ) assert.is.not(as("nobody", master, script).status, 0, script);
+    }
+    assertOffloaded(derivation!, await building.ended, ["w1"]);
+  });
+
+  test("names that a user took before are none that a hook takes", () => {
+    inHost(master, "rm", "-rf", STATE);
+    const uid = inHost(master, "id", "-u", account).trim();
+    must(
+      "nobody",
+      master,
+      `for name in offload offload-${uid} ${uid} run; do
+        for place in /tmp /dev/shm /var/tmp; do
+          mkdir -m 777 $place/guix-$name && ln -s /etc/evil $place/guix-$name/w1:22
+        done
+      done`,
+    );
+    try {
+      buildOne();
+      // The daemon may have mounts of its own.
+      const mount = (script: string) =>
+        inHost(
+          ...[master, "sh", "-euc"],
+          `there="nsenter -t $(cat /run/guix-daemon.pid) -m"; ${script}`,
+        );
+      mount(`$there mount --bind ${STATE} ${STATE}
+        $there mount -o remount,bind,ro ${STATE}`);
+      try {
+        buildOne();
+      } finally {
+        mount(`$there umount -l ${STATE}`);
+      }
+      assert.not(existsSync(there("/etc/evil")));
+      const taken = "/tmp/guix-* /dev/shm/guix-* /var/tmp/guix-*";
+      const found = inHost(
+        ...[master, "sh", "-c", `find ${taken} -user ${account} -type f`],
+      );
+      assert.match(found, /^\/dev\/shm\/guix-offload-\w{6}\/w1:22\/0$/m);
+      assert.not.match(found, /guix-(offload|offload-\d+|\d+|run)\//);
+    } finally {
+      const taken = "/tmp/guix-* /dev/shm/guix-* /var/tmp/guix-*";
+      inHost(master, "sh", "-c", `rm -rf ${taken}`);
+    }
+  });
+
   if (account !== "root") {
     /** Lets the account lead root by a link; what it leads to stays away. */
     const lead = (script: string) => {
@@ -215,6 +276,27 @@ function suiteUnder(runtime: Runtime, master: Master): void {
         assert.not(existsSync(there("/etc/evil.conf")));
       } finally {
         inHost(master, "rm", "-rf", STATE, "/etc/guix/offload");
+      }
+    });
+
+    test("root is not led by a link to what it is to replace", () => {
+      const acl = "/etc/guix/acl";
+      const secret = "/etc/secret";
+      writeFileSync(there(secret), "(acl)\n");
+      must(account, master, `mv ${acl} ${acl}.old && ln -s ${secret} ${acl}`);
+      try {
+        const key = "/etc/ssh/ssh_host_ed25519_key.pub";
+        const [, fingerprint] = inHost("w1", "ssh-keygen", "-lf", key).split(
+          " ",
+        );
+        const options = ["--fingerprint", fingerprint!];
+        const { status, stderr } = offload("trust", "root@w1", ...options);
+        assert.is.not(status, 0, stderr);
+        assert.match(stderr, `failed to replace '${acl}': permission denied`);
+        assert.is(readFileSync(there(secret), "utf8"), "(acl)\n");
+      } finally {
+        inHost(master, "rm", "-f", secret, acl);
+        inHost(master, "mv", `${acl}.old`, acl);
       }
     });
 

@@ -180,11 +180,13 @@ const DAMAGES: Readonly<Record<string, readonly [string, string?]>> = {
   ],
 };
 
-/** Makes trouble of damages: it may be too late for one, say on a full disk. */
+const QUIETLY = "exec >/dev/null 2>&1\n";
+
+/** Makes trouble of damages; one may not be possible, or wait, after another. */
 const STATE_TROUBLES = Object.entries(DAMAGES).map(
   ([name, [begin, end]]): Trouble<number> => {
     const does = (script = "") => () =>
-      void run("head", "sh", "-c", `exec >/dev/null 2>&1\n${script}`);
+      void run("head", "timeout", "9", "sh", "-c", `${QUIETLY}${script}`);
     return { name, begin: does(begin), end: end ? does(end) : nothing };
   },
 );
