@@ -26,6 +26,8 @@ import {
   closeSync,
   constants as fileConstants,
   existsSync,
+  fchmodSync,
+  fchownSync,
   fstatSync,
   lstatSync,
   mkdirSync,
@@ -7444,9 +7446,11 @@ function noteRefusal(
 function noteDoubts(
   { derivation }: Work,
   { doubted }: Attempts,
+  winner: Machine,
   { observations, settings }: Context,
 ): void {
   for (const machine of doubted) {
+    if (machine === winner) continue;
     const builds = observations.saveDoubt(machineId(machine), derivation);
     if (builds < DOUBTS) continue;
     const problem = `${builds} builds failed that did well on other machines`;
@@ -7492,7 +7496,7 @@ async function offload(
     const { machine } = assignment.prospect;
     try {
       await attempt(work, assignment, context);
-      return noteDoubts(work, attempts, context);
+      return noteDoubts(work, attempts, machine, context);
     } catch (error) {
       context.signal.throwIfAborted();
       if (isFinal(error)) throw error;
@@ -9035,9 +9039,43 @@ function tellChange({ log }: Context, what: string, undo: string): void {
   log.info(`${what}\nto undo: ${undo}`);
 }
 
+/** Where a link is to be replaced: where it leads to, unless into the store. */
+function endOfLink(
+  file: string,
+  { log, storeDirectory }: Pick<Context, "log" | "storeDirectory">,
+): string {
+  const target = realpathSync(file);
+  if (!target.startsWith(`${storeDirectory}/`)) return target;
+  // On Guix System: `guix archive --authorize` does likewise.
+  const hint = "on Guix System, add it to your 'operating-system', too, or " +
+    "the next reconfiguration undoes it";
+  log.warn(new OffloadError(`'${file}' was a link into the store`, { hint }));
+  return file;
+}
+
+/** Writes a new file, of an owner if root does it. */
+function writeNew(
+  file: string,
+  contents: Uint8Array,
+  mode: number,
+  owner: Stats | undefined,
+): void {
+  const descriptor = openSync(file, "wx");
+  try {
+    writeFileSync(descriptor, contents);
+    fchmodSync(descriptor, mode); // whatever the umask
+    if (owner !== undefined && process.geteuid!() === 0) {
+      fchownSync(descriptor, owner.uid, owner.gid);
+    }
+  } finally {
+    closeSync(descriptor);
+  }
+}
+
 /**
- * Replaces a file at once; owner and mode stay. It is done as its directory's
- * owner, who could lead root to another one.
+ * Replaces a file at once; owner and mode stay. Where another account owns the
+ * directory that it is in, or leads to, it is done with the rights of that one,
+ * who could lead root to another file.
  *
  * @throws {OffloadError} where it can't; then all is as it was.
  */
@@ -9046,41 +9084,28 @@ export function replaceFile(
   contents: Uint8Array,
   context: Pick<Context, "log" | "storeDirectory">,
 ): void {
+  const isLink = existsSync(file) && lstatSync(file).isSymbolicLink();
+  const place = isLink ? endOfLink(file, context) : file;
+  const isOfStore = isLink && place === file;
+  const kept = isOfStore
+    ? undefined
+    : statSync(place, { throwIfNoEntry: false });
+  const temporary = `${place}.${randomUUID()}`;
+  const directories = [file, place].map((it) => dirname(it));
+  const others = directories.find((directory) => ownerOf(directory));
   try {
-    asOwner(file, () => replaceOwn(file, contents, context));
+    asOwner(others ?? dirname(place), () => {
+      try {
+        const mode = (kept?.mode ?? 0o644) & 0o7777;
+        writeNew(temporary, contents, mode, kept);
+        renameSync(temporary, place);
+      } finally {
+        removeFile(temporary);
+      }
+    });
   } catch (cause) {
     const message = `failed to replace '${file}': ${reason(cause)}`;
     throw new OffloadError(message, { cause });
-  }
-}
-
-function replaceOwn(
-  file: string,
-  contents: Uint8Array,
-  { log, storeDirectory }: Pick<Context, "log" | "storeDirectory">,
-): void {
-  const linked = existsSync(file) && lstatSync(file).isSymbolicLink();
-  const target = linked ? realpathSync(file) : file;
-  const stat = statSync(target, { throwIfNoEntry: false });
-  // On Guix System: `guix archive --authorize` does likewise.
-  const isStored = target.startsWith(`${storeDirectory}/`);
-  const name = isStored ? file : target;
-  if (isStored) {
-    const hint = "on Guix System, add it to your 'operating-system', too, or " +
-      "the next reconfiguration undoes it";
-    log.warn(new OffloadError(`'${file}' was a link into the store`, { hint }));
-  }
-  const temporary = `${name}.${randomUUID()}`;
-  const kept = isStored ? undefined : stat;
-  try {
-    writeFileSync(temporary, contents);
-    chmodSync(temporary, (kept?.mode ?? 0o644) & 0o7777); // whatever the umask
-    const isRoot = process.geteuid!() === 0;
-    if (isRoot && kept) chownSync(temporary, kept.uid, kept.gid);
-    renameSync(temporary, name);
-  } catch (cause) {
-    removeFile(temporary);
-    throw cause;
   }
 }
 
