@@ -7,6 +7,7 @@ import {
   assertOffloaded,
   build,
   buildCommand,
+  builds,
   inHost,
   makeWork,
   relayed,
@@ -62,8 +63,9 @@ function fast(text: string): string {
 
 /** Kills what is built on w1, as soon as it runs. */
 async function killOnFirst(client: Running): Promise<void> {
-  const script = "kill -KILL $(pgrep -G guixbuild)";
-  await until("a builder", () => run("w1", "sh", "-c", script).status === 0);
+  await until("a builder", () => builds("w1") > 0);
+  // Some of them may end by themselves meanwhile.
+  run("w1", "sh", "-c", "kill -KILL $(pgrep -G guixbuild)");
   const { status, stderr } = await within("the build", client.ended);
   assert.is(status, 0, stderr);
   assert.equal(triesOf(stderr), ["w1", "w2"], stderr);
@@ -120,7 +122,7 @@ function suiteUnder(runtime: Runtime): void {
 
   test("a machine on which several builds are killed is to blame", async () => {
     useMachines("head", ["w1", "w2"], fast);
-    const works = makeWork("head", "--seconds=1", "--count=2");
+    const works = makeWork("head", "--seconds=3", "--count=2");
     for (const [before, derivation] of works.entries()) {
       await killOnFirst(startBuild(derivation));
       assert.is(failures()["w1:22"], before === 0 ? 0 : 1);
@@ -180,9 +182,11 @@ function suiteUnder(runtime: Runtime): void {
       );
       const accepted = answers.filter((answer) => answer === "accept").length;
       assert.ok(accepted > 0 && accepted < 5, answers.join());
-      // Who asked may have lost the slot to another one, who connects anew.
+      // Who asked may have lost the slot to another one, who connects anew,
+      // but not each does.
       const { connections } = await relay.count();
-      assert.ok(connections <= accepted + 1, `${connections} for ${accepted}`);
+      const text = `${connections} connections for ${accepted} accepted`;
+      assert.ok(connections < hooks.length, text);
     } finally {
       hooks.forEach((hook) => hook.close());
       await within("the hooks", Promise.all(hooks.map(({ ended }) => ended)));
