@@ -3748,18 +3748,34 @@ function isOwn(directory: string): boolean {
     stat.uid === process.geteuid!();
 }
 
-/** The account's directory in memory: of several, all take the first. */
-function findMemory(): string | undefined {
+/**
+ * What stands in for a directory of the state, whose name it has, if anything
+ * does: of several places in memory, all take the account's first.
+ */
+function findStandIn(directory: string): string | undefined {
   if (!existsSync(MEMORY)) return undefined;
-  return readdirSync(MEMORY).filter((name) => name.startsWith(MEMORY_PREFIX))
+  const own = readdirSync(MEMORY)
+    .filter((name) => name.startsWith(MEMORY_PREFIX))
     .sort().map((name) => `${MEMORY}/${name}`).find(isOwn);
+  return own && `${own}/${basename(directory)}`;
 }
 
-/** Stands in for a directory of the state, whose name it has. */
+/** The same, made if need be, by a name that nobody can have taken before. */
 function standIn(directory: string): string {
-  // By a name that nobody can have taken before.
-  if (!findMemory()) mkdtempSync(`${MEMORY}/${MEMORY_PREFIX}`);
-  return `${findMemory()}/${basename(directory)}`;
+  const place = findStandIn(directory);
+  if (place !== undefined) return place;
+  mkdtempSync(`${MEMORY}/${MEMORY_PREFIX}`);
+  return findStandIn(directory)!;
+}
+
+/** Does with a directory what can be done in memory if it can't be there. */
+function orInMemory<T>(directory: string, action: (place: string) => T): T {
+  try {
+    return action(directory);
+  } catch (error) {
+    if (!isUnwritable(error)) throw error;
+    return action(asOwner(directory, () => standIn(directory)));
+  }
 }
 
 /**
@@ -3767,23 +3783,17 @@ function standIn(directory: string): string {
  * or, where its file system is full or read-only, one in memory.
  */
 export function writableDirectory(directory: string): string {
-  return asOwner(directory, () => {
+  const check = (place: string) => {
+    makeStateDirectory(place);
+    const file = `${place}/writable.${process.pid}`;
     try {
-      makeStateDirectory(directory);
-      const file = `${directory}/writable.${process.pid}`;
-      try {
-        writeFileSync(file, "it is");
-      } finally {
-        rmSync(file, { force: true });
-      }
-      return directory;
-    } catch (error) {
-      if (!isUnwritable(error)) throw error;
-      const instead = standIn(directory);
-      makeStateDirectory(instead);
-      return instead;
+      writeFileSync(file, "it is");
+    } finally {
+      rmSync(file, { force: true });
     }
-  });
+    return place;
+  };
+  return orInMemory(directory, (place) => asOwner(place, () => check(place)));
 }
 
 /** Names a machine as the slot directories do. */
@@ -3852,16 +3862,6 @@ function lockSlot(machine: Machine, directory: string): Slot | undefined {
   return undefined;
 }
 
-/** Does with a directory what can be done in memory if it can't be there. */
-function orInMemory<T>(directory: string, action: (place: string) => T): T {
-  try {
-    return action(directory);
-  } catch (error) {
-    if (!isUnwritable(error)) throw error;
-    return action(asOwner(directory, () => standIn(directory)));
-  }
-}
-
 /**
  * Takes a free slot of a machine, or returns `undefined` where it has none. On
  * a file system that takes no file, slots are in memory, and `guix offload` has
@@ -3917,12 +3917,9 @@ function takenSlots(machine: Machine, stateDirectory: string): string[] {
   const directory = slotDirectory(machine, stateDirectory);
   if (!maySee(directory)) return [];
   return asOwner(directory, () => {
-    const memory = findMemory();
-    const places = [directory];
-    if (memory) places.push(`${memory}/${basename(directory)}`);
-    const files = places.flatMap((place) =>
+    const files = [directory, findStandIn(directory)].flatMap((place) =>
       Array.from(
-        { length: machine.parallelBuilds },
+        { length: place === undefined ? 0 : machine.parallelBuilds },
         (_, slot) => `${place}/${slot}`,
       )
     );
@@ -4254,11 +4251,12 @@ export class Observations {
     items: readonly string[],
   ): void {
     const now = Date.now();
-    const [before] = this.#query(LATEST_ROWS);
-    this.#use((database) => {
+    const grown = this.#use((database) => {
       const note = (sql: string, ...values: SQLInputValue[]) =>
         database.prepare(sql).run(...values);
+      const latest = () => database.prepare(LATEST_ROWS).get() as Row;
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
+      const before = latest();
       note("UPDATE machine SET failures = 0, until = 0 WHERE id = ?", id);
       note("DELETE FROM doubt WHERE machine = ?", id);
       note("INSERT INTO build VALUES (?, ?, ?, ?)", name, id, seconds, now);
@@ -4269,14 +4267,15 @@ export class Observations {
          WHERE time NOT BETWEEN ?2 - ?4 AND ?2`,
         ...[id, now, JSON.stringify(items), HELD_FRESHNESS],
       );
+      const after = latest();
       database.exec("COMMIT");
+      return (["build", "held"] as const).filter((table) => {
+        const blocks = (row: Row) =>
+          Math.floor(Number(row[table] ?? 0) / PRUNED_ROWS);
+        return blocks(after) !== blocks(before);
+      });
     });
-    const [after] = this.#query(LATEST_ROWS);
-    for (const table of ["build", "held"] as const) {
-      const blocks = (row: Row | undefined) =>
-        Math.floor(Number(row?.[table] ?? 0) / PRUNED_ROWS);
-      if (blocks(after) !== blocks(before)) this.#prune(table);
-    }
+    for (const table of grown) this.#prune(table);
   }
 
   /** Drops the oldest rows of a table; with builds, what outlived its use. */
