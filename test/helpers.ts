@@ -338,3 +338,13 @@ export async function goldenExport(daemon: GoldenDaemon): Promise<Buffer> {
   const store = await openStore(peer, "guix-daemon");
   return buffer(exportPath(store, daemon.output));
 }
+
+/** Perl that locks an open file for F_RDLCK or F_WRLCK, by fcntl, if it can. */
+export const FCNTL = `
+use Fcntl qw(:DEFAULT :seek);
+sub lock_file {
+  my ($file, $type) = @_;
+  # struct flock: type and whence; start and length; pid
+  my $lock = pack "s! s! x![q] q q i x![q]", $type, SEEK_SET, 0, 0, 0;
+  return fcntl $file, F_SETLK, $lock;
+}`;

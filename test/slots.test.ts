@@ -16,6 +16,7 @@ import { acquireBuildSlot, clearLeftovers, Observations } from "../mod.ts";
 import type { Slot, UsedSlot } from "../mod.ts";
 import { makeContext } from "./context.ts";
 import {
+  FCNTL,
   makeMachine,
   ROOT,
   runtimes,
@@ -29,13 +30,10 @@ const test = suite("slots");
 const FILE = "offload/w1:22/0";
 
 /** Locks a whole file as `guix offload` does, by fcntl. */
-const FCNTL = `
-use Fcntl qw(:DEFAULT :seek);
+const HOLD = `${FCNTL}
 $| = 1;
 open my $file, "+>>", $ARGV[0] or die "$ARGV[0]: $!";
-# struct flock: type and whence; start and length; pid
-my $lock = pack "s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0;
-print fcntl($file, F_SETLK, $lock) ? "held\\n" : "busy\\n";
+print lock_file($file, F_WRLCK) ? "held\\n" : "busy\\n";
 <STDIN>`;
 
 /** A process that holds what it could take until it is ended. */
@@ -80,7 +78,7 @@ function holdSlots(
 }
 
 function holdFcntl(directory: string): Promise<Holder> {
-  return hold("perl", "-e", FCNTL, `${directory}/${FILE}`);
+  return hold("perl", "-e", HOLD, `${directory}/${FILE}`);
 }
 
 function acquire(directory: string, parallelBuilds = 1): Slot | undefined {

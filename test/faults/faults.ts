@@ -14,6 +14,7 @@ import { createConnection } from "node:net";
 import type { Socket } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
 import * as assert from "uvu/assert";
+import { FCNTL } from "../helpers.ts";
 import {
   addressOf,
   build,
@@ -22,6 +23,8 @@ import {
   inHost,
   lab,
   makeWork,
+  OBSERVATIONS,
+  onDatabase,
   outputsOf,
   RELAY_PORT,
   relayed,
@@ -29,6 +32,7 @@ import {
   run,
   start,
   startRelay,
+  STATE,
   storeNames,
   until,
   up,
@@ -636,14 +640,12 @@ async function setClockBack({ relay }: Field): Promise<void> {
   assert.is(build("head", derivation!).status, 0);
   await relay.become("pass");
   onDatabase(
-    "/var/guix/offload/observations.sqlite",
+    OBSERVATIONS,
     `UPDATE machine SET until = until + iif(until = 0, 0, 3600000),
      facts = json_set(facts, '$.time', facts ->> '$.time' + 3600000),
      asked = asked + 3600000 RETURNING *`,
   );
 }
-
-const STATE = "/var/guix/offload";
 
 /** What hooks share here can't be written any more. */
 const UNWRITABLE: readonly Fault[] = (["before", ...MIDDLE] as const)
@@ -817,19 +819,6 @@ export async function meet(
 // What must hold after all
 // ---------------------------------------------------------------------------
 
-/** Executes SQL on a database of head, in there; returns the rows. */
-export function onDatabase(
-  file: string,
-  sql: string,
-): Record<string, string>[] {
-  const script = `const { DatabaseSync } = require("node:sqlite");
-    const database = new DatabaseSync("${file}", { timeout: 10000 });
-    const rows = database.prepare(process.argv[1]).all();
-    console.log(JSON.stringify(rows));`;
-  const node = "/offload/node_modules/node/bin/node";
-  return JSON.parse(inHost("head", node, "-e", script, sql));
-}
-
 /** The items that head's store vouches for. */
 export function validPaths(): Set<string> {
   const sql = "SELECT path FROM ValidPaths";
@@ -846,12 +835,10 @@ export function strays(): string[] {
 }
 
 /** Prints those slot files that can't be locked. */
-const TAKEN = `
-use Fcntl qw(:DEFAULT :seek);
+const TAKEN = `${FCNTL}
 for my $name (glob "${STATE}/*/[0-9]*") {
   open my $file, "+<", $name or next;
-  my $lock = pack "s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0;
-  print "$name\\n" unless fcntl $file, F_SETLK, $lock;
+  print "$name\\n" unless lock_file $file, F_WRLCK;
 }`;
 
 /** The slots of head that are taken. */

@@ -20,6 +20,8 @@ import type { Node } from "../nars.ts";
 import {
   forget,
   lab,
+  OBSERVATIONS,
+  onDatabase,
   root,
   RUNTIMES,
   start,
@@ -38,7 +40,6 @@ import {
   withSignature,
 } from "./liar.ts";
 import type { Liar, Lies } from "./liar.ts";
-import { onDatabase } from "./faults.ts";
 
 /** A machine, and what must hold. */
 interface Row {
@@ -981,7 +982,7 @@ async function seed(runtime: Runtime, derivation: string): Promise<void> {
   hook.close();
   await within("the end", hook.ended);
   onDatabase(
-    "/var/guix/offload/observations.sqlite",
+    OBSERVATIONS,
     "UPDATE machine SET facts = json_set(facts, '$.login', 60) RETURNING *",
   );
 }

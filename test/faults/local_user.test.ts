@@ -7,17 +7,20 @@
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { FCNTL } from "../helpers.ts";
 import {
   assertOffloaded,
   build,
   buildCommand,
   inHost,
   makeWork,
+  OBSERVATIONS,
   offloadCommand,
   root,
   run,
   RUNTIMES,
   start,
+  STATE,
   until,
   up,
   useMachines,
@@ -32,18 +35,13 @@ const MASTERS = { head: "root", uhead: "guix-daemon" } as const;
 
 type Master = keyof typeof MASTERS;
 
-const STATE = "/var/guix/offload";
-const DATABASE = `${STATE}/observations.sqlite`;
-
-/** Locks for reading, by fcntl, those files that it may open. */
-const LOCK = `
-use Fcntl qw(:DEFAULT :seek);
+/** Locks for reading those files that it may open. */
+const LOCK = `${FCNTL}
 $| = 1;
 my @files;
 for my $name (@ARGV) {
   open my $file, "<", $name or next;
-  my $lock = pack "s! s! x![q] q q i x![q]", F_RDLCK, SEEK_SET, 0, 0, 0;
-  push @files, $file if fcntl $file, F_SETLK, $lock;
+  push @files, $file if lock_file $file, F_RDLCK;
 }
 print "locked ", scalar @files, "\\n";
 <STDIN>`;
@@ -93,7 +91,7 @@ function suiteUnder(runtime: Runtime, master: Master): void {
     const { status, stderr } = offload("status");
     assert.is(status, 0, stderr);
     assert.is(owner(STATE), account);
-    assert.is(owner(DATABASE), account);
+    assert.is(owner(OBSERVATIONS), account);
     buildOne();
   });
 
@@ -118,9 +116,14 @@ function suiteUnder(runtime: Runtime, master: Master): void {
   test("a user gets no lock on what hooks share", async () => {
     buildOne();
     const slots = Array.from({ length: 4 }, (_, i) => `${STATE}/w1:22/${i}`);
-    const files = [...slots, DATABASE, `${DATABASE}-shm`, `${DATABASE}-wal`];
+    const files = [
+      ...slots,
+      OBSERVATIONS,
+      `${OBSERVATIONS}-shm`,
+      `${OBSERVATIONS}-wal`,
+    ];
     const script = `cd ${STATE} && chmod 755 . w1:22 && touch ${slots[0]} ` +
-      `${DATABASE} && chmod 644 ${slots[0]} ${DATABASE}`;
+      `${OBSERVATIONS} && chmod 644 ${slots[0]} ${OBSERVATIONS}`;
     // As earlier versions left it.
     must(account, master, script);
     const before = await lockAs("nobody", files);
@@ -228,7 +231,7 @@ function suiteUnder(runtime: Runtime, master: Master): void {
     test("root is not led by links in the state", () => {
       try {
         const links = ["", "-wal", "-shm", "-journal"].map((suffix) =>
-          `ln -s /etc/evil.conf ${DATABASE}${suffix}`
+          `ln -s /etc/evil.conf ${OBSERVATIONS}${suffix}`
         );
         lead([`mkdir -p ${STATE}`, ...links].join(" && "));
         lead(`ln -s /etc/evil ${STATE}`);

@@ -3,10 +3,12 @@
  * OFFLOAD_SOAK builds, 500 and 300 unless told. OFFLOAD_SEED repeats a run's choice of faults, as far as times allow.
  */
 
+import { writeFileSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { FCNTL } from "../helpers.ts";
 import {
   assertOffloaded,
   assertStoreIsSound,
@@ -14,12 +16,15 @@ import {
   inHost,
   lab,
   makeWork,
+  OBSERVATIONS,
   outputsOf,
   relayed,
+  root,
   run,
   RUNTIMES,
   start,
   startRelay,
+  STATE,
   up,
   useMachines,
   useOffload,
@@ -103,56 +108,53 @@ const TROUBLES: readonly Trouble[] = [
   },
 ];
 
-/** Where the state is, in a small file system of its own. */
-const STATE = "/var/guix/offload";
+/** Where this is on head. */
+const LOCK_FILE = "/tmp/lock.pl";
 
-const DATABASE = `${STATE}/observations.sqlite`;
-
-/** Locks files for writing, by fcntl, those that it may open. */
-const LOCK = `
-use Fcntl qw(:DEFAULT :seek);
+/** Locks for a while, for writing where it may, those files that it may open. */
+const LOCK = `${FCNTL}
 my @files;
 for my $name (@ARGV) {
-  open my $file, "+<", $name or next;
-  fcntl $file, F_SETLK,
-    pack("s! s! x![q] q q i x![q]", F_WRLCK, SEEK_SET, 0, 0, 0);
+  open my $file, "+<", $name or open $file, "<", $name or next;
+  lock_file $file, F_WRLCK or lock_file $file, F_RDLCK;
   push @files, $file;
 }
 sleep 4`;
 
-/** Shell scripts for what befalls the state, and for its end if need be. */
+/** Shell scripts for what befalls the state, in a small file system of its
+ * own, and for its end if need be. */
 const DAMAGES: Readonly<Record<string, readonly [string, string?]>> = {
   "pages of the database": [
-    `size=$(stat -c %s ${DATABASE})
+    `size=$(stat -c %s ${OBSERVATIONS})
     for page in $(seq 1 3 $((size / 4096))); do
-      printf garbage | dd of=${DATABASE} bs=1 conv=notrunc seek=$((page * 4096))
+      printf garbage | dd of=${OBSERVATIONS} bs=1 conv=notrunc seek=$((page * 4096))
     done`,
   ],
-  "garbage for a database": [`head -c 9000 /dev/urandom >${DATABASE}`],
-  "a cut database": [`truncate -s 5000 ${DATABASE}`],
+  "garbage for a database": [`head -c 9000 /dev/urandom >${OBSERVATIONS}`],
+  "a cut database": [`truncate -s 5000 ${OBSERVATIONS}`],
   "values of the database": [
-    `sed -i 's/"cores"/"cor/g' ${DATABASE}`,
+    `sed -i 's/"cores"/"cor/g' ${OBSERVATIONS}`,
   ],
   "another program's database": [
-    `rm -f ${DATABASE}; cp /var/guix/db/db.sqlite ${DATABASE}`,
+    `rm -f ${OBSERVATIONS}; cp /var/guix/db/db.sqlite ${OBSERVATIONS}`,
   ],
   "garbage in slots": [`for slot in ${STATE}/w*/[0-9]*; do
     head -c 9000 /dev/urandom >$slot
   done`],
   "all removed": [`rm -rf ${STATE}/*`],
   "slots removed": [`rm -rf ${STATE}/w*`],
-  "database removed": [`rm -f ${DATABASE}`],
+  "database removed": [`rm -f ${OBSERVATIONS}`],
   "a directory for a database": [
-    `rm -f ${DATABASE}; mkdir ${DATABASE}`,
-    `rmdir ${DATABASE}`,
+    `rm -f ${OBSERVATIONS}; mkdir ${OBSERVATIONS}`,
+    `rmdir ${OBSERVATIONS}`,
   ],
   "a FIFO for a database": [
-    `rm -f ${DATABASE}; mkfifo ${DATABASE}`,
-    `rm -f ${DATABASE}`,
+    `rm -f ${OBSERVATIONS}; mkfifo ${OBSERVATIONS}`,
+    `rm -f ${OBSERVATIONS}`,
   ],
   "a link for a database": [
-    `rm -f ${DATABASE}; ln -s /etc/nowhere/file ${DATABASE}`,
-    `rm -f ${DATABASE}`,
+    `rm -f ${OBSERVATIONS}; ln -s /etc/nowhere/file ${OBSERVATIONS}`,
+    `rm -f ${OBSERVATIONS}`,
   ],
   "open to all": [`chmod -R a+rwX ${STATE}`],
   "another owner": [
@@ -173,10 +175,12 @@ const DAMAGES: Readonly<Record<string, readonly [string, string?]>> = {
     `mount -t tmpfs tmpfs ${STATE}`,
     `umount -l ${STATE}`,
   ],
-  "locked by root": [`setsid perl -e '${LOCK}' ${DATABASE} ${STATE}/w*/* &`],
+  "locked by root": [
+    `setsid perl ${LOCK_FILE} ${OBSERVATIONS} ${STATE}/w*/* &`,
+  ],
   "locked by another user": [
-    `setsid su -s /bin/sh -c "perl -e '${LOCK}' ${DATABASE} ${STATE}/w1:22/0 \
-      ${STATE}/w2:22/0" nobody &`,
+    `setsid su -s /bin/sh -c "perl ${LOCK_FILE} ${OBSERVATIONS} \
+      ${STATE}/w1:22/0 ${STATE}/w2:22/0" nobody &`,
   ],
 };
 
@@ -349,6 +353,7 @@ function suiteUnder(runtime: Runtime): void {
     const machines = ["w1", "w2"];
     useMachines("head", machines);
     inHost("head", "mkdir", "-p", STATE);
+    writeFileSync(`${root("head")}${LOCK_FILE}`, LOCK);
     const options = "size=24m,nr_inodes=400";
     inHost("head", "mount", "-t", "tmpfs", "-o", options, "tmpfs", STATE);
     try {

@@ -8,8 +8,9 @@ import {
   build,
   buildCommand,
   builds,
-  inHost,
   makeWork,
+  OBSERVATIONS,
+  onDatabase,
   relayed,
   root,
   run,
@@ -30,19 +31,10 @@ const PLUGINS = "/etc/guix/offload";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
-/** The rows that some SQL finds in what head has observed. */
-function rowsOf(sql: string): Record<string, unknown>[] {
-  const script = `const { DatabaseSync } = require("node:sqlite");
-    const file = "/var/guix/offload/observations.sqlite";
-    const database = new DatabaseSync(file, { timeout: 10000 });
-    console.log(JSON.stringify(database.prepare(process.argv[1]).all()));`;
-  const node = "/offload/node_modules/node/bin/node";
-  return JSON.parse(inHost("head", node, "-e", script, sql));
-}
-
 /** How often machines are noted to have failed, by NAME:PORT. */
 function failures(): Record<string, unknown> {
-  const rows = rowsOf("SELECT id, failures FROM machine ORDER BY id");
+  const sql = "SELECT id, failures FROM machine ORDER BY id";
+  const rows = onDatabase(OBSERVATIONS, sql);
   return Object.fromEntries(rows.map(({ id, failures }) => [id, failures]));
 }
 

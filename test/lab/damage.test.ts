@@ -14,10 +14,12 @@ import {
   builds,
   inHost,
   makeWork,
+  OBSERVATIONS,
   root,
   run,
   RUNTIMES,
   start,
+  STATE,
   until,
   up,
   useMachines,
@@ -25,9 +27,6 @@ import {
   watch,
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
-
-const STATE = "/var/guix/offload";
-const FILE = `${STATE}/observations.sqlite`;
 
 /** Shell scripts after which nothing can be made there. */
 const UNWRITABLE = {
@@ -92,7 +91,7 @@ function suiteUnder(runtime: Runtime): void {
 
   test("what is damaged is replaced once, with a word", () => {
     const garbage = "garbage ".repeat(8000);
-    writeFileSync(`${root("head")}${FILE}`, garbage);
+    writeFileSync(`${root("head")}${OBSERVATIONS}`, garbage);
     const told = /warning: replacing the damaged '.*observations.sqlite': /g;
     assert.is(offload().stderr.match(told)?.length, 1);
     assert.not.match(offload().stderr, told);
@@ -102,7 +101,7 @@ function suiteUnder(runtime: Runtime): void {
     await withSmallState(() => {
       offload(); // makes what it needs
       run("head", "dd", "if=/dev/zero", `of=${STATE}/fill`, "bs=4k");
-      inHost("head", "rm", FILE);
+      inHost("head", "rm", OBSERVATIONS);
       run("head", "dd", "if=/dev/zero", `of=${STATE}/more`, "bs=1k");
       const told = /warning: keeping observations in memory instead of /g;
       assert.is(offload().stderr.match(told)?.length, 1);

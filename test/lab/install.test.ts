@@ -35,6 +35,7 @@ import {
   assertOffloaded,
   assertStoreIsSound,
   build,
+  CERTIFICATE,
   down,
   inHost,
   lab,
@@ -70,9 +71,6 @@ const NOT_COMPARED = ["dev", "gnu", "offload", "proc", "run", "sys", "tmp"]
 
 const release = mkdtempSync(`${tmpdir()}/offload-release-`);
 let server: Server;
-/** A server's key and certificate, for 127.0.0.1. */
-const CERTIFICATE = `${ROOT}test/data/server.pem`;
-
 let url = "";
 let redirection = "";
 const derivations: Record<string, string[]> = {};

@@ -39,6 +39,15 @@ export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
 
 /** The lab's program. */
 export const LAB: string = `${ROOT}scripts/lab/lab`;
+/** A server's key and certificate, for 127.0.0.1. */
+export const CERTIFICATE: string = `${ROOT}test/data/server.pem`;
+
+/** What hooks share, on a master. */
+export const STATE = "/var/guix/offload";
+
+/** What they note there of machines and builds. */
+export const OBSERVATIONS: string = `${STATE}/observations.sqlite`;
+
 const STORE = "/gnu/store";
 
 /** In milliseconds: what takes longer hangs. The first `up` makes roots. */
@@ -245,8 +254,7 @@ export function trustOnly(host: string, others: readonly string[]): void {
 /** Makes a master forget what it saw of machines. */
 export function forget(master: string): void {
   for (const suffix of ["", "-shm", "-wal"]) {
-    const file = `/var/guix/offload/observations.sqlite${suffix}`;
-    rmSync(root(master) + file, { force: true });
+    rmSync(root(master) + OBSERVATIONS + suffix, { force: true });
   }
 }
 
@@ -302,6 +310,19 @@ export function buildLog(host: string, derivation: string): string | undefined {
   if (!existsSync(`${stem}.bz2`)) return undefined; // Guix 1.2
   const path = `${stem}.bz2`.slice(root(host).length);
   return inHost(host, "busybox", "bzcat", path);
+}
+
+/** Executes SQL on a database of head, in there; returns the rows. */
+export function onDatabase(
+  file: string,
+  sql: string,
+): Record<string, string>[] {
+  const script = `const { DatabaseSync } = require("node:sqlite");
+    const database = new DatabaseSync("${file}", { timeout: 10000 });
+    const rows = database.prepare(process.argv[1]).all();
+    console.log(JSON.stringify(rows));`;
+  const node = "/offload/node_modules/node/bin/node";
+  return JSON.parse(inHost("head", node, "-e", script, sql));
 }
 
 // ---------------------------------------------------------------------------
@@ -381,7 +402,7 @@ export async function holdUploads(
   machine: string,
 ): Promise<() => Promise<void>> {
   writeFileSync(`${root(master)}/tmp/hold.scm`, HOLD_SCRIPT);
-  const file = `/var/guix/offload/${machine}:22/upload`;
+  const file = `${STATE}/${machine}:22/upload`;
   const command = ["guix", "repl", "--", "/tmp/hold.scm", file];
   const holder = watch(start(master, ...command));
   await until("the lock", () => holder.text().includes("held"));

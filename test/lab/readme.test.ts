@@ -28,6 +28,7 @@ import {
   addressOf,
   build,
   buildLog,
+  CERTIFICATE,
   down,
   inHost,
   lab,
@@ -91,9 +92,6 @@ function allCommands(): string[] {
 
 const release = mkdtempSync(`${tmpdir()}/offload-release-`);
 let server: Server;
-/** A server's key and certificate, for 127.0.0.1. */
-const CERTIFICATE = `${ROOT}test/data/server.pem`;
-
 let url = "";
 let derivation = "";
 

@@ -17,7 +17,9 @@ import {
   inHost,
   lab,
   makeWork,
+  OBSERVATIONS,
   offloadCommand,
+  onDatabase,
   relayed,
   root,
   run,
@@ -50,26 +52,17 @@ async function ask(derivation: string, options: HookOptions) {
   return { answer, took, stderr };
 }
 
-/** How many rows some SQL finds in what head has observed. */
-function rowsOf(sql: string): number {
-  const script = `const { DatabaseSync } = require("node:sqlite");
-    const file = "/var/guix/offload/observations.sqlite";
-    const database = new DatabaseSync(file, { timeout: 10000 });
-    console.log(database.prepare(process.argv[1]).all().length);`;
-  const node = "/offload/node_modules/node/bin/node";
-  return Number(inHost("head", node, "-e", script, sql));
-}
-
 /** Whether head has facts of a machine. */
 function isKnown(id: string): boolean {
   const sql = "SELECT 1 FROM machine WHERE facts IS NOT NULL AND id =";
-  return rowsOf(`${sql} '${id}'`) === 1;
+  return onDatabase(OBSERVATIONS, `${sql} '${id}'`).length === 1;
 }
 
 /** Has head believe that logging in takes longer than an answer may. */
 function pretendSlow(): void {
   const facts = "json_set(facts, '$.login', 60)";
-  assert.ok(rowsOf(`UPDATE machine SET facts = ${facts} RETURNING 1`) > 0);
+  const sql = `UPDATE machine SET facts = ${facts} RETURNING 1`;
+  assert.ok(onDatabase(OBSERVATIONS, sql).length > 0);
 }
 
 /** The process of a host's sshd that listens. */
