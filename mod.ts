@@ -22,7 +22,6 @@ import {
 import type { Hash } from "node:crypto";
 import {
   chmodSync,
-  chownSync,
   closeSync,
   constants as fileConstants,
   existsSync,
@@ -3651,6 +3650,8 @@ export function readDerivation(
 export interface Slot {
   /** The file that is locked. */
   readonly file: string;
+  /** That file's device and inode: another one by its name is another slot. */
+  readonly inode: string;
   /** Gives the slot back. */
   release(): void;
 }
@@ -3678,15 +3679,27 @@ function leaveGroups(): void {
   deno!.dlopen("libc.so.6", { setgroups }).symbols.setgroups(0, null);
 }
 
-/** Takes on the rights of an account, until what is returned is called. */
+/** The group of accounts that have no other: in Guix, as in most systems. */
+const NOGROUP = 65534;
+
+/**
+ * Takes on the rights of an account, until what is returned is called; those of
+ * root's group, which a file of its may have, are none of them.
+ */
 function become({ uid, gid }: Stats): () => void {
-  leaveGroups();
-  process.setegid!(gid);
-  process.seteuid!(uid);
-  return () => {
+  const goBack = () => {
     process.seteuid!(0);
     process.setegid!(0);
   };
+  leaveGroups();
+  try {
+    process.setegid!(gid || NOGROUP);
+    process.seteuid!(uid);
+    return goBack;
+  } catch (error) {
+    goBack();
+    throw error;
+  }
 }
 
 /**
@@ -3730,13 +3743,6 @@ function makeDirectories(directory: string): void {
   }
 }
 
-/** What a file system says that takes nothing, such as a full one. */
-const UNWRITABLE = /^(EROFS|ENOSPC|EDQUOT)$/;
-
-function isUnwritable(error: unknown): boolean {
-  return UNWRITABLE.test((error as NodeJS.ErrnoException).code ?? "");
-}
-
 /** Where files are that are in memory. */
 const MEMORY = "/dev/shm";
 const MEMORY_PREFIX = "guix-offload-";
@@ -3769,18 +3775,28 @@ function standIn(directory: string): string {
 }
 
 /** Does with a directory what can be done in memory if it can't be there. */
-function orInMemory<T>(directory: string, action: (place: string) => T): T {
+function orInMemory<T>(
+  directory: string,
+  action: (place: string) => T,
+  tell: (error: unknown) => void = () => {},
+): T {
   try {
     return action(directory);
   } catch (error) {
-    if (!isUnwritable(error)) throw error;
-    return action(asOwner(directory, () => standIn(directory)));
+    let done;
+    try {
+      done = action(asOwner(directory, () => standIn(directory)));
+    } catch {
+      throw error;
+    }
+    tell(error);
+    return done;
   }
 }
 
 /**
  * Has a directory of the state in which something can be written: `directory`
- * or, where its file system is full or read-only, one in memory.
+ * or, where that can't be, as on a file system that is full, one in memory.
  */
 export function writableDirectory(directory: string): string {
   const check = (place: string) => {
@@ -3829,14 +3845,22 @@ const LOCK = `
   PRAGMA user_version = 1;
 `;
 
+/** Refuses what is no file to SQLite, which would wait for a FIFO's writer. */
+function checkIsFile(file: string): void {
+  const isFile = statSync(file, { throwIfNoEntry: false })?.isFile() ?? true;
+  if (!isFile) throw new Error("something else than a file is there");
+}
+
 function lockOwn(file: string, isDamaged = false): Slot | undefined {
   makePrivate(file); // others could lock what they may read
+  checkIsFile(file);
   // SQLite would not say why it can't.
   if (!existsSync(file)) closeSync(openSync(file, "a"));
+  const inode = inodeOf(file);
   const database = new DatabaseSync(file, { timeout: 0 });
   try {
     database.exec(LOCK);
-    return { file, release: () => database.close() };
+    return { file, inode, release: () => database.close() };
   } catch (error) {
     database.close();
     if (/database is locked/.test(String(error))) return undefined;
@@ -3863,24 +3887,28 @@ function lockSlot(machine: Machine, directory: string): Slot | undefined {
 }
 
 /**
- * Takes a free slot of a machine, or returns `undefined` where it has none. On
- * a file system that takes no file, slots are in memory, and `guix offload` has
- * others.
+ * Takes a free slot of a machine, or returns `undefined` where it has none.
+ * Where no file can be locked, as on a full disk, slots are in memory, and
+ * `guix offload` has others.
  *
  * @throws {OffloadError} where the slot files can't be written.
  */
 export function acquireBuildSlot(
   machine: Machine,
   stateDirectory: string,
+  log?: Log,
 ): Slot | undefined {
   const directory = slotDirectory(machine, stateDirectory);
+  const failed = `failed to lock a build slot in '${directory}': `;
+  const hint = "the account that guix-daemon runs as must own it";
+  const lock = (place: string) => lockSlot(machine, place);
   try {
-    return orInMemory(directory, (place) => lockSlot(machine, place));
+    return orInMemory(directory, lock, (cause) => {
+      const message = `${failed}${reason(cause)}; it is in memory instead`;
+      log?.warn(new OffloadError(message, { hint }));
+    });
   } catch (cause) {
-    throw new OffloadError(
-      `failed to lock a build slot in '${directory}': ${reason(cause)}`,
-      { cause, hint: "the account that guix-daemon runs as must own it" },
-    );
+    throw new OffloadError(failed + reason(cause), { cause, hint });
   }
 }
 
@@ -3889,16 +3917,17 @@ export function acquireBuildSlot(
  * names a device and an inode as they need not be known here.
  */
 function isLocked(file: string): boolean {
-  if (!existsSync(file)) return false;
+  if (!statSync(file, { throwIfNoEntry: false })?.isFile()) return false;
   // Looks share their lock, so that they don't meet each other's.
-  const database = new DatabaseSync(file, { timeout: 0 });
+  const database = new DatabaseSync(file, { timeout: 0, open: false });
   try {
+    database.open();
     database.exec("PRAGMA schema_version");
     return false;
   } catch (error) {
     return /database is locked/.test(String(error));
   } finally {
-    database.close();
+    if (database.isOpen) database.close();
   }
 }
 
@@ -3949,6 +3978,11 @@ export interface MachineRecord {
   readonly asked: number;
   /** Bytes a second that it received. */
   readonly bandwidth: number | undefined;
+  /**
+   * How many different builds failed there that did well on other machines,
+   * lately and since one did well there.
+   */
+  readonly doubts: number;
 }
 
 /** Undoes that JSON has null where a number of inodes is infinite. */
@@ -3956,11 +3990,75 @@ function restoreInfinity(key: string, value: unknown): unknown {
   return key === "inodes" ? value ?? Infinity : value;
 }
 
-function toRecord({ id: _, facts, bandwidth, ...record }: Row): MachineRecord {
+/** What is a time, in milliseconds since 1970, and the latest that there is. */
+const TIMES = /^(time|until|asked)$/;
+const LATEST_TIME = 8.64e15;
+
+/** Types of values, by name. */
+type Types = Readonly<Record<string, "string" | "number" | "object">>;
+
+/**
+ * Sees that what somebody else wrote has those types, where it is not null.
+ *
+ * @throws {SyntaxError} where it has not, which is damage as well.
+ */
+function checkTypes<T extends object>(
+  value: object,
+  types: Types,
+): T {
+  for (const [name, type] of Object.entries(types)) {
+    const it = (value as Record<string, unknown>)[name] ?? undefined;
+    if (it === undefined) continue;
+    const isNoTime = TIMES.test(name) && !(Math.abs(Number(it)) <= LATEST_TIME);
+    if (typeof it !== type || isNoTime) {
+      throw new SyntaxError(`'${name}' is no ${type}`);
+    }
+  }
+  return value as T;
+}
+
+const [TEXT, NUMBER, OBJECT] = ["string", "number", "object"] as const;
+
+const FACTS_TYPES: Types = {
+  ...{ time: NUMBER, roundTrip: NUMBER, login: NUMBER, load: NUMBER },
+  ...{
+    cores: NUMBER,
+    memory: NUMBER,
+    clock: NUMBER,
+    uname: TEXT,
+    socket: TEXT,
+  },
+  ...{ pressure: OBJECT, store: OBJECT, build: OBJECT },
+};
+
+const FACTS_PARTS: Types = {
+  ...{ cpu: NUMBER, io: NUMBER, memory: NUMBER },
+  ...{ bytes: NUMBER, inodes: NUMBER },
+};
+
+function toFacts(text: string): Facts {
+  const facts: Facts = JSON.parse(text, restoreInfinity);
+  checkTypes({ facts }, { facts: OBJECT });
+  checkTypes(facts, FACTS_TYPES);
+  for (const part of [facts.pressure, facts.store, facts.build]) {
+    checkTypes(part ?? {}, FACTS_PARTS);
+  }
+  return facts;
+}
+
+const RECORD_TYPES: Types = {
+  ...{ id: TEXT, facts: TEXT, problem: TEXT, definition: TEXT },
+  ...{ failures: NUMBER, until: NUMBER, asked: NUMBER, bandwidth: NUMBER },
+  doubts: NUMBER,
+};
+
+function toRecord(row: Row): MachineRecord {
+  checkTypes(row, RECORD_TYPES);
+  const { id: _, facts, bandwidth, ...record } = row;
   return {
     ...record as unknown as MachineRecord,
     bandwidth: bandwidth as number | null ?? undefined,
-    facts: facts === null ? undefined : JSON.parse(`${facts}`, restoreInfinity),
+    facts: facts === null ? undefined : toFacts(`${facts}`),
   };
 }
 
@@ -3985,11 +4083,11 @@ const PRUNED_ROWS = 1000;
 /** For how long a build speaks against its machine, in ms. */
 const DOUBT_LIFETIME = 3_600_000;
 
-/** How many different builds must speak against a machine. */
+/** How many different builds must speak against a machine: it comes last. */
 const DOUBTS = 2;
 
 /** For how long observations are kept in memory, in ms, before another try. */
-const OBSERVATIONS_RETRY = 10_000;
+const OBSERVATIONS_RETRY = { locked: 1000, other: 10_000 } as const;
 
 /** Of what is wrong with a database that is sound. */
 const UNUSABLE =
@@ -4035,6 +4133,12 @@ const OBSERVATIONS_SCHEMA = `
   COMMIT;
 `;
 
+/** Views and triggers are not ours: what reads and writes would run them. */
+const OBSERVATIONS_STATE = `
+  SELECT user_version AS version, (SELECT count(*) FROM sqlite_schema
+    WHERE type NOT IN ('table', 'index')) AS code
+  FROM pragma_user_version`;
+
 const LATEST_ROWS = "SELECT (SELECT max(rowid) FROM build) AS build, " +
   "(SELECT max(rowid) FROM held) AS held";
 
@@ -4056,6 +4160,8 @@ export class Observations {
   #database: DatabaseSync | undefined;
   #inode = "";
   #retry = 0;
+  /** What went to memory, and others must learn, or take a build for dead. */
+  readonly #unwritten: ((database: DatabaseSync) => void)[] = [];
 
   /** Keeps the database in `directory`, made when first needed, or memory. */
   constructor(directory: string, log: Log) {
@@ -4072,18 +4178,24 @@ export class Observations {
       return this.#database;
     }
     this.#close();
+    this.#inode = inode;
     if (!isMemory) {
       makeStateDirectory(dirname(this.#file));
       makePrivate(this.#file);
+      checkIsFile(this.#file);
     }
     const name = isMemory ? ":memory:" : this.#file;
     this.#inode = isMemory ? inode : inodeOf(name);
     this.#database = new DatabaseSync(name, { timeout: 250 });
     this.#database.exec(OBSERVATIONS_PRAGMAS);
-    const [row] = this.#database.prepare("PRAGMA user_version").all();
+    const [row] = this.#database.prepare(OBSERVATIONS_STATE).all();
+    if (row!.code !== 0) throw new SyntaxError("it holds what would be run");
     // Who only opens it writes nothing, and so waits for nobody.
-    if (row!.user_version !== OBSERVATIONS_VERSION) {
+    if (row!.version !== OBSERVATIONS_VERSION) {
       this.#database.exec(OBSERVATIONS_SCHEMA);
+    }
+    if (!isMemory) {
+      for (const note of this.#unwritten.splice(0)) note(this.#database);
     }
     return this.#database;
   }
@@ -4092,6 +4204,14 @@ export class Observations {
     const database = this.#database;
     this.#database = undefined;
     if (database?.isOpen !== false) database?.close();
+  }
+
+  /** Notes what a slot is used for, also where that is to be noted later. */
+  #noteSlot(sql: string, ...values: SQLInputValue[]): void {
+    const note = (database: DatabaseSync) =>
+      void database.prepare(sql).run(...values);
+    this.#use(note);
+    if (this.#inode === "memory") this.#unwritten.push(note);
   }
 
   /** Says what is wrong: all once, and what an account may not not at all. */
@@ -4121,7 +4241,9 @@ export class Observations {
       }
     }
     this.#tell("keeping observations in memory instead of", error);
-    this.#retry = performance.now() + OBSERVATIONS_RETRY;
+    const { locked, other } = OBSERVATIONS_RETRY;
+    const isLocked = /locked/.test(reason(error));
+    this.#retry = performance.now() + (isLocked ? locked : other);
   }
 
   /** Does some work with the database, whatever is wrong with that. */
@@ -4144,13 +4266,27 @@ export class Observations {
     return this.#use((it) => it.prepare(sql).all(...values) as Row[]);
   }
 
+  #read<T extends object>(
+    types: Types,
+    sql: string,
+    ...values: SQLInputValue[]
+  ): T[] {
+    return this.#use((database) =>
+      database.prepare(sql).all(...values)
+        .map((row) => checkTypes<T>(row, types))
+    );
+  }
+
   /** All that is known of machines, or of one, by NAME:PORT. */
   machines(id?: string): Map<string, MachineRecord> {
-    const all = "SELECT * FROM machine";
+    const all = `SELECT *, (SELECT count(*) FROM doubt WHERE machine = id
+      AND time BETWEEN ? AND ?) AS doubts FROM machine`;
+    const now = Date.now();
+    const times = [now - DOUBT_LIFETIME, now];
     return this.#use((database) => {
       const rows = id === undefined
-        ? database.prepare(all).all()
-        : database.prepare(`${all} WHERE id = ?`).all(id);
+        ? database.prepare(all).all(...times)
+        : database.prepare(`${all} WHERE id = ?`).all(...times, id);
       // A value that is cut is damage as well.
       return new Map(
         (rows as Row[]).map((row) => [`${row.id}`, toRecord(row)]),
@@ -4198,11 +4334,8 @@ export class Observations {
     );
   }
 
-  /**
-   * Notes that a build failed on a machine and did well on another one; returns
-   * how many different ones have, lately and since one did well there.
-   */
-  saveDoubt(id: string, derivation: string): number {
+  /** Notes that a build failed on a machine and did well on another one. */
+  saveDoubt(id: string, derivation: string): void {
     const now = Date.now();
     this.#query(
       "DELETE FROM doubt WHERE time NOT BETWEEN ? AND ?",
@@ -4212,7 +4345,6 @@ export class Observations {
       "INSERT OR REPLACE INTO doubt VALUES (?, ?, ?)",
       ...[id, derivation, now],
     );
-    return this.#query("SELECT 1 FROM doubt WHERE machine = ?", id).length;
   }
 
   /** Notes whether a machine is this one; another definition may not be. */
@@ -4300,11 +4432,12 @@ export class Observations {
 
   /** Earlier builds of a name, the latest first. */
   history(name: string): PastBuild[] {
-    return this.#query(
+    return this.#read<PastBuild>(
+      { machine: TEXT, seconds: NUMBER },
       `SELECT machine, seconds FROM build WHERE name = ?
        ORDER BY time DESC LIMIT 20`,
       name,
-    ) as unknown as PastBuild[];
+    );
   }
 
   /** Those of `paths` that a machine was seen to hold. */
@@ -4327,29 +4460,35 @@ export class Observations {
 
   /** What slots were used for last, unless that was noted to have ended. */
   slots(): UsedSlot[] {
-    return this.#query("SELECT * FROM slot") as UsedSlot[];
+    const types = { file: TEXT, derivation: TEXT, time: NUMBER, inode: TEXT };
+    return this.#read(types, "SELECT * FROM slot");
   }
 
   /** Notes what a machine's slot is used for from now on. */
-  useSlot(id: string, file: string, derivation: string): void {
-    this.#query(
+  useSlot(
+    id: string,
+    { file, inode }: Pick<Slot, "file" | "inode">,
+    derivation: string,
+  ): void {
+    this.#noteSlot(
       "INSERT OR REPLACE INTO slot VALUES (?, ?, ?, ?)",
-      ...[file, derivation, Date.now(), inodeOf(file)],
+      ...[file, derivation, Date.now(), inode],
     );
     this.#query("INSERT OR REPLACE INTO used VALUES (?, ?)", id, Date.now());
   }
 
   /** When machines last began a build, by NAME:PORT. */
   lastUsed(): Map<string, number> {
-    const rows = this.#query("SELECT * FROM used");
-    return new Map(
-      rows.map(({ machine, time }) => [machine as string, time as number]),
+    const types = { machine: TEXT, time: NUMBER };
+    const rows = this.#read<{ machine: string; time: number }>(
+      ...[types, "SELECT * FROM used"] as const,
     );
+    return new Map(rows.map(({ machine, time }) => [machine, time]));
   }
 
   /** Notes that a slot is no longer used for a derivation. */
   releaseSlot(file: string, derivation: string): void {
-    this.#query(
+    this.#noteSlot(
       "DELETE FROM slot WHERE file = ? AND derivation = ?",
       ...[file, derivation],
     );
@@ -5565,6 +5704,8 @@ export interface Prospect extends Candidate {
   excluded: Exclusion | undefined;
   /** Until when it is left alone, in milliseconds since 1970. */
   readonly until: number;
+  /** Whether it only gets what no other machine can take. */
+  readonly isDoubted: boolean;
   /** Kept for the build, where its guix-daemon has answered. */
   session: Session | undefined;
   /** The same, where the build was accepted before that. */
@@ -5648,6 +5789,7 @@ function makeProspect(
     dismissed: false,
     bandwidth: record?.bandwidth,
     lastUsed,
+    isDoubted: (record?.doubts ?? 0) >= DOUBTS,
     freeSlots: () => countFreeSlots(machine, stateDirectory),
     holds: (paths) => observations.held(id, paths),
   };
@@ -5998,6 +6140,7 @@ async function rank(
     }))
     .filter(({ scores }) => scores.total !== -Infinity)
     .sort((a, b) =>
+      Number(a.prospect.isDoubted) - Number(b.prospect.isDoubted) ||
       b.scores.total - a.scores.total || b.speed - a.speed ||
       a.chance - b.chance
     );
@@ -6022,7 +6165,7 @@ function takeSlot(
   const problems: unknown[] = [];
   for (const { prospect } of ranking) {
     try {
-      const slot = acquireBuildSlot(prospect.machine, stateDirectory);
+      const slot = acquireBuildSlot(prospect.machine, stateDirectory, log);
       if (slot === undefined) continue;
       problems.forEach((problem) => log.warn(problem));
       return { prospect, slot };
@@ -6993,9 +7136,26 @@ async function retrieveOutputs(
   machine: Machine,
   context: Context,
 ): Promise<void> {
+  const retrieve = () =>
+    retrieveOnce(...[outputs, size, transport, machine, context] as const);
   context.log.info(
     `retrieving ${count(outputs.length)} from '${machine.name}'...`,
   );
+  await retrieve().catch((error) => {
+    // Somebody else may have taken it for a killed hook's.
+    if (error.cause?.code !== "ENOENT") throw error;
+    context.signal.throwIfAborted();
+    return retrieve();
+  });
+}
+
+async function retrieveOnce(
+  outputs: readonly string[],
+  size: number,
+  transport: Transport,
+  machine: Machine,
+  context: Context,
+): Promise<void> {
   const name = `archive from '${machine.name}'`;
   const what = `retrieving from '${machine.name}'`;
   const { log, settings: { maximumArchiveSize }, signal } = context;
@@ -7249,7 +7409,7 @@ async function attempt(
   let unwatch = () => {};
   try {
     await clearLeftovers(slot, work.derivation, context);
-    observations.useSlot(prospect.id, slot.file, work.derivation);
+    observations.useSlot(prospect.id, slot, work.derivation);
     const { machine, opening } = prospect;
     const connect = () => opening ?? openSession(machine, context);
     const session = prospect.session ??= await remind(
@@ -7310,11 +7470,12 @@ function clearSlot(
   const lock = file === mine.file ? mine : lockFile(file);
   if (lock === undefined) return false;
   try {
-    // Another hook may have had the slot since that was read.
-    const isSame = observations.slots()
-      .some((it) => it.file === file && it.derivation === derivation);
-    if (!isSame) return true;
-    removeLeftovers(derivation, log);
+    // Another hook may have had the slot since that was read, or the build, if
+    // the end of this one could not be noted.
+    const uses = observations.slots()
+      .filter((it) => it.derivation === derivation);
+    if (!uses.some((it) => it.file === file)) return true;
+    if (uses.length === 1) removeLeftovers(derivation, log);
     observations.releaseSlot(file, derivation);
     return true;
   } finally {
@@ -7407,8 +7568,8 @@ interface Attempts {
 
 /**
  * Notes why a build failed on a machine. One that a user's build can make fail
- * as it likes is not to blame, before others failed there that did well
- * elsewhere.
+ * as it likes is not to blame: once others failed there that did well
+ * elsewhere, it comes last.
  */
 function noteAttempt(
   machine: Machine,
@@ -7446,14 +7607,11 @@ function noteDoubts(
   { derivation }: Work,
   { doubted }: Attempts,
   winner: Machine,
-  { observations, settings }: Context,
+  { observations }: Context,
 ): void {
   for (const machine of doubted) {
     if (machine === winner) continue;
-    const builds = observations.saveDoubt(machineId(machine), derivation);
-    if (builds < DOUBTS) continue;
-    const problem = `${builds} builds failed that did well on other machines`;
-    observations.saveFailure(machine, problem, settings);
+    observations.saveDoubt(machineId(machine), derivation);
   }
 }
 
@@ -8688,6 +8846,8 @@ interface MachineStatus {
   /** Seconds for which it is left alone, and why. */
   readonly leftAlone: number;
   readonly lastProblem?: string | undefined;
+  /** How many builds failed there that did well on other machines. */
+  readonly doubts: number;
 }
 
 /** What a machine said of itself, by the reference's names. */
@@ -8726,6 +8886,7 @@ function describeUse(
     failures: record?.failures ?? 0,
     leftAlone: Math.max(0, Math.ceil(left)),
     lastProblem: record?.failures ? inOneLine(record.problem) : undefined,
+    doubts: record?.doubts ?? 0,
   };
 }
 
@@ -8817,7 +8978,7 @@ function formatDuration(seconds: number): string {
 
 /** What is known of a machine beside numbers: builds, failures. */
 function describeWork(
-  { builds, failures, leftAlone, problem, lastProblem }: MachineStatus,
+  { builds, doubts, failures, leftAlone, problem, lastProblem }: MachineStatus,
 ): string[] {
   const notes = builds.map(({ derivation, since }) => {
     if (derivation === undefined) return "a build of another program's";
@@ -8830,6 +8991,9 @@ function describeWork(
     const times = failures === 1 ? "once" : `${failures} times`;
     const alone = leftAlone > 0 ? `left alone for ${leftAlone} s, ` : "";
     notes.push(`${alone}failed ${times}: ${lastProblem}`);
+  }
+  if (doubts >= DOUBTS) {
+    notes.push(`comes last: ${doubts} builds failed that did well elsewhere`);
   }
   return notes;
 }
@@ -9057,9 +9221,9 @@ function writeNew(
   file: string,
   contents: Uint8Array,
   mode: number,
-  owner: Stats | undefined,
+  owner: Pick<Stats, "uid" | "gid"> | undefined,
 ): void {
-  const descriptor = openSync(file, "wx");
+  const descriptor = openSync(file, "wx", 0o600);
   try {
     writeFileSync(descriptor, contents);
     fchmodSync(descriptor, mode); // whatever the umask
@@ -9144,15 +9308,26 @@ async function findSshKey(
     });
   }
   const comment = `offload@${hostname()}`;
-  const key = ["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", file];
-  await runHere("ssh-keygen", key, context);
   const pair = [file, `${file}.pub`];
+  // Not where it is to be: who owns that directory could lead root by links.
+  const directory = mkdtempSync(`${tmpdir()}/offload-`);
   try {
-    pair.forEach((it) => chownSync(it, uid, gid));
+    const made = `${directory}/key`;
+    const key = ["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", made];
+    await runHere("ssh-keygen", key, context);
+    const [secret, shown] = [made, `${made}.pub`].map((it) => readFileSync(it));
+    asOwner(file, () => {
+      removeFile(pair[1]!); // of a key that is gone
+      writeNew(pair[1]!, shown!, 0o644, { uid, gid });
+      writeNew(file, secret!, 0o600, { uid, gid });
+    });
   } catch (cause) {
-    pair.forEach(removeFile);
-    const message = `failed to give '${file}' to guix-daemon's user`;
+    if (cause instanceof OffloadError) throw cause;
+    asOwner(file, () => pair.forEach(removeFile));
+    const message = `failed to make '${file}' for guix-daemon's user`;
     throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
+  } finally {
+    rmSync(directory, { recursive: true });
   }
   const made = `made the SSH key '${file}' for guix-daemon to log in with`;
   tellChange(context, made, `rm ${pair.join(" ")}`);

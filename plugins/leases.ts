@@ -24,8 +24,9 @@ const TRIES = 20;
  * Takes a lease, says so, and holds it until its standard input ends, as it
  * does with the connection.
  *
- * What others than the account and root could write to is refused: a link there
- * would lead this anywhere, and a lock of theirs would stop all builds.
+ * What others than the account and root could write to or read is refused: a
+ * link there would lead this anywhere, and a lock of theirs would stop all
+ * builds. The default is root's own; other accounts have one at home.
  */
 function leaseCommand(directory: string, leases: number): string {
   const numbers = Array.from({ length: leases }, (_, number) => number);
@@ -50,14 +51,14 @@ function leaseCommand(directory: string, leases: number): string {
   return `
 user=$(id -u)
 directory=${quote(directory)}
-# Where only root can make it, others use root's, or one of their own.
-[ "$directory" != ${DIRECTORY} ] || [ "$user" = 0 ] || [ -e "$directory" ] ||
-    directory=/tmp/guix-offload-$user
-[ -e "$directory" ] || mkdir -p -m 755 "$directory"
+[ "$directory" != ${DIRECTORY} ] || [ "$user" = 0 ] ||
+    directory=\${XDG_STATE_HOME:-$HOME/.local/state}/guix-offload
+[ -e "$directory" ] || mkdir -p -m 700 "$directory"
+[ ! -O "$directory" ] || [ -L "$directory" ] || chmod o-rwx "$directory"
 set -- $(ls -ldn "$directory")
 case $1:$3 in
-d????-??-*:0 | d????-??-*:$user) ;;
-*) echo "'$directory' is no directory that only user $user or root may change" >&2
+d????-?---*:0 | d????-?---*:$user) ;;
+*) echo "'$directory' is no directory that only user $user or root may enter" >&2
    exit ;;
 esac
 cd "$directory" || exit

@@ -13,7 +13,13 @@
  * @module
  */
 
-import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import {
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { createConnection } from "node:net";
 import process from "node:process";
 import type { Exclusion, Machine, PluginContext } from "../mod.ts";
@@ -97,6 +103,7 @@ rm -f "$directory/power" "$directory/keeper"
 
 function readWords(file: string): string[] {
   try {
+    if (!statSync(file).isFile()) return []; // a FIFO would be waited for
     return readFileSync(file, "utf8").trim().split(" ");
   } catch {
     return [];
@@ -157,7 +164,10 @@ export async function excludeOff(
     const limits = [String(boot), String(idle)];
     const args = [directory, mode, start, stop, ...limits, slots, id];
     const [uid, gid] = asIts(() => [process.geteuid!(), process.getegid!()]);
-    runDetached(KEEPER, args, uid === process.geteuid!() ? {} : { uid, gid });
+    const isOther = uid !== process.geteuid!();
+    // Root's environment is not for others to read.
+    const env = { PATH: process.env.PATH };
+    runDetached(KEEPER, args, isOther ? { uid, gid, env } : {});
   };
   const kept = asIts(() => isKept(directory));
   if (word === "failed" && isRecent(Number(time) * 1000, RETRY)) {

@@ -5,7 +5,7 @@
  */
 
 import { spawn } from "node:child_process";
-import type { ChildProcess } from "node:child_process";
+import type { ChildProcess, SpawnOptions } from "node:child_process";
 import { createHash } from "node:crypto";
 import {
   chmodSync,
@@ -34,7 +34,7 @@ export function quote(word: string): string {
 export function runDetached(
   script: string,
   args: readonly string[],
-  account: { readonly uid?: number; readonly gid?: number } = {},
+  account: Pick<SpawnOptions, "uid" | "gid" | "env"> = {},
 ): ChildProcess {
   const prelude = "exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-\n" +
     "PATH=$PATH:/run/current-system/profile/bin:/usr/bin:/bin\n";

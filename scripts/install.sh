@@ -170,6 +170,8 @@ fetch() {
 get_release() {
     if [ -z "$from" ] && [ -e "$here/SHA256SUMS" ]; then from=$here; fi
     if [ -z "$from" ] && [ -e "$here/bundle.ts" ]; then
+        [ -z "$sha256" ] || fail "--sha256: this checkout has no release to check" \
+            "name one by --from, or install what is here without --sha256"
         "$here/bundle" "$work/release" >/dev/null
         from=$work/release
         return

@@ -10,6 +10,8 @@ import {
 } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname } from "node:path";
+import { execFileSync } from "node:child_process";
+import { randomUUID } from "node:crypto";
 import { DatabaseSync } from "node:sqlite";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -179,25 +181,21 @@ test("chooseBuildMachine() goes on to the next with a free slot", async () => {
   held.release();
 });
 
-test("chooseBuildMachine() goes on to the next where slots fail", async () => {
+test("chooseBuildMachine() takes a slot in memory where there is no other", async () => {
   const { context, warnings } = makeContext({ plugins: [guix] });
-  const broken = machine({ name: "broken", speed: 2 });
-  const machines = [broken, machine({ name: "slow" })];
-  for (const each of machines) know(context, each);
+  // All of this account have the same memory.
+  const broken = machine({ name: randomUUID(), parallelBuilds: 1 });
+  know(context, broken);
   const directory = `${context.stateDirectory}/offload`;
   mkdirSync(directory, { recursive: true });
-  writeFileSync(`${directory}/broken:22`, "");
-  const choice = await chooseBuildMachine(machines, request(), context);
-  assert.is.not(typeof choice, "string");
-  if (typeof choice !== "string") {
-    assert.is(choice.prospect.machine.name, "slow");
-    choice.slot.release();
-  }
-  assert.match(warnings.join(), "failed to lock a build slot");
-  let problem: unknown;
-  await chooseBuildMachine([broken], request(), context)
-    .catch((error) => problem = error);
-  assert.match(String(problem), "failed to lock a build slot");
+  writeFileSync(`${directory}/${broken.name}:22`, "");
+  const choose = () => chooseBuildMachine([broken], request(), context);
+  const choice = await choose();
+  if (typeof choice === "string") throw new Error(choice);
+  assert.match(warnings.splice(0).join(), "failed to lock a build slot");
+  assert.is(await choose(), "busy");
+  choice.slot.release();
+  rmSync(dirname(choice.slot.file), { recursive: true });
 });
 
 test("chooseBuildMachine() waits for a slot, once in vain", async () => {
@@ -383,6 +381,28 @@ const DAMAGE: Readonly<Record<string, (file: string) => void>> = {
   "it is something else": (file) => writeFileSync(file, "garbage".repeat(999)),
   "a value is cut": (file) => execute(file, "UPDATE machine SET facts = '{'"),
   "a table is gone": (file) => execute(file, "DROP TABLE machine"),
+  "facts are of another kind": (file) =>
+    execute(file, `UPDATE machine SET facts = '{"uname": [], "store": 1}'`),
+  "facts are none": (file) => execute(file, "UPDATE machine SET facts = '7'"),
+  "a time is none": (file) => execute(file, "UPDATE machine SET until = 1e300"),
+  "a number is a text": (file) =>
+    execute(file, "UPDATE machine SET failures = 'often'"),
+  "a view stands in for a table": (file) =>
+    execute(
+      file,
+      `ALTER TABLE machine RENAME TO other;
+       CREATE VIEW machine AS SELECT * FROM other`,
+    ),
+  "something is to be run": (file) =>
+    execute(
+      file,
+      `CREATE TRIGGER more AFTER UPDATE ON machine
+       BEGIN INSERT INTO build VALUES ('x', 'x', 1, 1); END`,
+    ),
+  "it is a FIFO": (file) => {
+    rmSync(file);
+    execFileSync("mkfifo", [file]);
+  },
   "it is removed": (file) => rmSync(file),
   "its directory is removed": (file) => rmSync(dirname(file), REMOVE),
 };
@@ -439,6 +459,66 @@ test("Observations are replaced once, not by all who find them damaged", () => {
     all.forEach((_, index) => assert.is(it.history(`c${index}`).length, 1));
   }
   assert.is(warnings.length, 1, warnings.join("\n"));
+});
+
+test("Observations of slots that are of another kind are damage", () => {
+  const { context, warnings } = makeContext();
+  const { observations, stateDirectory } = context;
+  const file = `${stateDirectory}/observations.sqlite`;
+  for (
+    const [index, values] of [
+      "x'01', '/x.drv', 0, ''",
+      "'/0', '/x.drv', 1e300, ''",
+    ]
+      .entries()
+  ) {
+    observations.slots();
+    execute(file, `INSERT INTO slot VALUES (${values})`);
+    const another = new Observations(stateDirectory, context.log);
+    assert.equal(another.slots(), []);
+    assert.is(warnings.length, index + 1);
+  }
+});
+
+test("Observations keep in mind whose slots are while the file is locked", async () => {
+  const { context: { observations, stateDirectory, log } } = makeContext();
+  const slots = () => new Observations(stateDirectory, log).slots();
+  const slot = { file: `${stateDirectory}/0`, inode: "1:2" };
+  observations.useSlot("a:22", { ...slot, file: "/gone" }, "/gone.drv");
+  const locked = new DatabaseSync(`${stateDirectory}/observations.sqlite`);
+  locked.exec("BEGIN EXCLUSIVE");
+  observations.useSlot("a:22", slot, "/a.drv");
+  observations.releaseSlot("/gone", "/gone.drv");
+  assert.is(observations.slots().length, 1, "it is in memory");
+  locked.close();
+  assert.equal(slots().map(({ file }) => file), ["/gone"]);
+  await until("they are written", () => {
+    observations.slots();
+    return slots().length === 1 && slots()[0]!.file === slot.file;
+  });
+});
+
+test("a machine that several builds speak against comes last", async () => {
+  const machines = [machine({ name: "a", speed: 9 }), machine({ name: "b" })];
+  const { context } = makeContext({ plugins: [guix] });
+  const { observations, stateDirectory } = context;
+  const choose = async () => {
+    machines.forEach((it) => know(context, it));
+    const choice = await chooseBuildMachine(machines, request(), context);
+    if (typeof choice === "string") return choice;
+    choice.slot.release();
+    return choice.prospect.machine.name;
+  };
+  observations.saveDoubt("a:22", "/x.drv");
+  observations.saveDoubt("a:22", "/x.drv");
+  assert.is(await choose(), "a", "one build is not enough");
+  observations.saveDoubt("a:22", "/y.drv");
+  assert.is(await choose(), "b");
+  const slot = acquireBuildSlot(machines[1]!, stateDirectory)!;
+  assert.is(await choose(), "a", "there is no other");
+  slot.release();
+  observations.saveBuild("a:22", "hello", 1, []);
+  assert.is(await choose(), "a");
 });
 
 test("Observations are in memory where the file is locked", () => {

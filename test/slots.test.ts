@@ -1,7 +1,10 @@
-import { spawn } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
+import { randomUUID } from "node:crypto";
 import { once } from "node:events";
 import {
+  chmodSync,
+  chownSync,
   existsSync,
   mkdirSync,
   readdirSync,
@@ -9,6 +12,8 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
+import { dirname } from "node:path";
+import process from "node:process";
 import { createInterface } from "node:readline";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -21,7 +26,6 @@ import {
   ROOT,
   runtimes,
   settled,
-  throws,
   withDirectory,
 } from "./helpers.ts";
 
@@ -211,21 +215,43 @@ test("acquireBuildSlot() keeps guix offload from what is held", async () => {
   });
 });
 
-test("acquireBuildSlot() says where it can't write", async () => {
+test("acquireBuildSlot() has slots in memory where there can't be files", async () => {
+  const { context: { log }, warnings } = makeContext();
+  // What is in memory has the machine's name, for all of this account.
+  const only = makeMachine({ name: randomUUID(), parallelBuilds: 1 });
+  const id = `${only.name}:${only.port}`;
   const check = (state: string) => {
-    const { message, hint } = throws(
-      () => acquire(state),
-      /^failed to lock a build slot in '.*\/offload\/w1:22': ./,
-    );
-    assert.match(message, state);
-    assert.match(hint!, "guix-daemon");
+    const acquire = () => acquireBuildSlot(only, state, log);
+    const slot = acquire()!;
+    assert.match(slot.file, `/dev/shm/guix-offload-`);
+    assert.is(acquire(), undefined);
+    slot.release();
+    const again = acquire()!;
+    again.release();
+    rmSync(dirname(again.file), { recursive: true });
+    const [warning] = warnings.splice(0);
+    const failed = `failed to lock a build slot in '${state}/offload/${id}': `;
+    assert.ok(warning!.startsWith(failed), warning);
   };
   await withDirectory((directory) => {
     writeFileSync(`${directory}/file`, "");
     check(`${directory}/file`); // where a directory must be
-    mkdirSync(`${directory}/taken/${FILE}`, { recursive: true });
+    mkdirSync(`${directory}/taken/offload/${id}/0`, { recursive: true });
     check(`${directory}/taken`); // a directory where the slot must be
-    mkdirSync(`${directory}/damaged/offload/w1:22`, { recursive: true });
+    mkdirSync(`${directory}/fifo/offload/${id}`, { recursive: true });
+    execFileSync("mkfifo", [`${directory}/fifo/offload/${id}/0`]);
+    check(`${directory}/fifo`);
+    if (process.geteuid!() === 0) {
+      mkdirSync(`${directory}/others`);
+      chmodSync(directory, 0o711);
+      // Who is led there is its owner, and may not make what he needs.
+      mkdirSync(`${directory}/others/offload`, { mode: 0o500 });
+      for (const it of ["others", "others/offload"]) {
+        chownSync(`${directory}/${it}`, 65534, 65534);
+      }
+      chmodSync(`${directory}/others/offload`, 0o500);
+      check(`${directory}/others`);
+    }
   });
 });
 
@@ -258,6 +284,12 @@ function makeLeftovers(directory: string, name: string) {
   return { derivation, isThere: () => existsSync(`${output}.chroot`) };
 }
 
+/** A slot by its file. */
+function nameOf(file: string): Pick<Slot, "file" | "inode"> {
+  const { dev, ino } = statSync(file);
+  return { file, inode: `${dev}:${ino}` };
+}
+
 /** A context whose database is in a directory. */
 function contextIn(directory: string) {
   const { context } = makeContext();
@@ -274,9 +306,9 @@ test("clearLeftovers() clears what was killed, and no more", async () => {
     const other = await holdSlots("node", directory, 3, 2);
     assert.is(other.said, '["0","1"]');
     const files = [0, 1].map((slot) => `${directory}/offload/w1:22/${slot}`);
-    observations.useSlot("w1:22", files[0]!, alive.derivation);
+    observations.useSlot("w1:22", nameOf(files[0]!), alive.derivation);
     const mine = acquire(directory, 3)!;
-    observations.useSlot("w1:22", mine.file, killed.derivation);
+    observations.useSlot("w1:22", mine, killed.derivation);
     await clearLeftovers(mine, "/another.drv", context);
     assert.is(killed.isThere(), false, "my slot's former hook is dead");
     assert.is(alive.isThere(), true);
@@ -298,7 +330,7 @@ test("clearLeftovers() spares a build that began since it looked", async () => {
     const context = contextIn(directory);
     const mine = acquire(directory, 2)!;
     const theirs = acquire(directory, 2)!;
-    context.observations.useSlot("w1:22", theirs.file, "/killed.drv");
+    context.observations.useSlot("w1:22", theirs, "/killed.drv");
     theirs.release();
     const begun = makeLeftovers(directory, "begun");
 
@@ -306,7 +338,7 @@ test("clearLeftovers() spares a build that began since it looked", async () => {
     class Slow extends Observations {
       override slots(): UsedSlot[] {
         const slots = super.slots();
-        super.useSlot("w1:22", theirs.file, begun.derivation);
+        super.useSlot("w1:22", theirs, begun.derivation);
         return slots;
       }
     }
@@ -327,7 +359,7 @@ test("clearLeftovers() spares a build whose slot was made anew", async () => {
     const context = contextIn(directory);
     const alive = makeLeftovers(directory, "alive");
     const theirs = acquire(directory, 2)!;
-    context.observations.useSlot("w1:22", theirs.file, alive.derivation);
+    context.observations.useSlot("w1:22", theirs, alive.derivation);
     rmSync(`${directory}/offload/w1:22`, { recursive: true });
     const mine = acquire(directory, 2)!;
     assert.is(mine.file, theirs.file);
@@ -338,13 +370,30 @@ test("clearLeftovers() spares a build whose slot was made anew", async () => {
   });
 });
 
+test("clearLeftovers() spares a build that has another slot by now", async () => {
+  await withDirectory(async (directory) => {
+    const context = contextIn(directory);
+    const alive = makeLeftovers(directory, "alive");
+    const [mine, theirs, before] = [1, 2, 3].map(() => acquire(directory, 3)!);
+    // The end of that could not be noted.
+    context.observations.useSlot("w1:22", before!, alive.derivation);
+    context.observations.useSlot("w1:22", theirs!, alive.derivation);
+    before!.release();
+    await clearLeftovers(mine!, "/another.drv", context);
+    assert.is(alive.isThere(), true);
+    const left = context.observations.slots().map(({ file }) => file);
+    assert.equal(left, [theirs!.file]);
+    [mine, theirs].forEach((slot) => slot!.release());
+  });
+});
+
 test("clearLeftovers() waits for another hook of the same build", async () => {
   await withDirectory(async (directory) => {
     const context = contextIn(directory);
     const same = makeLeftovers(directory, "same");
     const other = await holdSlots("node", directory, 2, 1);
     const file = `${directory}/offload/w1:22/0`;
-    context.observations.useSlot("w1:22", file, same.derivation);
+    context.observations.useSlot("w1:22", nameOf(file), same.derivation);
     const mine = acquire(directory, 2)!;
     let isClear = false;
     const clear = clearLeftovers(mine, same.derivation, context)

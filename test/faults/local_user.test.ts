@@ -282,6 +282,23 @@ function suiteUnder(runtime: Runtime, master: Master): void {
       }
     });
 
+    test("builds go on where the state is another account's", () => {
+      buildOne();
+      inHost(master, "chown", "-R", "root:root", STATE);
+      try {
+        const [derivation] = makeWork(master);
+        const result = build(master, derivation!);
+        assertOffloaded(derivation!, result, ["w1"]);
+        assert.match(
+          result.stderr,
+          /warning: failed to lock a build slot in .* in memory instead/,
+        );
+        assert.match(result.stderr, "guix-daemon runs as must own it");
+      } finally {
+        inHost(master, "rm", "-rf", STATE);
+      }
+    });
+
     test("root is not led by a link to what it is to replace", () => {
       const acl = "/etc/guix/acl";
       const secret = "/etc/secret";

@@ -29,12 +29,17 @@ import {
 import type { Result, Runtime } from "./lab.ts";
 
 /** Shell scripts after which nothing can be made there. */
-const UNWRITABLE = {
+const UNUSABLE = {
   "is read-only": `mount -o remount,ro ${STATE}`,
   "has no inodes": `number=0
     while touch ${STATE}/file$number 2>/dev/null; do
       number=$((number + 1))
     done`,
+  "has FIFOs for files": `cd ${STATE} && rm -rf * && mkdir w1:22 &&
+    mkfifo w1:22/0 ${OBSERVATIONS}`,
+  "has directories for files": `cd ${STATE} && rm -rf * &&
+    mkdir -p w1:22/0 ${OBSERVATIONS}/0`,
+  "has files for directories": `cd ${STATE} && rm -rf * && touch w1:22`,
 };
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
@@ -111,8 +116,8 @@ function suiteUnder(runtime: Runtime): void {
     });
   });
 
-  for (const [what, script] of Object.entries(UNWRITABLE)) {
-    test(`builds go on, one by one, where the file system ${what}`, async () => {
+  for (const [what, script] of Object.entries(UNUSABLE)) {
+    test(`builds go on, one by one, where the state ${what}`, async () => {
       useMachines("head", ["w1"], oneSlot);
       // Before anything is there, and with what builds leave.
       for (const prepare of [() => {}, offload]) {

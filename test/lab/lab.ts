@@ -263,8 +263,8 @@ export function offloadCommand(
   runtime: Runtime,
   ...args: readonly string[]
 ): string[] {
-  const environment = `OFFLOAD_RUNTIME=${runtime}`;
-  return ["env", environment, "/offload/scripts/guix", "offload", ...args];
+  const environment = [`OFFLOAD_RUNTIME=${runtime}`, PATIENT];
+  return ["env", ...environment, "/offload/scripts/guix", "offload", ...args];
 }
 
 /** Edits a machine file so that 'w1' has one digit of its key wrong. */
@@ -606,6 +606,9 @@ export interface HookOptions {
   readonly variables?: readonly string[];
 }
 
+/** Has machines waited for long enough, however busy this one is. */
+const PATIENT = "OFFLOAD_DECISION_TIMEOUT=10";
+
 let hooks = 0;
 
 /** Starts a hook on a master; its build log is a file there. */
@@ -619,7 +622,7 @@ export function startHook(
   const guix = runtime === undefined ? "guix" : "/offload/scripts/guix";
   const environment = [
     `OFFLOAD_RUNTIME=${runtime ?? ""}`,
-    "OFFLOAD_DECISION_TIMEOUT=10", // enough, however busy this machine is
+    PATIENT,
     ...variables,
   ];
   const command = `${environment.join(" ")} exec ${guix} offload ` +

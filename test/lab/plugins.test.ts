@@ -21,6 +21,7 @@ import {
   inHost,
   lab,
   makeWork,
+  offloadCommand,
   ROOT,
   root,
   run,
@@ -260,11 +261,10 @@ function suiteUnder(runtime: Runtime): void {
     const file = `${root("head")}/tmp/drain`;
     const plugins = { drain: { file: "/tmp/drain" } };
     const explain = () => {
+      const variables = [`OFFLOAD_USE=${JSON.stringify(plugins)}`];
       const { stdout } = run(
-        "head",
-        ...["env", `OFFLOAD_RUNTIME=${runtime}`],
-        `OFFLOAD_USE=${JSON.stringify(plugins)}`,
-        ...["/offload/scripts/guix", "offload", "explain", derivation!],
+        ...["head", "env", ...variables] as const,
+        ...offloadCommand(runtime, "explain", derivation!),
       );
       return stdout;
     };
@@ -297,10 +297,10 @@ function suiteUnder(runtime: Runtime): void {
   test("pressure learns what waits on a machine", () => {
     forget("head");
     const [derivation] = makeWork("head");
+    const variables = ['OFFLOAD_USE={"pressure": {}}'];
     const { stdout } = run(
-      "head",
-      ...["env", `OFFLOAD_RUNTIME=${runtime}`, 'OFFLOAD_USE={"pressure": {}}'],
-      ...["/offload/scripts/guix", "offload", "explain", derivation!, "--json"],
+      ...["head", "env", ...variables] as const,
+      ...offloadCommand(runtime, "explain", derivation!, "--json"),
     );
     const [{ facts, scores }] = JSON.parse(stdout);
     assert.ok(facts.memory > 0);
@@ -320,11 +320,40 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("masters that take leases never build more than that", async () => {
+    const directory = "/run/guix-offload";
+    // As if somebody had made it without a thought of others' locks.
+    inHost("w1", "sh", "-c", `mkdir -p ${directory} && chmod 755 ${directory}`);
     for (const master of ["head", "head2"]) {
       use(master, runtime, { leases: {} });
     }
     const most = await mostBuilds(["head", "head2"]);
     assert.is(most, 2);
+    assert.is(inHost("w1", "stat", "-c", "%a", directory), "750\n");
+  });
+
+  test("accounts other than root have leases of their own", () => {
+    useMachines(
+      "head",
+      ["w1"],
+      (text) => text.replace('(user "root")', '(user "builder")'),
+    );
+    const home = "/home/builder";
+    inHost("w1", "useradd", "--create-home", "--password", "*", "builder");
+    try {
+      inHost(
+        ...["w1", "install", "-D", "-o", "builder", "-m", "600"],
+        ...["/root/.ssh/authorized_keys", `${home}/.ssh/authorized_keys`],
+      );
+      inHost("w1", "chown", "-R", "builder", home);
+      use("head", runtime, { leases: {} }, "OFFLOAD_ATTEMPTS=1");
+      const [derivation, result] = buildWork();
+      assertOffloaded(derivation, result, ["w1"]);
+      const leases = `${home}/.local/state/guix-offload`;
+      const shown = inHost("w1", "stat", "-c", "%U %a", leases);
+      assert.is(shown, "builder 700\n");
+    } finally {
+      inHost("w1", "userdel", "--remove", "builder");
+    }
   });
 
   test("nor where the machine has no flock", async () => {
@@ -524,11 +553,9 @@ function suiteUnder(runtime: Runtime): void {
         assert.is(result.status, 0, result.stderr);
         assert.match(result.stderr, `offloading '${derivation}' to 'w1.local'`);
         const { stdout } = run(
-          "head",
-          ...["env", `OFFLOAD_RUNTIME=${runtime}`],
+          ...["head", "env"] as const,
           `OFFLOAD_USE=${JSON.stringify({ "dns-sd": options })}`,
-          ...["/offload/scripts/guix", "offload", "explain", derivation],
-          "--json",
+          ...offloadCommand(runtime, "explain", derivation, "--json"),
         );
         const machines = JSON.parse(stdout) as Record<string, unknown>[];
         assert.equal(

@@ -457,8 +457,7 @@ export default plugin as Plugin;
     const explain = (...options: string[]) =>
       run(
         "head",
-        ...["env", `OFFLOAD_RUNTIME=${runtime}`, "/offload/scripts/guix"],
-        ...["offload", "explain", derivation!, ...options],
+        ...offloadCommand(runtime, "explain", derivation!, ...options),
       );
     const { status, stdout } = explain();
     assert.is(status, 0, stdout);
@@ -677,8 +676,7 @@ export default { name: "odd", connect: () => new Promise(later) };`,
     const explain = (derivation: string) =>
       run(
         "head",
-        ...["env", `OFFLOAD_RUNTIME=${runtime}`, "/offload/scripts/guix"],
-        ...["offload", "explain", derivation],
+        ...offloadCommand(runtime, "explain", derivation),
       );
     const itself = "guix-daemon builds it itself, for its preferLocalBuild";
     for (const system of [SYSTEM, also]) {
