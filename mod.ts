@@ -4021,13 +4021,8 @@ const [TEXT, NUMBER, OBJECT] = ["string", "number", "object"] as const;
 
 const FACTS_TYPES: Types = {
   ...{ time: NUMBER, roundTrip: NUMBER, login: NUMBER, load: NUMBER },
-  ...{
-    cores: NUMBER,
-    memory: NUMBER,
-    clock: NUMBER,
-    uname: TEXT,
-    socket: TEXT,
-  },
+  ...{ cores: NUMBER, memory: NUMBER, clock: NUMBER },
+  ...{ uname: TEXT, socket: TEXT },
   ...{ pressure: OBJECT, store: OBJECT, build: OBJECT },
 };
 
@@ -4195,7 +4190,9 @@ export class Observations {
       this.#database.exec(OBSERVATIONS_SCHEMA);
     }
     if (!isMemory) {
-      for (const note of this.#unwritten.splice(0)) note(this.#database);
+      for (const notes = this.#unwritten; notes.length > 0; notes.shift()) {
+        notes[0]!(this.#database); // where that fails, it is left
+      }
     }
     return this.#database;
   }
