@@ -168,7 +168,10 @@ function suiteUnder(runtime: Runtime): void {
     }
   });
 
-  const shells = ["bash", "bsd-csh", "dash", "fish", "tcsh", "zsh"];
+  // What they are given is the same, whichever runtime it comes from.
+  const shells = runtime === "node"
+    ? ["bash", "dash", "fish", "tcsh"]
+    : ["bsd-csh", "zsh"];
   test(`an account's own shell may be ${shells.join(", ")}`, () => {
     try {
       for (const shell of shells) {
@@ -234,7 +237,7 @@ function suiteUnder(runtime: Runtime): void {
     useMachines("head", ["w1"], relayed);
     const size = 2 * MEBIBYTE;
     for (const cut of ["--cut-up", "--cut-down"]) {
-      for (let i = 0; i < 4; i++) {
+      for (let i = 0; i < 2; i++) {
         const offset = Math.floor(3000 + Math.random() * size);
         const relay = await startRelay("w1", cut, String(offset));
         useMachines("head", ["w1"], relayed); // forgets the failure
