@@ -37,6 +37,7 @@ import {
   readFileSync,
   realpathSync,
   renameSync,
+  rmdirSync,
   rmSync,
   statSync,
   symlinkSync,
@@ -3725,8 +3726,27 @@ function makePrivate(file: string): void {
   if ((mode & 0o077) !== 0) chmodSync(file, mode & 0o700);
 }
 
+/**
+ * Removes what is where a file or a directory of the state has to be, and is
+ * of another kind, but for links. A directory is removed as one, so that a file
+ * that took its place meanwhile stays.
+ */
+function clearWay(file: string, kind: "isFile" | "isDirectory"): void {
+  const stat = lstatSync(file, { throwIfNoEntry: false });
+  if (stat === undefined || stat[kind]()) return;
+  if (stat.isSymbolicLink()) {
+    // SQLite would wait for who writes into a FIFO.
+    const isRight = statSync(file, { throwIfNoEntry: false })?.[kind]() ?? true;
+    if (!isRight) throw new Error("a link leads to something else");
+  } else if (stat.isDirectory()) {
+    for (const name of readdirSync(file)) removeFile(`${file}/${name}`);
+    rmdirSync(file);
+  } else rmSync(file);
+}
+
 /** Makes a directory of the state, for its owner alone. */
 function makeStateDirectory(directory: string): void {
+  clearWay(directory, "isDirectory");
   makeDirectories(directory);
   makePrivate(directory);
 }
@@ -3845,15 +3865,9 @@ const LOCK = `
   PRAGMA user_version = 1;
 `;
 
-/** Refuses what is no file to SQLite, which would wait for a FIFO's writer. */
-function checkIsFile(file: string): void {
-  const isFile = statSync(file, { throwIfNoEntry: false })?.isFile() ?? true;
-  if (!isFile) throw new Error("something else than a file is there");
-}
-
 function lockOwn(file: string, isDamaged = false): Slot | undefined {
+  clearWay(file, "isFile");
   makePrivate(file); // others could lock what they may read
-  checkIsFile(file);
   // SQLite would not say why it can't.
   if (!existsSync(file)) closeSync(openSync(file, "a"));
   const inode = inodeOf(file);
@@ -4176,8 +4190,8 @@ export class Observations {
     this.#inode = inode;
     if (!isMemory) {
       makeStateDirectory(dirname(this.#file));
+      clearWay(this.#file, "isFile");
       makePrivate(this.#file);
-      checkIsFile(this.#file);
     }
     const name = isMemory ? ":memory:" : this.#file;
     this.#inode = isMemory ? inode : inodeOf(name);

@@ -182,13 +182,14 @@ test("chooseBuildMachine() goes on to the next with a free slot", async () => {
 });
 
 test("chooseBuildMachine() takes a slot in memory where there is no other", async () => {
-  const { context, warnings } = makeContext({ plugins: [guix] });
+  const file = `${makeContext().context.stateDirectory}/file`;
+  writeFileSync(file, ""); // where a directory must be
+  const { context, warnings } = makeContext({
+    ...{ plugins: [guix], stateDirectory: file },
+  });
   // All of this account have the same memory.
   const broken = machine({ name: randomUUID(), parallelBuilds: 1 });
   know(context, broken);
-  const directory = `${context.stateDirectory}/offload`;
-  mkdirSync(directory, { recursive: true });
-  writeFileSync(`${directory}/${broken.name}:22`, "");
   const choose = () => chooseBuildMachine([broken], request(), context);
   const choice = await choose();
   if (typeof choice === "string") throw new Error(choice);
@@ -399,10 +400,6 @@ const DAMAGE: Readonly<Record<string, (file: string) => void>> = {
       `CREATE TRIGGER more AFTER UPDATE ON machine
        BEGIN INSERT INTO build VALUES ('x', 'x', 1, 1); END`,
     ),
-  "it is a FIFO": (file) => {
-    rmSync(file);
-    execFileSync("mkfifo", [file]);
-  },
   "it is removed": (file) => rmSync(file),
   "its directory is removed": (file) => rmSync(dirname(file), REMOVE),
 };
@@ -519,6 +516,26 @@ test("a machine that several builds speak against comes last", async () => {
   slot.release();
   observations.saveBuild("a:22", "hello", 1, []);
   assert.is(await choose(), "a");
+});
+
+test("Observations remove what is in the way", () => {
+  const { context: { observations, stateDirectory, log }, warnings } =
+    makeContext();
+  const file = `${stateDirectory}/observations.sqlite`;
+  for (
+    const make of [
+      () => execFileSync("mkfifo", [file]),
+      () => mkdirSync(`${file}/more`, { recursive: true }),
+    ]
+  ) {
+    observations.saveBuild("a:22", "hello", 3, []);
+    rmSync(file);
+    make();
+    observations.saveBuild("a:22", "hello", 3, []);
+    const another = new Observations(stateDirectory, log);
+    assert.is(another.history("hello").length, 1);
+  }
+  assert.equal(warnings, []);
 });
 
 test("Observations are in memory where the file is locked", () => {

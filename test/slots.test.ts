@@ -6,10 +6,12 @@ import {
   chmodSync,
   chownSync,
   existsSync,
+  lstatSync,
   mkdirSync,
   readdirSync,
   rmSync,
   statSync,
+  symlinkSync,
   writeFileSync,
 } from "node:fs";
 import { dirname } from "node:path";
@@ -235,12 +237,7 @@ test("acquireBuildSlot() has slots in memory where there can't be files", async 
   };
   await withDirectory((directory) => {
     writeFileSync(`${directory}/file`, "");
-    check(`${directory}/file`); // where a directory must be
-    mkdirSync(`${directory}/taken/offload/${id}/0`, { recursive: true });
-    check(`${directory}/taken`); // a directory where the slot must be
-    mkdirSync(`${directory}/fifo/offload/${id}`, { recursive: true });
-    execFileSync("mkfifo", [`${directory}/fifo/offload/${id}/0`]);
-    check(`${directory}/fifo`);
+    check(`${directory}/file`); // where a directory must be, not of ours
     if (process.geteuid!() === 0) {
       mkdirSync(`${directory}/others`);
       chmodSync(directory, 0o711);
@@ -252,6 +249,35 @@ test("acquireBuildSlot() has slots in memory where there can't be files", async 
       chmodSync(`${directory}/others/offload`, 0o500);
       check(`${directory}/others`);
     }
+  });
+});
+
+test("acquireBuildSlot() removes what is in the way", async () => {
+  await withDirectory((directory) => {
+    const id = `${directory}/offload/w1:22`;
+    const obstacles = [
+      () => mkdirSync(`${id}/0/more`, { recursive: true }),
+      () => execFileSync("mkfifo", [`${id}/0`]),
+      () => writeFileSync(id, ""),
+      () => writeFileSync(dirname(id), ""),
+    ];
+    for (const [index, make] of obstacles.entries()) {
+      rmSync(`${directory}/offload`, { recursive: true, force: true });
+      mkdirSync([id, id, dirname(id), directory][index]!, {
+        recursive: true,
+      });
+      make();
+      const slot = acquire(directory)!;
+      assert.is(slot.file, `${id}/0`);
+      assert.is(acquire(directory), undefined);
+      slot.release();
+    }
+    // A link to a file somewhere else is no obstacle.
+    rmSync(`${id}/0`);
+    writeFileSync(`${directory}/elsewhere`, "");
+    symlinkSync(`${directory}/elsewhere`, `${id}/0`);
+    acquire(directory)!.release();
+    assert.ok(lstatSync(`${id}/0`).isSymbolicLink());
   });
 });
 

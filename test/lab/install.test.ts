@@ -45,7 +45,6 @@ import {
   root,
   run,
   start,
-  SYSTEM,
   until,
   up,
   useMachines,
@@ -249,7 +248,6 @@ for (const [host, account] of Object.entries(HOSTS)) {
       const derivation = derivations[host]!.pop()!;
       assertOffloaded(derivation, build(host, derivation), ["w1"]);
       if (host === "fresh") assertStoreIsSound(host);
-      if (runtime === "node") measureAnswer(host);
 
       const uninstall = () =>
         run(host, "sh", `${LIBRARY}/install.sh`, "--uninstall");
@@ -284,42 +282,6 @@ test("the manual page tells of all commands, in good form", () => {
     }
   }
 });
-
-/** Answers once: prints the milliseconds from start to answer. */
-const ANSWER_SCRIPT = `
-const { spawn } = require("node:child_process");
-const { performance } = require("node:perf_hooks");
-const [shim, system, derivation] = process.argv.slice(2);
-const start = performance.now();
-const hook = spawn(shim, ["offload", system, "3600", "true", "86400"]);
-let text = "";
-hook.stderr.on("data", (chunk) => text += chunk);
-hook.stdout.on("data", (chunk) => {
-  if (!/^# accept$/m.test(text += chunk)) return;
-  console.log(performance.now() - start);
-  hook.stdin.end();
-});
-hook.on("close", () => /^# accept$/m.test(text) || console.log(text));
-hook.stdin.write("0 " + system + " " + derivation + " \\n");
-`;
-
-/** How long a daemon waits for an answer, once the machine's facts are known. */
-function measureAnswer(host: string): void {
-  writeFileSync(`${root(host)}/tmp/answer.cjs`, ANSWER_SCRIPT);
-  const times: number[] = [];
-  const derivation = derivations[host]![0]!;
-  const command = `exec setpriv --reuid=${HOSTS[host as keyof typeof HOSTS]} ` +
-    `--init-groups env OFFLOAD_FACTS_LIFETIME=600 ` +
-    `node /tmp/answer.cjs ${SHIM} ${SYSTEM} ${derivation}`;
-  for (let n = 0; n < 7; n++) {
-    const { stdout, stderr } = run(host, "sh", "-c", command);
-    assert.match(stdout, /^[\d.]+\n$/, stdout + stderr);
-    times.push(Number(stdout));
-  }
-  times.sort((a, b) => a - b);
-  console.log(`    answers in ${times.map((time) => time.toFixed(0))} ms`);
-  assert.ok(times[0]! < 1000, "an answer takes too long"); // 0.1 s when quiet
-}
 
 test("offload test finds what the daemon's account can't use, and mends it", () => {
   const host = "ufresh";
