@@ -143,17 +143,24 @@ for (const [name, [program, ...options]] of Object.entries(runtimes)) {
   test(`offload.mjs starts quickly under ${name}`, async () => {
     const env = { PATH: "/usr/bin:/bin", HOME: directory };
     const file = `${directory}/offload.mjs`;
-    const times = [];
-    for (let i = 0; i < 3; i++) {
-      const start = performance.now();
-      const args = [...options, file, "x86_64-linux", "3600", "true", "86400"];
-      const { code, stderr } = await run(program, args, { env });
-      times.push(performance.now() - start);
+    const empty = `${directory}/empty.mjs`;
+    writeFileSync(empty, "");
+    const start = async (...args: string[]) => {
+      const begun = performance.now();
+      const { code, stderr } = await run(program, [...options, ...args], {
+        env,
+      });
       assert.is(code, 0, stderr);
+      return performance.now() - begun;
+    };
+    const [best, least] = [[], []] as [number[], number[]];
+    for (let i = 0; i < 3; i++) {
+      best.push(await start(file, "x86_64-linux", "3600", "true", "86400"));
+      least.push(await start(empty));
     }
-    const best = Math.min(...times);
-    console.log(`    ${name} started in ${best.toFixed(0)} ms`);
-    assert.ok(best < 1500, `${best} ms`); // 0.1 s where nothing else runs
+    // It takes 0.1 s where nothing else runs, and 0.04 s are the runtime's.
+    const ratio = Math.min(...best) / Math.min(...least);
+    assert.ok(ratio < 10, `${ratio} times as long as nothing takes`);
   });
 }
 

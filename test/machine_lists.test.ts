@@ -76,7 +76,11 @@ function fields(more: Record<string, unknown> = {}): Record<string, unknown> {
 /** A context in which a plugin has these options. */
 function contextWith(plugin: Plugin, options: Settings["use"][string]) {
   const { context, warnings } = makeContext({ plugins: [plugin] });
-  const settings = { ...context.settings, use: { [plugin.name]: options } };
+  // Commands are run, which may take a while.
+  const settings = {
+    ...{ ...context.settings, hookTimeout: 30 },
+    use: { [plugin.name]: options },
+  };
   return { context: { ...context, settings }, warnings };
 }
 
