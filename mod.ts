@@ -4004,12 +4004,11 @@ function restoreInfinity(key: string, value: unknown): unknown {
   return key === "inodes" ? value ?? Infinity : value;
 }
 
-/** What is a time, in milliseconds since 1970, and the latest that there is. */
-const TIMES = /^(time|until|asked)$/;
+/** The latest time that there is, in milliseconds since 1970. */
 const LATEST_TIME = 8.64e15;
 
-/** Types of values, by name. */
-type Types = Readonly<Record<string, "string" | "number" | "object">>;
+/** Types of values, by name; a time is a number of milliseconds since 1970. */
+type Types = Readonly<Record<string, "string" | "number" | "object" | "time">>;
 
 /**
  * Sees that what somebody else wrote has those types, where it is not null.
@@ -4023,8 +4022,10 @@ function checkTypes<T extends object>(
   for (const [name, type] of Object.entries(types)) {
     const it = (value as Record<string, unknown>)[name] ?? undefined;
     if (it === undefined) continue;
-    const isNoTime = TIMES.test(name) && !(Math.abs(Number(it)) <= LATEST_TIME);
-    if (typeof it !== type || isNoTime) {
+    const expected = type === "time" ? "number" : type;
+    const isNoTime = type === "time" &&
+      !isWithin(it, -LATEST_TIME, LATEST_TIME);
+    if (typeof it !== expected || isNoTime) {
       throw new SyntaxError(`'${name}' is no ${type}`);
     }
   }
@@ -4032,9 +4033,10 @@ function checkTypes<T extends object>(
 }
 
 const [TEXT, NUMBER, OBJECT] = ["string", "number", "object"] as const;
+const TIME = "time" as const;
 
 const FACTS_TYPES: Types = {
-  ...{ time: NUMBER, roundTrip: NUMBER, login: NUMBER, load: NUMBER },
+  ...{ time: TIME, roundTrip: NUMBER, login: NUMBER, load: NUMBER },
   ...{ cores: NUMBER, memory: NUMBER, clock: NUMBER },
   ...{ uname: TEXT, socket: TEXT },
   ...{ pressure: OBJECT, store: OBJECT, build: OBJECT },
@@ -4057,7 +4059,7 @@ function toFacts(text: string): Facts {
 
 const RECORD_TYPES: Types = {
   ...{ id: TEXT, facts: TEXT, problem: TEXT, definition: TEXT },
-  ...{ failures: NUMBER, until: NUMBER, asked: NUMBER, bandwidth: NUMBER },
+  ...{ failures: NUMBER, until: TIME, asked: TIME, bandwidth: NUMBER },
   doubts: NUMBER,
 };
 
@@ -4471,7 +4473,7 @@ export class Observations {
 
   /** What slots were used for last, unless that was noted to have ended. */
   slots(): UsedSlot[] {
-    const types = { file: TEXT, derivation: TEXT, time: NUMBER, inode: TEXT };
+    const types = { file: TEXT, derivation: TEXT, time: TIME, inode: TEXT };
     return this.#read(types, "SELECT * FROM slot");
   }
 
@@ -4490,7 +4492,7 @@ export class Observations {
 
   /** When machines last began a build, by NAME:PORT. */
   lastUsed(): Map<string, number> {
-    const types = { machine: TEXT, time: NUMBER };
+    const types = { machine: TEXT, time: TIME };
     const rows = this.#read<{ machine: string; time: number }>(
       ...[types, "SELECT * FROM used"] as const,
     );
@@ -7147,8 +7149,10 @@ async function retrieveOutputs(
   machine: Machine,
   context: Context,
 ): Promise<void> {
-  const retrieve = () =>
-    retrieveOnce(...[outputs, size, transport, machine, context] as const);
+  const retrieve = async () => {
+    const sent = transport.retrieve(outputs, size);
+    await putInPlace(outputs, sent, machine, context);
+  };
   context.log.info(
     `retrieving ${count(outputs.length)} from '${machine.name}'...`,
   );
@@ -7160,17 +7164,16 @@ async function retrieveOutputs(
   });
 }
 
-async function retrieveOnce(
+/** Restores, verifies and renames what is sent; or leaves the store as it was. */
+async function putInPlace(
   outputs: readonly string[],
-  size: number,
-  transport: Transport,
+  sent: AsyncIterable<Uint8Array>,
   machine: Machine,
   context: Context,
 ): Promise<void> {
   const name = `archive from '${machine.name}'`;
   const what = `retrieving from '${machine.name}'`;
   const { log, settings: { maximumArchiveSize }, signal } = context;
-  const sent = transport.retrieve(outputs, size);
   const chunks = bounded(sent, maximumArchiveSize, signal);
   const bundle = withProgress(chunks, what, log);
   const reader = new ByteReader(bundle, name);
