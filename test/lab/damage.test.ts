@@ -29,12 +29,16 @@ import {
 import type { Result, Runtime } from "./lab.ts";
 
 /** Shell scripts after which nothing can be made there. */
-const UNUSABLE = {
+const UNWRITABLE = {
   "is read-only": `mount -o remount,ro ${STATE}`,
   "has no inodes": `number=0
     while touch ${STATE}/file$number 2>/dev/null; do
       number=$((number + 1))
     done`,
+};
+
+/** Those after which something else is there. */
+const WRONG_KINDS = {
   "has FIFOs for files": `cd ${STATE} && rm -rf * && mkdir w1:22 &&
     mkfifo w1:22/0 ${OBSERVATIONS}`,
   "has directories for files": `cd ${STATE} && rm -rf * &&
@@ -116,12 +120,14 @@ function suiteUnder(runtime: Runtime): void {
     });
   });
 
-  for (const [what, script] of Object.entries(UNUSABLE)) {
+  const testOneByOne = (
+    what: string,
+    script: string,
+    ...preparations: readonly (() => void)[]
+  ) =>
     test(`builds go on, one by one, where the state ${what}`, async () => {
       useMachines("head", ["w1"], oneSlot);
-      // Before anything is there, and with what builds leave.
-      const isSame = /rm -rf/.test(script);
-      for (const prepare of isSame ? [offload] : [() => {}, offload]) {
+      for (const prepare of preparations) {
         await withSmallState(async () => {
           prepare();
           inHost("head", "sh", "-c", script);
@@ -129,6 +135,13 @@ function suiteUnder(runtime: Runtime): void {
         });
       }
     });
+
+  for (const [what, script] of Object.entries(UNWRITABLE)) {
+    // Before anything is there, and with what builds leave.
+    testOneByOne(what, script, () => {}, offload);
+  }
+  for (const [what, script] of Object.entries(WRONG_KINDS)) {
+    testOneByOne(what, script, offload);
   }
 
   test.run();

@@ -14,6 +14,7 @@ import {
   outputsOf,
   root,
   RUNTIMES,
+  STATE,
   up,
   useMachines,
   useOffload,
@@ -84,7 +85,7 @@ test("an unprivileged master's daemon owns what comes back", () => {
 test("what root looks at stays the daemon's to write", () => {
   useOffload("uhead", "node");
   useMachines("uhead", ["w1"]);
-  rmSync(`${root("uhead")}/var/guix/offload`, { recursive: true });
+  rmSync(root("uhead") + STATE, { recursive: true });
   const [derivation] = makeWork("uhead");
   const shim = "/offload/scripts/guix";
   inHost("uhead", shim, "offload", "explain", derivation!);

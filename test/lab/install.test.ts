@@ -45,6 +45,7 @@ import {
   root,
   run,
   start,
+  STATE,
   until,
   up,
   useMachines,
@@ -257,7 +258,7 @@ for (const [host, account] of Object.entries(HOSTS)) {
       const gone = uninstall();
       assert.is(gone.status, 0, gone.stderr);
       assert.equal(changes(before, listing(host)), []);
-      const state = `${root(host)}/var/guix/offload`;
+      const state = root(host) + STATE;
       const left = existsSync(state) ? readdirSync(state) : [];
       assert.equal(left.filter((name) => !/:\d+$/.test(name)), []);
       assert.match(uninstall().stderr, "install.sh"); // it is gone as well
@@ -292,8 +293,8 @@ test("offload test finds what the daemon's account can't use, and mends it", () 
   copyFileSync(`${at}/root/.ssh/id_ed25519`, at + key);
   chmodSync(at + key, 0o640);
   mkdirSync(`${at}/etc/guix/offload`, { mode: 0o700 });
-  rmSync(`${at}/var/guix/offload`, { recursive: true, force: true });
-  mkdirSync(`${at}/var/guix/offload`);
+  rmSync(at + STATE, { recursive: true, force: true });
+  mkdirSync(at + STATE);
   useMachines(host, ["w1"], (text) => text.replace(/"[^"]*_key"/, `"${key}"`));
   const offloadTest = () => run(host, "/root/release/offload", "test");
   try {
@@ -319,7 +320,7 @@ test("offload test finds what the daemon's account can't use, and mends it", () 
     useMachines(host, ["w1"]);
     rmSync(at + key);
     rmSync(`${at}/etc/guix/offload`, { recursive: true });
-    rmSync(`${at}/var/guix/offload`, { recursive: true });
+    rmSync(at + STATE, { recursive: true });
   }
 });
 

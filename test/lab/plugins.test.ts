@@ -28,6 +28,7 @@ import {
   RUNTIMES,
   start,
   startHook,
+  STATE,
   SYSTEM,
   until,
   up,
@@ -233,7 +234,7 @@ function suiteUnder(runtime: Runtime): void {
       force: true,
     });
     for (const directory of ["programs-0", "w1:22", "w1:2222"]) {
-      const path = `/var/guix/offload/${directory}`;
+      const path = `${STATE}/${directory}`;
       rmSync(root("head") + path, { recursive: true, force: true });
     }
   });
@@ -598,7 +599,7 @@ function suiteUnder(runtime: Runtime): void {
     assert.is(result.status, 0, result.stderr);
     assert.match(result.stderr, `offloading '${derivation}' to 'w1'`);
     await until("it is stopped", () => !isOn());
-    const directory = `${root("head")}/var/guix/offload/w1:2222`;
+    const directory = `${root("head")}${STATE}/w1:2222`;
     const files = ["power", "keeper"].map((name) => `${directory}/${name}`);
     await until("it is off", () => !files.some((file) => existsSync(file)));
   });
@@ -614,7 +615,7 @@ function suiteUnder(runtime: Runtime): void {
     const [derivation] = makeWork("head");
     const first = await ask(derivation!, runtime, plugins);
     assert.is(first.answer, "postpone");
-    const directory = `${root("head")}/var/guix/offload/w1:2222`;
+    const directory = `${root("head")}${STATE}/w1:2222`;
     await until(
       "it failed",
       () => /^failed/.test(readFileSync(`${directory}/power`, "utf8")),
