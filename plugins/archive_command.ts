@@ -7,7 +7,7 @@
 
 import { pipeline } from "node:stream/promises";
 import type { Plugin, TransportContext } from "../mod.ts";
-import { quote } from "./programs.ts";
+import { quote } from "./_programs.ts";
 
 /** Runs `guix archive` there on `input`; returns what it prints. */
 async function* runArchive(

@@ -6,10 +6,10 @@
  */
 
 import type { Plugin } from "../mod.ts";
-import { parseMachines } from "./machine_list.ts";
-import { excludeOff } from "./on_demand.ts";
-import type { Demand } from "./on_demand.ts";
-import { cachedOutput } from "./programs.ts";
+import { parseMachines } from "./_machine_list.ts";
+import { excludeOff } from "./_on_demand.ts";
+import type { Demand } from "./_on_demand.ts";
+import { cachedOutput } from "./_programs.ts";
 
 const demands = new Map<string, Demand>();
 

@@ -10,8 +10,8 @@
  */
 
 import type { Machine, Plugin, PluginContext } from "../mod.ts";
-import { parseMachines } from "./machine_list.ts";
-import { cachedOutput, readText } from "./programs.ts";
+import { parseMachines } from "./_machine_list.ts";
+import { cachedOutput, readText } from "./_programs.ts";
 
 const BROWSE = "avahi-browse --parsable --resolve --terminate --no-db-lookup " +
   "_guix-build._tcp";

@@ -14,8 +14,8 @@ import type {
   PluginContext,
   Problem,
 } from "../mod.ts";
-import type { Outcome } from "./guile.ts";
-import { outcomeOf } from "./guile_outcomes.ts";
+import type { Outcome } from "./_guile.ts";
+import { outcomeOf } from "./_guile_outcomes.ts";
 
 /** Where a variable is used: where evaluation stopped, or its first use. */
 function placeOfVariable(

@@ -9,7 +9,7 @@
 
 import { writeFileSync } from "node:fs";
 import type { Machine, Plugin, PluginContext } from "../mod.ts";
-import { isFresh, quote } from "./programs.ts";
+import { isFresh, quote } from "./_programs.ts";
 
 /** For how many seconds a machine is left alone where all leases are taken. */
 const PATIENCE = 1;

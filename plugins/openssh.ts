@@ -23,8 +23,8 @@ import type {
   PluginContext,
   PluginError,
 } from "../mod.ts";
-import { digest, privateDirectory, writePrivately } from "./programs.ts";
-import { ALIAS, control, execute, ssh, sshArguments } from "./ssh.ts";
+import { digest, privateDirectory, writePrivately } from "./_programs.ts";
+import { ALIAS, control, execute, ssh, sshArguments } from "./_ssh.ts";
 
 /** Without ssh no machine is reached, and none is to blame. */
 function lackingError(): PluginError {

@@ -14,7 +14,7 @@ import {
   checkScore,
   MACHINE,
   makePluginContext,
-} from "../plugins/contract.ts";
+} from "../plugins/_contract.ts";
 import builtinPlugins from "../plugins/mod.ts";
 import { runtimes } from "./helpers.ts";
 

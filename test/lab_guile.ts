@@ -1,8 +1,8 @@
 // Runs in the lab: says of machine files whether Guile's outcome may change by
-// itself, as far as plugins/guile.ts knows.
+// itself, as far as plugins/_guile.ts knows.
 
 import process from "node:process";
-import { evaluate } from "../plugins/guile.ts";
+import { evaluate } from "../plugins/_guile.ts";
 import { makeContext } from "./context.ts";
 
 const { context } = makeContext({ environment: process.env });

@@ -27,8 +27,8 @@ import {
 import type { Plugin, Settings } from "../mod.ts";
 import command from "../plugins/command.ts";
 import jsonMachines from "../plugins/json_machines.ts";
-import { parseMachines } from "../plugins/machine_list.ts";
-import { privateDirectory } from "../plugins/programs.ts";
+import { parseMachines } from "../plugins/_machine_list.ts";
+import { privateDirectory } from "../plugins/_programs.ts";
 import { HOST_KEY, machine, makeContext } from "./context.ts";
 import { until } from "./helpers.ts";
 

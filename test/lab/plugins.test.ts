@@ -199,9 +199,9 @@ function runtimeCommand(runtime: Runtime): string[] {
 const CONTRACT = `
 import { readFileSync } from "node:fs";
 import { argv } from "node:process";
-import * as contract from "/offload/plugins/contract.ts";
+import * as contract from "/offload/plugins/_contract.ts";
 import { loadPlugins, readSettings } from "/offload/mod.ts";
-import { parseMachines } from "/offload/plugins/machine_list.ts";
+import { parseMachines } from "/offload/plugins/_machine_list.ts";
 
 const settings = readSettings("/nonexistent", {});
 const plugins = await loadPlugins("/nonexistent", settings, console);

@@ -1,5 +1,5 @@
 /**
- * What plugins that run programs share. It is no plugin.
+ * What plugins that run programs share.
  *
  * @module
  */

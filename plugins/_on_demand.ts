@@ -1,6 +1,6 @@
 /**
  * Starts machines that builds wait for, and stops them when they are idle, for
- * plugins whose lists say how. It is no plugin.
+ * plugins whose lists say how.
  *
  * A script in the background, the keeper, does it: one for each machine, for
  * as long as that is on. It learns from the locks on the machine's slots
@@ -23,8 +23,8 @@ import {
 import { createConnection } from "node:net";
 import process from "node:process";
 import type { Exclusion, Machine, PluginContext } from "../mod.ts";
-import { isRecent, runDetached } from "./programs.ts";
-import { hostOf } from "./ssh.ts";
+import { isRecent, runDetached } from "./_programs.ts";
+import { hostOf } from "./_ssh.ts";
 
 /** What a list says of a machine that is started on demand. */
 export interface Demand {

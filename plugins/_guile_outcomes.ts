@@ -1,7 +1,7 @@
 /**
  * Keeps what Guile said of machine files, with the state of all that it depends
  * on: as long as nothing of that changes, nobody waits for Guile. Where that is
- * not all that it may depend on, it is kept for seconds only. It is no plugin.
+ * not all that it may depend on, it is kept for seconds only.
  *
  * @module
  */
@@ -10,9 +10,9 @@ import { existsSync, readFileSync, realpathSync, statSync } from "node:fs";
 import { hostname, userInfo } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import type { PluginContext } from "../mod.ts";
-import { evaluate } from "./guile.ts";
-import type { Outcome } from "./guile.ts";
-import { digest, ownDirectory, writePrivately } from "./programs.ts";
+import { evaluate } from "./_guile.ts";
+import type { Outcome } from "./_guile.ts";
+import { digest, ownDirectory, writePrivately } from "./_programs.ts";
 
 /** For how many milliseconds it is left at that when Guile took too long. */
 const PATIENCE = 600_000;

@@ -1,6 +1,6 @@
 /**
  * Drives the system's `ssh`: no more than the machine's host key is believed,
- * and what ~/.ssh/config says of the way there counts. It is no plugin.
+ * and what ~/.ssh/config says of the way there counts.
  *
  * @module
  */

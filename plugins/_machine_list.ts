@@ -1,12 +1,12 @@
 /**
- * What plugins share that list machines as JSON. It is no plugin.
+ * What plugins share that list machines as JSON.
  *
  * @module
  */
 
 import { userInfo } from "node:os";
 import type { Machine, PluginContext } from "../mod.ts";
-import type { Demand } from "./on_demand.ts";
+import type { Demand } from "./_on_demand.ts";
 
 /** What a list may leave out, as in the machine file. */
 const DEFAULTS: Readonly<Record<string, unknown>> = {
