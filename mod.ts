@@ -68,7 +68,6 @@ import {
   createZstdDecompress,
 } from "node:zlib";
 import { cac, glob, nacl, ssh2 } from "./deps.ts";
-import builtinPlugins from "./plugins/mod.ts";
 import type {
   CipherAlgorithm,
   Client,
@@ -1613,10 +1612,12 @@ function objectSchema(table: Readonly<Record<string, Setting>>) {
   };
 }
 
-/** The JSON Schema of settings.json. */
-export function settingsSchema(): Record<string, unknown> {
+/** The JSON Schema of settings.json, with the options of plugins. */
+export function settingsSchema(
+  plugins: readonly Plugin[],
+): Record<string, unknown> {
   const { properties, ...schema } = objectSchema(SETTINGS);
-  const options = builtinPlugins.map(({ name, options = {} }) =>
+  const options = plugins.map(({ name, options = {} }) =>
     [name, objectSchema(options)] as const
   );
   return {
@@ -2034,10 +2035,77 @@ export function pluginProblem(plugin: unknown): string | undefined {
   return odd && `'${odd}' is no function`;
 }
 
+/** The files in plugins/, in a bundle, which has them in itself. */
+declare const BUNDLED_PLUGINS: string;
+
+/** The files in plugins/; without that directory, none. */
+function listBuiltinFiles(): readonly string[] {
+  if (typeof BUNDLED_PLUGINS !== "undefined") return BUNDLED_PLUGINS.split(" ");
+  const directory = new URL("plugins", import.meta.url);
+  return existsSync(directory) ? readdirSync(directory) : [];
+}
+
+/** The names of the plugins that are built in, by which they are found. */
+export function builtinNames(): string[] {
+  return listBuiltinFiles().filter((file) => /^[a-z].*\.ts$/.test(file))
+    .map((file) => file.slice(0, -".ts".length).replaceAll("_", "-")).sort();
+}
+
+/** Loads the built-in plugin of a name; `undefined`: there is none. */
+export async function loadBuiltin(name: string): Promise<Plugin | undefined> {
+  if (!builtinNames().includes(name)) return undefined;
+  const file = name.replaceAll("-", "_");
+  const { default: plugin } = await import(`./plugins/${file}.ts`);
+  builtinPlugins.add(plugin);
+  return plugin;
+}
+
+/** Where on a build's way a plugin is asked first. */
+function turnOf(plugin: Plugin): number {
+  return HOOKS.findIndex((hook) => hook in plugin);
+}
+
+/**
+ * Loads built-in plugins with hooks, all unless told which, in the order in
+ * which they are asked: as a build meets them, then by name.
+ */
+export async function loadBuiltins(
+  names: readonly string[] = builtinNames(),
+): Promise<Plugin[]> {
+  const plugins = await Promise.all(names.toSorted().map(loadBuiltin));
+  return plugins.filter((plugin) => plugin !== undefined)
+    .filter((plugin) => turnOf(plugin) >= 0)
+    .sort((a, b) => turnOf(a) - turnOf(b));
+}
+
+/** Loads what the settings name of the built-in plugins, after our own. */
+async function loadChosen(settings: Settings): Promise<Plugin[]> {
+  const own = [guixPlugin, guilePlugin];
+  const names = new Set([
+    ...CHOICES.map((hook) => settings[hook]),
+    ...Object.keys(settings.use),
+  ]);
+  own.forEach(({ name }) => names.delete(name));
+  const plugins = [...own, ...await loadBuiltins([...names])];
+  for (const hook of CHOICES) {
+    const isThere = ({ name, [hook]: call }: Plugin) =>
+      name === settings[hook] && call !== undefined;
+    if (plugins.some(isThere)) continue;
+    const known = [...own, ...await loadBuiltins()]
+      .filter((plugin) => plugin[hook] !== undefined)
+      .map(({ name }) => name);
+    throw new OffloadError(
+      `there is no built-in ${hook} '${settings[hook]}', only '` +
+        `${known.join("', '")}'`,
+    );
+  }
+  return plugins;
+}
+
 /** Loads a site's plugin. */
 async function loadPlugin(
   file: string,
-  others: readonly Plugin[],
+  taken: readonly string[],
   seconds: number,
 ): Promise<Plugin> {
   checkOwner(dirname(file));
@@ -2048,7 +2116,7 @@ async function loadPlugin(
     `${file}: not loaded within ${seconds} s`,
   );
   const problem = pluginProblem(plugin) ??
-    (others.some(({ name }) => name === plugin.name)
+    (taken.includes(plugin.name)
       ? `the name '${plugin.name}' is taken`
       : undefined);
   if (problem !== undefined) throw new OffloadError(`${file}: ${problem}`);
@@ -2064,36 +2132,30 @@ export async function loadPlugins(
   settings: Settings,
   log: Log,
 ): Promise<readonly Plugin[]> {
-  const builtins = [guixPlugin, ...builtinPlugins];
-  for (const hook of CHOICES) {
-    const names = builtins.filter((plugin) => plugin[hook] !== undefined)
-      .map(({ name }) => name);
-    if (names.includes(settings[hook])) continue;
-    throw new OffloadError(
-      `there is no built-in ${hook} '${settings[hook]}', only '` +
-        `${names.join("', '")}'`,
-    );
-  }
+  const chosen = await loadChosen(settings);
+  const taken = [guixPlugin.name, guilePlugin.name, ...builtinNames()];
   const plugins: Plugin[] = [];
   let failures = 0;
   for (const file of await findPlugins(directory)) {
     try {
-      plugins.push(
-        await loadPlugin(file, [...plugins, ...builtins], settings.hookTimeout),
-      );
+      const plugin = await loadPlugin(file, taken, settings.hookTimeout);
+      plugins.push(plugin);
+      taken.push(plugin.name);
     } catch (error) {
       failures++;
       const known = error instanceof OffloadError;
       log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
     }
   }
-  plugins.push(...builtins);
+  plugins.push(...chosen);
   for (const [name, options] of Object.entries(settings.use)) {
     const plugin = plugins.find((plugin) => plugin.name === name);
     if (plugin === undefined && failures > 0) continue; // it may be that one
     if (plugin === undefined) {
+      const known = new Set([...plugins, ...await loadBuiltins()]
+        .map(({ name }) => name));
       throw new OffloadError(`setting 'use': there is no plugin '${name}'`, {
-        hint: `the plugins are ${plugins.map(({ name }) => name).join(", ")}`,
+        hint: `the plugins are ${[...known].join(", ")}`,
       });
     }
     const isObject = options?.constructor === Object;
@@ -2173,7 +2235,7 @@ function checkMachines(list: unknown, context: PluginContext): Machine[] {
 
 /** Whether a plugin is one of ours, not the site's. */
 function isBuiltin(plugin: Plugin): boolean {
-  return plugin === guixPlugin || builtinPlugins.includes(plugin);
+  return builtinPlugins.has(plugin);
 }
 
 /** Whether it is a built-in one that needs no setting: the machine file's. */
@@ -2357,6 +2419,32 @@ const guixPlugin: Plugin = {
   score: ({ machine }) => machine.speed,
   transport: (_, context) => daemonTransport(context),
 };
+
+/** Stands in for the plugin of that name, which only programs need. */
+const guilePlugin: Plugin = {
+  name: "guile-machines",
+  async machines(context) {
+    let file: MachineFile;
+    try {
+      file = await context.machineFile();
+    } catch {
+      return []; // the plugin "guix" tells what is wrong
+    }
+    if (file.needsGuile === undefined) return [];
+    const plugin = await loadBuiltin(guilePlugin.name);
+    if (plugin?.machines !== undefined) {
+      return await plugin.machines({ ...context, machineFile: () => file });
+    }
+    throw new OffloadError(
+      `${file.needsGuile}: only Guile can evaluate this, and the plugin ` +
+        `'${guilePlugin.name}' is not there`,
+      { hint: "have Offload's plugins/ beside mod.ts, or a plain list there" },
+    );
+  },
+};
+
+/** The built-in plugins that are loaded. */
+const builtinPlugins = new Set([guixPlugin, guilePlugin]);
 
 // ---------------------------------------------------------------------------
 // Wire: the store RPC

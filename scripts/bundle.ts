@@ -37,6 +37,12 @@ const BANNER = `import { createRequire } from "node:module";
 const require = createRequire(import.meta.url);
 const __dirname = import.meta.dirname;`;
 
+/** The plugins, which a bundle finds by this list of their files. */
+function plugins(): string {
+  return readdirSync(`${ROOT}/plugins`).filter((file) => file.endsWith(".ts"))
+    .sort().join(" ");
+}
+
 /** Bundles the script, its plugins and its packages. */
 function bundle(): { script: string; inputs: readonly string[] } {
   const { outputFiles, metafile } = buildSync({
@@ -49,6 +55,7 @@ function bundle(): { script: string; inputs: readonly string[] } {
     platform: "node",
     format: "esm",
     target: "node22.18",
+    define: { BUNDLED_PLUGINS: JSON.stringify(plugins()) },
     // Compiled for some machine, and ssh2 does without.
     external: ["*.node", "cpu-features"],
     banner: { js: BANNER },
@@ -64,11 +71,11 @@ function bundle(): { script: string; inputs: readonly string[] } {
  * than all the rest for an answer to guix-daemon, which needs no connection.
  */
 function makeLazy(script: string): string {
-  const imports = /^var (import_\w+) = __toESM\((require_\w+)\(\), 1\);$/gm;
+  const imports = /^( +import_\w+) = __toESM\((require_\w+)\(\), 1\);$/gm;
   if (!imports.test(script)) throw new Error("found no import of a package");
   return script.replace(
     imports,
-    "var $1 = { get default() { return __toESM($2(), 1).default; } };",
+    "$1 = { get default() { return __toESM($2(), 1).default; } };",
   );
 }
 

@@ -90,7 +90,7 @@ function examples(): string {
 }
 
 function settings(): string {
-  const { properties } = settingsSchema() as {
+  const { properties } = settingsSchema([]) as {
     properties: Record<string, { description?: string; default?: unknown }>;
   };
   const items = Object.entries(properties)

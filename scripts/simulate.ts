@@ -19,6 +19,7 @@ import process from "node:process";
 import { pathToFileURL } from "node:url";
 import { cac } from "../deps.ts";
 import {
+  builtinNames,
   contextFor,
   loadPlugins,
   machineFromFields,
@@ -793,7 +794,11 @@ async function compare(options: Options): Promise<number> {
   const told = readSettings(directory, process.env);
   const settings = { ...told, score: String(options.score ?? told.score) };
   // What the settings say of a site's own plugins is of no interest here.
-  const builtins = await loadPlugins("", { ...settings, use: {} }, console);
+  const names = builtinNames();
+  const use = Object.fromEntries(
+    Object.entries(settings.use).filter(([name]) => names.includes(name)),
+  );
+  const builtins = await loadPlugins("", { ...settings, use }, console);
   const builtin = (name: string) =>
     builtins.find((plugin) => plugin.name === name)!;
   const plugins = builtins.filter(({ name, score }) =>

@@ -5,7 +5,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { machineToJson } from "../mod.ts";
+import { loadBuiltins, machineToJson } from "../mod.ts";
 import type { Hooks, Plugin } from "../mod.ts";
 import {
   checkExclude,
@@ -15,10 +15,10 @@ import {
   MACHINE,
   makePluginContext,
 } from "../plugins/_contract.ts";
-import builtinPlugins from "../plugins/mod.ts";
 import { runtimes } from "./helpers.ts";
 
 const test = suite("contract");
+const builtinPlugins = await loadBuiltins();
 const root = new URL("..", import.meta.url);
 
 /** Options with which a plugin needs nothing but files of this directory. */

@@ -17,6 +17,7 @@ import * as assert from "uvu/assert";
 import {
   chooseBuildMachine,
   listMachines,
+  loadBuiltins,
   loadPlugins,
   openSession,
   readSettings,
@@ -29,11 +30,11 @@ import type {
   Exclusion,
   Plugin,
 } from "../mod.ts";
-import builtinPlugins from "../plugins/mod.ts";
 import { candidate, machine, makeContext, request } from "./context.ts";
 import { greeter, rejects } from "./helpers.ts";
 
 const test = suite("plugins");
+const builtinPlugins = await loadBuiltins();
 const root = fileURLToPath(new URL("..", import.meta.url));
 let directory = "";
 
@@ -138,9 +139,10 @@ test("a plugin is type-checked against mod.ts", () => {
 
 test("built-in plugins are short, and read mod.ts for its types alone", () => {
   const read = (file: string) => readFileSync(`${root}plugins/${file}`, "utf8");
-  const imports = read("mod.ts").matchAll(/^import \w+ from "\.\/(.*)";$/gm);
-  const listed = [...imports].map(([, file]) => file!);
-  assert.is(listed.length, builtinPlugins.length);
+  const listed = builtinPlugins.map(({ name }) =>
+    `${name.replaceAll("-", "_")}.ts`
+  );
+  assert.ok(listed.length > 10);
   for (const file of listed) {
     const lines = read(file).trimEnd().split("\n").length;
     assert.ok(lines <= 150, `plugins/${file} has ${lines} lines`);

@@ -10,7 +10,12 @@ import {
 import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { OffloadError, readSettings, settingsSchema } from "../mod.ts";
+import {
+  loadBuiltins,
+  OffloadError,
+  readSettings,
+  settingsSchema,
+} from "../mod.ts";
 import { throws, withDirectory } from "./helpers.ts";
 
 const test = suite("settings");
@@ -96,14 +101,15 @@ test("readSettings() reads an object from a variable", () => {
   assertRefused(/OFFLOAD_USE: .*JSON/, "{}", { OFFLOAD_USE: "{drain}" });
 });
 
-test("settingsSchema() is what stands in plugins/settings.schema.json", () => {
+test("settingsSchema() is what stands in plugins/settings.schema.json", async () => {
   const file = new URL("../plugins/settings.schema.json", import.meta.url);
-  assert.equal(JSON.parse(readFileSync(file, "utf8")), settingsSchema());
+  const schema = settingsSchema(await loadBuiltins());
+  assert.equal(JSON.parse(readFileSync(file, "utf8")), schema);
 });
 
 test("README lists every setting with its default", () => {
   const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
-  const { properties } = settingsSchema() as {
+  const { properties } = settingsSchema([]) as {
     properties: Record<string, { default?: unknown }>;
   };
   for (const [name, setting] of Object.entries(properties)) {

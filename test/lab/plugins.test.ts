@@ -200,11 +200,12 @@ const CONTRACT = `
 import { readFileSync } from "node:fs";
 import { argv } from "node:process";
 import * as contract from "/offload/plugins/_contract.ts";
-import { loadPlugins, readSettings } from "/offload/mod.ts";
+import { loadBuiltins, loadPlugins, readSettings } from "/offload/mod.ts";
 import { parseMachines } from "/offload/plugins/_machine_list.ts";
 
 const settings = readSettings("/nonexistent", {});
-const plugins = await loadPlugins("/nonexistent", settings, console);
+const [guix] = await loadPlugins("/nonexistent", settings, console);
+const plugins = [guix, ...await loadBuiltins()];
 const named = (name) => plugins.find((plugin) => plugin.name === name);
 const context = contract.makePluginContext(named("guix"));
 const text = "[" + readFileSync("/tmp/machine.json", "utf8") + "]";
