@@ -8,7 +8,6 @@
  */
 
 import { Buffer, isUtf8 } from "node:buffer";
-import { execFile } from "node:child_process";
 import {
   constants,
   createHash,
@@ -25,17 +24,13 @@ import {
   closeSync,
   constants as fileConstants,
   existsSync,
-  fchmodSync,
-  fchownSync,
   fstatSync,
   lstatSync,
   mkdirSync,
   mkdtempSync,
-  opendirSync,
   openSync,
   readdirSync,
   readFileSync,
-  realpathSync,
   renameSync,
   rmdirSync,
   rmSync,
@@ -47,8 +42,8 @@ import {
 } from "node:fs";
 import type { Stats } from "node:fs";
 import { createConnection } from "node:net";
-import { hostname, machine as architecture, tmpdir, userInfo } from "node:os";
-import { basename, dirname, resolve } from "node:path";
+import { hostname, userInfo } from "node:os";
+import { basename, dirname } from "node:path";
 import process from "node:process";
 import { createInterface } from "node:readline";
 import { DatabaseSync } from "node:sqlite";
@@ -59,7 +54,7 @@ import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { isatty } from "node:tty";
 import { pathToFileURL } from "node:url";
-import { format, stripVTControlCharacters } from "node:util";
+import { format } from "node:util";
 import {
   constants as zlibConstants,
   createGunzip,
@@ -73,7 +68,6 @@ import type {
   Client,
   ConnectConfig,
   ParsedKey,
-  ServerHostKeyAlgorithm,
 } from "./deps.ts";
 
 // ---------------------------------------------------------------------------
@@ -144,7 +138,7 @@ export interface BuildOptions {
 // ---------------------------------------------------------------------------
 
 /** What the hook's exit code tells the daemon. */
-const EXIT = {
+export const EXIT = {
   transient: 1,
   usage: 2,
   buildFailed: 100,
@@ -164,7 +158,7 @@ export const ERROR_CODES = [
 export type ErrorCode = typeof ERROR_CODES[number];
 
 /** The code of an error, whoever threw it. */
-function codeOf(error: unknown): ErrorCode {
+export function codeOf(error: unknown): ErrorCode {
   const { code } = (error ?? {}) as Partial<OffloadError>;
   return ERROR_CODES.find((known) => known === code) ?? "failed";
 }
@@ -202,7 +196,8 @@ export class OffloadError extends Error {
 }
 
 /** A failure of this machine: no other build machine would help. */
-class LocalError extends OffloadError {
+export class LocalError extends OffloadError {
+  /** What is wrong, for programs. */
   static override readonly code = "local";
 }
 
@@ -218,12 +213,13 @@ class Killed extends OffloadError {}
 class Excess extends ProtocolError {}
 
 /** What was waited for takes too long. */
-class Late extends OffloadError {
+export class Late extends OffloadError {
+  /** What is wrong, for programs. */
   static override readonly code = "late";
 }
 
 /** Waits for work that may take so many seconds, else fails with `message`. */
-async function within<T>(
+export async function within<T>(
   seconds: number,
   work: Promise<T>,
   message: string,
@@ -239,7 +235,7 @@ async function within<T>(
 }
 
 /** Settles as `work` does, or fails when the signal comes. */
-async function unlessAborted<T>(
+export async function unlessAborted<T>(
   signal: AbortSignal,
   work: Promise<T>,
 ): Promise<T> {
@@ -432,7 +428,7 @@ const SYSTEM_ERRORS: Readonly<Record<string, string>> = {
 };
 
 /** Says in a few words what a problem is. */
-function reason(problem: unknown): string {
+export function reason(problem: unknown): string {
   if (!(problem instanceof Error)) return String(problem);
   const { code } = problem as NodeJS.ErrnoException;
   return SYSTEM_ERRORS[code ?? ""] ?? problem.message;
@@ -443,7 +439,8 @@ function count(items: number): string {
   return `${items} store item${items === 1 ? "" : "s"}`;
 }
 
-function mebibytes(bytes: number): string {
+/** Bytes, in MiB, as messages have them. */
+export function mebibytes(bytes: number): string {
   return (bytes / 2 ** 20).toFixed(1);
 }
 
@@ -454,7 +451,7 @@ const LONGEST_MESSAGE = 65536;
  * Text from outside as messages may contain it: what controls a terminal is
  * taken out, and no further line begins as an answer to guix-daemon would.
  */
-function printable(text: string): string {
+export function printable(text: string): string {
   return text.slice(0, LONGEST_MESSAGE).replace(
     /\p{Cc}/gu,
     (it) => it === "\n" ? "\n  " : it === "\t" ? it : "?",
@@ -1253,7 +1250,7 @@ function integerRule(least: number, most: number): FieldRule {
 }
 
 /** Tells whether a value is a number in a range. */
-function isWithin(value: unknown, least: number, most: number): boolean {
+export function isWithin(value: unknown, least: number, most: number): boolean {
   return typeof value === "number" && least <= value && value <= most;
 }
 
@@ -1516,7 +1513,8 @@ export interface Setting {
   readonly maximum?: number;
 }
 
-const DAY = 86400;
+/** The seconds of a day. */
+export const DAY = 86400;
 
 const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
   attempts: {
@@ -2239,7 +2237,7 @@ function isBuiltin(plugin: Plugin): boolean {
 }
 
 /** Whether it is a built-in one that needs no setting: the machine file's. */
-function isDefault(plugin: Plugin): boolean {
+export function isDefault(plugin: Plugin): boolean {
   return isBuiltin(plugin) && plugin.options === undefined;
 }
 
@@ -2992,7 +2990,7 @@ function itemName(path: string): string {
 }
 
 /** The name of a derivation, without hash and `.drv`. */
-function derivationName(path: string): string {
+export function derivationName(path: string): string {
   return itemName(path).replace(/\.drv$/, "");
 }
 
@@ -3190,7 +3188,7 @@ const BLOCK = 4096;
 export type Take = (size: number) => void;
 
 /** Lets archives take so many bytes on the disk, all in all. */
-function takeUpTo(limit: number): Take {
+export function takeUpTo(limit: number): Take {
   let taken = 0;
   return (size) => {
     taken += size;
@@ -3336,17 +3334,21 @@ async function restoreEntry(
 }
 
 /** What an export says of its item, behind the nar. */
-interface ItemMetadata {
+export interface ItemMetadata {
+  /** Its place in the store. */
   readonly path: string;
+  /** The items that it refers to. */
   readonly references: readonly string[];
+  /** The derivation that made it; empty where that is not known. */
   readonly deriver: string;
+  /** Who vouches for it: a canonical s-expression, if anybody does. */
   readonly signature: string | undefined;
   /** SHA-256 of all but the signature. */
   readonly hash: Buffer;
 }
 
 /** Restores an exported item as the new file `target`. */
-async function restoreItem(
+export async function restoreItem(
   reader: ByteReader,
   target: string,
   take: Take,
@@ -3440,18 +3442,19 @@ export function parseSexp(text: string, name: string): Sexp {
   return position === text.length ? sexp : fail();
 }
 
-function isAtom(sexp: Sexp | undefined): sexp is Buffer {
+/** Whether an s-expression is an atom. */
+export function isAtom(sexp: Sexp | undefined): sexp is Buffer {
   return sexp instanceof Buffer;
 }
 
 /** The same text for the same s-expression. */
-function sexpKey(sexp: Sexp): string {
+export function sexpKey(sexp: Sexp): string {
   if (isAtom(sexp)) return sexp.toString("hex");
   return `(${sexp.map(sexpKey).join(" ")})`;
 }
 
 /** The first list in `sexp` that begins with `token`. */
-function findToken(
+export function findToken(
   sexp: Sexp | undefined,
   token: string,
 ): readonly Sexp[] | undefined {
@@ -3468,7 +3471,10 @@ function findToken(
 }
 
 /** The last atom of the list that begins with `token`. */
-function tokenValue(sexp: Sexp | undefined, token: string): Buffer | undefined {
+export function tokenValue(
+  sexp: Sexp | undefined,
+  token: string,
+): Buffer | undefined {
   const value = findToken(sexp, token)?.at(-1);
   return isAtom(value) ? value : undefined;
 }
@@ -3497,7 +3503,7 @@ export function parseAcl(text: string, file: string): Acl {
 }
 
 /** Reads the access-control list; without one, nothing may come back. */
-function readAcl(configDirectory: string): Acl {
+export function readAcl(configDirectory: string): Acl {
   const file = `${configDirectory}/acl`;
   try {
     const acl = parseAcl(readFileSync(file, "latin1"), file);
@@ -3746,7 +3752,7 @@ export interface Slot {
 }
 
 /** Whose a file is, if not root's, or else what is on the way to it. */
-function ownerOf(file: string): Stats | undefined {
+export function ownerOf(file: string): Stats | undefined {
   const above = dirname(file);
   const owner = above === file ? undefined : ownerOf(above);
   // A link is of whom made it, what it leads to maybe of another.
@@ -3921,7 +3927,7 @@ export function writableDirectory(directory: string): string {
 }
 
 /** Names a machine as the slot directories do. */
-function machineId(machine: Machine): string {
+export function machineId(machine: Machine): string {
   return `${machine.name}:${machine.port}`;
 }
 
@@ -4034,7 +4040,7 @@ function isLocked(file: string): boolean {
 }
 
 /** Whether this account may look into a directory, or none is there. */
-function maySee(directory: string): boolean {
+export function maySee(directory: string): boolean {
   try {
     statSync(`${directory}/.`, { throwIfNoEntry: false });
     return true;
@@ -4044,7 +4050,10 @@ function maySee(directory: string): boolean {
 }
 
 /** The files of a machine's slots that are taken, as far as can be seen. */
-function takenSlots(machine: Machine, stateDirectory: string): string[] {
+export function takenSlots(
+  machine: Machine,
+  stateDirectory: string,
+): string[] {
   const directory = slotDirectory(machine, stateDirectory);
   if (!maySee(directory)) return [];
   return asOwner(directory, () => {
@@ -4059,7 +4068,10 @@ function takenSlots(machine: Machine, stateDirectory: string): string[] {
 }
 
 /** Counts the free slots of a machine, without taking them. */
-function countFreeSlots(machine: Machine, stateDirectory: string): number {
+export function countFreeSlots(
+  machine: Machine,
+  stateDirectory: string,
+): number {
   const taken = takenSlots(machine, stateDirectory).length;
   return Math.max(0, machine.parallelBuilds - taken);
 }
@@ -4183,7 +4195,7 @@ const PRUNED_ROWS = 1000;
 const DOUBT_LIFETIME = 3_600_000;
 
 /** How many different builds must speak against a machine: it comes last. */
-const DOUBTS = 2;
+export const DOUBTS = 2;
 
 /** For how long observations are kept in memory, in ms, before another try. */
 const OBSERVATIONS_RETRY = { locked: 1000, other: 10_000 } as const;
@@ -4629,9 +4641,16 @@ export type UsedSlot = {
 /** How many keepalives may stay unanswered within their timeout. */
 const KEEPALIVES = 3;
 
+/** How a host key may sign. */
+export type HostKeyAlgorithm =
+  | "ssh-ed25519"
+  | "ssh-rsa"
+  | `rsa-sha2-${256 | 512}`
+  | `ecdsa-sha2-nistp${256 | 384 | 521}`;
+
 /** The signature algorithms by which a server shows a key of each type. */
-const HOST_KEY_ALGORITHMS: Readonly<
-  Record<string, readonly ServerHostKeyAlgorithm[]>
+export const HOST_KEY_ALGORITHMS: Readonly<
+  Record<string, readonly HostKeyAlgorithm[]>
 > = {
   "ssh-ed25519": ["ssh-ed25519"],
   "ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"],
@@ -4676,7 +4695,7 @@ export interface Session
 }
 
 /** Splits a host key such as `ssh-ed25519 AAAA… comment`. */
-function parseHostKey(machine: Machine): { type: string; key: Buffer } {
+export function parseHostKey(machine: Machine): { type: string; key: Buffer } {
   const [type = "", base64 = ""] = machine.hostKey.trim().split(/\s+/);
   const key = Buffer.from(base64, "base64");
   if (!(type in HOST_KEY_ALGORITHMS) || sshKeyType(key) !== type) {
@@ -4693,7 +4712,7 @@ function parseHostKey(machine: Machine): { type: string; key: Buffer } {
 }
 
 /** The type of an SSH public key, with which its blob begins (RFC 4253). */
-function sshKeyType(blob: Buffer): string | undefined {
+export function sshKeyType(blob: Buffer): string | undefined {
   if (blob.length < 4) return undefined;
   return blob.subarray(4, 4 + blob.readUInt32BE()).toString("latin1");
 }
@@ -4803,10 +4822,10 @@ export function readPrivateKey(file: string): string {
 }
 
 /** What ssh2 puts beside an error's message. */
-type SshError = Error & { readonly level?: string };
+export type SshError = Error & { readonly level?: string };
 
 /** The command that logs in as we do, for an administrator to try. */
-function sshCommand({ name, port, user, privateKey }: Machine): string {
+export function sshCommand({ name, port, user, privateKey }: Machine): string {
   return `ssh -p ${port} -i ${privateKey} ${user}@${name}`;
 }
 
@@ -4886,7 +4905,7 @@ function authenticateByKey(
 }
 
 /** The fingerprint of an SSH public key, as OpenSSH shows it. */
-function fingerprint(key: Buffer): string {
+export function fingerprint(key: Buffer): string {
   const hash = createHash("sha256").update(key).digest("base64");
   return `SHA256:${hash.replace(/=+$/, "")}`;
 }
@@ -5042,7 +5061,7 @@ function daemonMethods(link: Link, machine: Machine) {
 }
 
 /** Makes a session of a connection. */
-function makeSession(
+export function makeSession(
   machine: Machine,
   connection: Connection,
   { log, signal, settings: { connectTimeout } }: Pick<
@@ -5123,11 +5142,12 @@ const CROWDED = {
   delay: 100, // milliseconds, growing and with jitter
 } as const;
 
-async function connect(
+/** Connects to a machine over SSH, logged in unless `others` say how. */
+export async function connect(
   machine: Machine,
   { signal, settings }: PluginContext,
   reached?: (what: Reached) => void,
-  others: Partial<ConnectConfig> = {},
+  others: Readonly<Record<string, unknown>> = {},
 ): Promise<Connection> {
   signal.throwIfAborted();
   const client = new ssh2.Client();
@@ -5223,7 +5243,7 @@ function noteUse<T extends Duplex>(channel: T, link: Link): T {
 }
 
 /** Quotes a word for a POSIX shell. */
-function quoteWord(word: string): string {
+export function quoteWord(word: string): string {
   return `'${word.replaceAll("'", "'\\''")}'`;
 }
 
@@ -5522,7 +5542,7 @@ async function openRemoteDaemon(
 }
 
 /** Connects to this machine's daemon. */
-async function openLocalDaemon(
+export async function openLocalDaemon(
   { daemonSocket: path, settings: { connectTimeout } }: Context,
 ): Promise<StoreConnection> {
   const stream = createConnection({ path });
@@ -5674,7 +5694,10 @@ export function normalizedLoad({ load, cores }: Facts): number | undefined {
 const LONGEST_FACTS = 16384;
 
 /** Asks a machine for its facts, all by one command. */
-async function probe(session: Session, context: Context): Promise<Facts> {
+export async function probe(
+  session: Session,
+  context: Context,
+): Promise<Facts> {
   const start = performance.now();
   const command = probeCommand(context.storeDirectory);
   const process = await session.exec(command, true).catch((error) => {
@@ -5694,7 +5717,7 @@ async function probe(session: Session, context: Context): Promise<Facts> {
 }
 
 /** Why a machine file that a farm shares is no trouble on its machines. */
-const THIS_MACHINE: Exclusion = {
+export const THIS_MACHINE: Exclusion = {
   why: "it is this machine, which sends itself no builds",
   isBusy: false,
 };
@@ -5762,7 +5785,7 @@ async function holdsItem(
  * `path`, an item of ours, mostly shows it; only what looks like ours is asked
  * for an item that was made for that.
  */
-async function isOurStore(
+export async function isOurStore(
   remote: StoreConnection,
   path: string,
   context: Context,
@@ -5775,7 +5798,7 @@ async function isOurStore(
  * Whether the guix-daemon that is reached is that of this machine: a build that
  * is sent to it would wait for its own lock.
  */
-async function isThisMachine(
+export async function isThisMachine(
   machine: Machine,
   remote: StoreConnection,
   path: string,
@@ -5850,7 +5873,7 @@ function isFresh(
 }
 
 /** Until when a machine is left alone, in milliseconds since 1970. */
-function leftAloneUntil(
+export function leftAloneUntil(
   machine: Machine,
   record: MachineRecord | undefined,
   { backoff, backoffLimit }: Settings,
@@ -6130,7 +6153,7 @@ async function consultAll(
 }
 
 /** Finds out about the machines, asking only those that nothing is known of. */
-async function survey(
+export async function survey(
   machines: readonly Machine[],
   request: Request,
   context: Context,
@@ -6183,7 +6206,7 @@ function alternativeTo(
 }
 
 /** Says why a machine gets no build now, if it gets none. */
-function exclusion(
+export function exclusion(
   { machine, facts, problem, until, excluded }: Prospect,
   { settings }: Context,
 ): Exclusion | undefined {
@@ -6215,13 +6238,15 @@ function exclusion(
 }
 
 /** What speaks for a machine. */
-interface Appraisal {
+export interface Appraisal {
+  /** The machine, and what is known of it. */
   readonly prospect: Prospect;
+  /** What each plugin says. */
   readonly scores: Scores;
 }
 
 /** Scores the machines that may take a build; the best comes first. */
-async function rank(
+export async function rank(
   prospects: readonly Prospect[],
   request: ScoredRequest,
   context: Context,
@@ -6279,7 +6304,10 @@ function takeSlot(
 }
 
 /** Lets go of what was opened to ask, but for `chosen`. */
-function dismiss(prospects: readonly Prospect[], chosen?: Prospect): void {
+export function dismiss(
+  prospects: readonly Prospect[],
+  chosen?: Prospect,
+): void {
   for (const prospect of prospects) {
     if (prospect === chosen) continue;
     prospect.dismissed = true; // who is still asked closes it himself
@@ -6466,7 +6494,11 @@ async function queryInputs(
   }
 }
 
-function scoredRequest(request: Request, context: Context): ScoredRequest {
+/** A request as scores see it: with what is known of earlier builds. */
+export function scoredRequest(
+  request: Request,
+  context: Context,
+): ScoredRequest {
   const name = derivationName(request.derivation);
   let inputs: Promise<InputItem[]> | undefined;
   return {
@@ -7168,12 +7200,13 @@ function temporaryName(output: string): string {
   return `${output}.chroot`;
 }
 
-function removeFile(file: string): void {
+/** Removes a file, or a directory with all that is in it. */
+export function removeFile(file: string): void {
   rmSync(file, { recursive: true, force: true });
 }
 
 /** Checks that an item was asked for and is signed by whom we trust. */
-function checkItem(
+export function checkItem(
   item: ItemMetadata,
   outputs: readonly string[],
   acl: Acl,
@@ -7866,7 +7899,8 @@ export interface Command {
 }
 
 const JSON_OPTION = ["--json", "Print JSON"] as const;
-const HELP_OPTION = ["--help", "Show this help"] as const;
+/** The option that every command has. */
+export const HELP_OPTION = ["--help", "Show this help"] as const;
 const TIMEOUT_OPTION = [
   "--timeout SECONDS",
   "Give each machine so long, not the setting 'connectTimeout'",
@@ -7998,1892 +8032,25 @@ export const EXIT_CODES: readonly (readonly [code: string, meaning: string])[] =
   ];
 
 /** The options of a command, as cac names them. */
-type CommandOptions = Readonly<
+export type CommandOptions = Readonly<
   Record<string, string | number | boolean | undefined>
 >;
 
 /** What a command has to say, and its exit code. */
-interface CommandResult {
+export interface CommandResult {
+  /** What is printed; empty: nothing. */
   readonly output: string;
+  /** What the program exits with. */
   readonly exitCode: number;
   /** What is wrong beside it: told after the output. */
   readonly problem?: unknown;
 }
 
 /** An error in how a command is called. */
-function usageError(message: string, command?: string): OffloadError {
+export function usageError(message: string, command?: string): OffloadError {
   const hint = `run 'offload ${command ? `${command} ` : ""}--help'`;
   const code = "usage";
   return new OffloadError(message, { hint, code, exitCode: EXIT.usage });
-}
-
-/** Whether something is wrong with the machine file. */
-function hasErrors({ problems }: Context): boolean {
-  return problems.some(({ severity }) => severity === "error");
-}
-
-/** Lays out rows, the first one being the heading, or separates by tabs. */
-function formatTable(
-  rows: readonly (readonly (string | Styled)[])[],
-  { isTerminal, paint }: Screen,
-): string {
-  const texts = rows.map((row) =>
-    row.map((it) => inOneLine(typeof it === "string" ? it : it.text))
-  );
-  if (!isTerminal) return texts.map((row) => row.join("\t")).join("\n");
-  const widths: number[] = [];
-  for (const row of texts) {
-    row.forEach((text, i) => widths[i] = Math.max(widths[i] ?? 0, text.length));
-  }
-  const lines = texts.map((row, y) =>
-    row.map((text, x) => {
-      const cell = rows[y]![x]!;
-      const painted = typeof cell === "string" ? text : paint(cell.style, text);
-      return painted + " ".repeat(widths[x]! - text.length);
-    }).join("  ").trimEnd()
-  );
-  const [heading, ...others] = lines;
-  return [paint("heading", heading!), ...others].join("\n");
-}
-
-/** The plugins that list machines: where a FILE is named, it alone counts. */
-function machinePlugins(
-  file: string | undefined,
-  { plugins }: Context,
-): readonly Plugin[] {
-  if (file === undefined) return plugins;
-  if (existsSync(file)) return plugins.filter(isDefault);
-  throw usageError(`failed to open machine file '${file}': no such file`);
-}
-
-/** `offload machines [FILE]`. */
-async function machinesCommand(
-  [file]: readonly string[],
-  options: CommandOptions,
-  context: Context,
-  screen: Screen,
-): Promise<CommandResult> {
-  const plugins = machinePlugins(file, context);
-  const machines = await listMachines({ ...context, plugins });
-  const rows = machines.map((machine) => [
-    machineId(machine),
-    machine.systems.join(","),
-    machine.user,
-    String(machine.parallelBuilds),
-    String(machine.speed),
-    String(
-      machine.overloadThreshold === false ? "-" : machine.overloadThreshold,
-    ),
-    machine.features.join(",") || "-",
-  ]);
-  const columns = "machine,systems,user,slots,speed,threshold,features";
-  const output = options.json
-    ? JSON.stringify(machines.map(machineToJson), null, 2)
-    : formatTable([columns.split(","), ...rows], screen);
-  const failed = hasErrors(context);
-  return { output, exitCode: failed ? 1 : 0 };
-}
-
-/** A machine as `offload explain` shows it. */
-interface Explanation {
-  readonly machine: string;
-  /** Whether it would be chosen. */
-  readonly chosen: boolean;
-  /** Why it would not, were it the only one. */
-  readonly excluded?: string | undefined;
-  readonly scores?: Scores | undefined;
-  readonly freeSlots: number;
-  readonly slots: number;
-  readonly facts?: Facts | undefined;
-}
-
-/** Why a machine can't build what is asked for, if so. */
-function mismatch(machine: Machine, request: Request): string | undefined {
-  if (machineMatches(machine, request)) return undefined;
-  if (!machine.systems.includes(request.system)) {
-    return `does not build for ${request.system}`;
-  }
-  const lacking = request.features
-    .filter((feature) => !machine.features.includes(feature));
-  return `lacks the features ${lacking.join(", ")}`;
-}
-
-/** What guix-daemon builds beside what is of its own system. */
-const ALSO_BUILT: Readonly<Record<string, string>> = {
-  "x86_64-linux": "i686-linux",
-  "aarch64-linux": "armhf-linux",
-};
-
-/** Whether guix-daemon builds for a system on this machine (nix/libstore). */
-function isBuiltHere(system: string): boolean {
-  const own = systemOf(architecture());
-  return system === own || system === ALSO_BUILT[own];
-}
-
-/**
- * Finds out who would build a derivation; takes no slot. `never` says why the
- * hook is not asked, if so: no machine is, either.
- */
-async function explain(
-  request: Request,
-  context: Context,
-  never?: string,
-): Promise<Explanation[]> {
-  const machines = await listMachines(context);
-  const matching = machines.filter((machine) =>
-    never === undefined && machineMatches(machine, request)
-  );
-  const prospects = await survey(matching, request, context);
-  const ranking = await rank(
-    prospects,
-    scoredRequest(request, context),
-    context,
-  );
-  dismiss(prospects);
-  const ranked = new Map(
-    ranking.map(({ prospect, scores }) => [prospect.machine, scores] as const),
-  );
-  const chosen = ranking.find(({ prospect }) => prospect.freeSlots() > 0);
-  return machines.map((machine): Explanation => {
-    const prospect = prospects.find((prospect) => prospect.machine === machine);
-    const freeSlots = countFreeSlots(machine, context.stateDirectory);
-    const scores = ranked.get(machine);
-    return {
-      machine: machineId(machine),
-      chosen: prospect !== undefined && prospect === chosen?.prospect,
-      excluded: never ?? mismatch(machine, request) ??
-        exclusion(prospect!, context)?.why ??
-        (scores === undefined ? "vetoed by a plugin" : undefined) ??
-        (freeSlots === 0 ? "all its slots are taken" : undefined),
-      scores,
-      freeSlots,
-      slots: machine.parallelBuilds,
-      facts: prospect?.facts,
-    };
-  });
-}
-
-function formatExplanation(
-  explanations: readonly Explanation[],
-  screen: Screen,
-): string {
-  const rows = explanations.map((explanation) => {
-    const { machine, chosen, excluded, scores, facts } = explanation;
-    const load = facts && normalizedLoad(facts);
-    const free = facts?.store?.bytes;
-    const byPlugin = Object.entries(scores?.byPlugin ?? {})
-      .map(([name, score]) => `${name} ${score}`);
-    return [
-      machine,
-      `${explanation.freeSlots} of ${explanation.slots}`,
-      load === undefined ? "-" : load.toFixed(2),
-      free === undefined ? "-" : `${mebibytes(free)} MiB`,
-      scores === undefined ? "-" : String(scores.total),
-      chosen ? "takes it" : excluded ?? "another one is as good or better",
-      byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
-    ];
-  });
-  const header = ["machine", "free slots", "load", "disk space", "score", ""];
-  return formatTable([header, ...rows], screen);
-}
-
-/** Reads a derivation that somebody has named. */
-function parseDerivation(text: string, file: string) {
-  try {
-    return readDerivation(text);
-  } catch (cause) {
-    const hint = "'guix build -d PACKAGE' prints the name of one";
-    const message = `'${file}' is no derivation`;
-    throw new OffloadError(message, { cause, hint, exitCode: EXIT.usage });
-  }
-}
-
-/** `offload explain DERIVATION`. */
-async function explainCommand(
-  derivation: string,
-  options: CommandOptions,
-  context: Context,
-  screen: Screen,
-): Promise<CommandResult> {
-  warnOfSlots(context);
-  let text;
-  try {
-    text = readFileSync(derivation, "utf8");
-  } catch (cause) {
-    const message = `failed to read '${derivation}': ${reason(cause)}`;
-    throw new OffloadError(message, { cause });
-  }
-  const { system, features, prefersLocal } = parseDerivation(text, derivation);
-  const request = { wantsLocal: false, derivation, system, features };
-  const never = prefersLocal && isBuiltHere(system)
-    ? "guix-daemon builds it itself, for its preferLocalBuild is set"
-    : undefined;
-  if (never !== undefined) context.log.info(`'${derivation}': ${never}`);
-  const explanations = await explain(request, context, never);
-  const output = options.json
-    ? JSON.stringify(explanations, null, 2)
-    : formatExplanation(explanations, screen);
-  const found = explanations.some(({ chosen }) => chosen);
-  return { output, exitCode: found ? 0 : 1 };
-}
-
-/** How many seconds the options leave each machine. */
-function timeoutOf({ timeout }: CommandOptions, { settings }: Context): number {
-  if (timeout === undefined) return settings.connectTimeout;
-  if (Number(timeout) > 0 && Number(timeout) <= DAY) return Number(timeout);
-  throw usageError(`invalid number of seconds: '${timeout}'`);
-}
-
-/** Gives some work so many seconds. */
-async function withTimeout<T>(
-  seconds: number,
-  { signal, settings }: Context,
-  work: (context: Pick<Context, "signal" | "settings">) => Promise<T>,
-): Promise<T> {
-  const timeout = new AbortController();
-  const late = new Late(`no answer within ${seconds} s`);
-  const timer = setTimeout(() => timeout.abort(late), seconds * 1000);
-  try {
-    return await work({
-      signal: AbortSignal.any([signal, timeout.signal]),
-      // It is our timeout that ends it, not one of what is beneath.
-      settings: { ...settings, connectTimeout: 2 * seconds },
-    });
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-/** What POSIX calls classes of characters, and JavaScript does not. */
-const CHARACTER_CLASSES: Readonly<Record<string, string>> = {
-  "[:alnum:]": "A-Za-z0-9",
-  "[:alpha:]": "A-Za-z",
-  "[:digit:]": "0-9",
-  "[:lower:]": "a-z",
-  "[:upper:]": "A-Z",
-};
-
-/** Reads a regular expression as the reference does, or nearly so. */
-function parseRegexp(text: string): RegExp {
-  try {
-    const name = /\[:\w+:\]/g;
-    return new RegExp(text.replace(name, (it) => CHARACTER_CLASSES[it] ?? it));
-  } catch (cause) {
-    throw usageError(`invalid regular expression '${text}': ${reason(cause)}`);
-  }
-}
-
-/** The machines that a command is about, each NAME:PORT once. */
-async function selectMachines(
-  [file, regexp = ""]: readonly string[],
-  context: Context,
-): Promise<Machine[]> {
-  const pattern = parseRegexp(regexp);
-  const plugins = machinePlugins(file, context);
-  const machines = new Map<string, Machine>();
-  for (const machine of await listMachines({ ...context, plugins })) {
-    const id = machineId(machine);
-    if (!machines.has(id)) machines.set(id, machine);
-  }
-  const found = [...machines.values()]
-    .filter(({ name }) => pattern.test(name));
-  if (found.length > 0 || machines.size === 0) return found;
-  throw usageError(`no machine's name matches '${regexp}'`);
-}
-
-/** A step of a test, and what came of it. */
-export interface Step {
-  /** What is done: `connect`, `host key` and so on. */
-  readonly name: string;
-  /** Only what failed makes a machine unfit. */
-  readonly outcome: "ok" | "warning" | "failed" | "skipped";
-  /** What was found, or what is wrong. */
-  readonly detail: string;
-  /** What to do about it. */
-  readonly hint?: string | undefined;
-  /** What is wrong, for programs. */
-  readonly code?: ErrorCode | undefined;
-  /** How long it took. */
-  readonly seconds: number;
-}
-
-/** How a machine passed its test. */
-export interface TestReport {
-  /** Its NAME:PORT. */
-  readonly machine: string;
-  /** The worst of its steps. */
-  readonly outcome: Step["outcome"];
-  /** How long all of it took. */
-  readonly seconds: number;
-  /** What was done, in this order. */
-  readonly steps: readonly Step[];
-}
-
-/** The steps, in their order. */
-const STEPS = {
-  session: ["connect", "host key", "authentication"],
-  others: ["daemon", "guix", "import", "export", "clock"],
-} as const;
-
-/** The step at which something went wrong, whatever was done before. */
-const STEP_OF: Partial<Record<ErrorCode, typeof STEPS.session[number]>> = {
-  "host-key": "host key",
-  "private-key": "authentication",
-  authentication: "authentication",
-};
-
-const OUTCOME_STYLES: Readonly<Record<Step["outcome"], Style>> = {
-  ok: "good",
-  warning: "doubtful",
-  failed: "bad",
-  skipped: "doubtful",
-};
-
-/** A store item that only this test has, in the archive that is to be sent. */
-interface Sample {
-  readonly path: string;
-  readonly bundle: Buffer;
-}
-
-async function collect(chunks: AsyncIterable<Uint8Array>): Promise<Buffer> {
-  const parts = [];
-  for await (const chunk of chunks) parts.push(chunk);
-  return Buffer.concat(parts);
-}
-
-/** A text that no store holds yet: `HOST-NUMBER`. */
-function nonce(host: string): Buffer {
-  return Buffer.from(`${host}-${Math.floor(Math.random() * 1e9)}`);
-}
-
-/** Makes the item that is sent, as the reference makes it; for all machines. */
-async function makeSample(context: Context): Promise<Sample> {
-  const store = await openLocalDaemon(context);
-  try {
-    const text = nonce(hostname());
-    const path = await addTextToStore(store, "export-test", text, []);
-    return { path, bundle: await collect(exportBundle(store, [path])) };
-  } finally {
-    store.stream.destroy();
-  }
-}
-
-/** A machine under test. */
-class Trial {
-  readonly machine: Machine;
-  readonly signal: AbortSignal;
-  readonly steps: Step[] = [];
-  readonly #tell: (step: Step) => void;
-  readonly #start = performance.now();
-  #last = this.#start;
-
-  /** Begins; each step is told as it ends. */
-  constructor(
-    machine: Machine,
-    signal: AbortSignal,
-    tell: (step: Step) => void,
-  ) {
-    this.machine = machine;
-    this.signal = signal;
-    this.#tell = tell;
-  }
-
-  /** Ends a step. */
-  end(
-    name: string,
-    outcome: Step["outcome"],
-    detail: string,
-    hint?: string,
-    code?: ErrorCode,
-  ): void {
-    const now = performance.now();
-    const seconds = (now - this.#last) / 1000;
-    this.#last = now;
-    const step = { name, outcome, detail, hint, code, seconds };
-    this.steps.push(step);
-    this.#tell(step);
-  }
-
-  /** Ends a step that failed. */
-  fail(name: string, error: unknown): void {
-    const hint = remedy(name, this.machine, error);
-    const detail = inOneLine(reason(error));
-    this.end(name, "failed", detail, hint, codeOf(error));
-  }
-
-  /**
-   * Does a step, if there is time left; its result, of which `describe` tells,
-   * unless it fails.
-   */
-  async run<T>(
-    name: string,
-    work: () => Promise<T>,
-    describe: (result: T) => string,
-  ): Promise<T | undefined> {
-    if (this.signal.aborted) return undefined;
-    try {
-      const result = await unlessAborted(this.signal, work());
-      this.end(name, "ok", describe(result));
-      return result;
-    } catch (error) {
-      this.fail(name, error);
-      return undefined;
-    }
-  }
-
-  /** Sums it up; the steps that were not taken are skipped. */
-  report(): TestReport {
-    for (const name of [...STEPS.session, ...STEPS.others]) {
-      if (this.steps.some((step) => step.name === name)) continue;
-      this.end(name, "skipped", "");
-    }
-    const worst = (["failed", "warning"] as const).find((outcome) =>
-      this.steps.some((step) => step.outcome === outcome)
-    );
-    return {
-      machine: machineId(this.machine),
-      outcome: worst ?? "ok",
-      seconds: (performance.now() - this.#start) / 1000,
-      steps: this.steps,
-    };
-  }
-}
-
-/** Makes of what came from elsewhere a line that no terminal obeys. */
-function inOneLine(text: string): string {
-  return text.replace(/[\s\p{Cc}]+/gu, " ").trim();
-}
-
-/** Says what to do about a step that failed: the command, where one helps. */
-function remedy(
-  step: string,
-  machine: Machine,
-  error: unknown,
-): string | undefined {
-  const ssh = sshCommand(machine);
-  const unauthorized = codeOf(error) === "unauthorized";
-  if (step === "import" && unauthorized) {
-    return `run '${ssh} guix archive --authorize </etc/guix/signing-key.pub'`;
-  }
-  const isLocal = error instanceof LocalError;
-  if (step === "export" && (unauthorized || isLocal)) {
-    return `run '${ssh} cat /etc/guix/signing-key.pub | ` +
-      "guix archive --authorize'";
-  }
-  const hint = error instanceof OffloadError ? error.hint : undefined;
-  if (step === "authentication" && hint === undefined) {
-    const { user, name, port, privateKey } = machine;
-    return `run 'offload trust ${user}@${name}:${port} --identity ` +
-      `${privateKey}', which makes it if need be`;
-  }
-  if (hint !== undefined) return hint;
-  return (STEPS.session as readonly string[]).includes(step)
-    ? `see how far '${ssh.replace("ssh", "ssh -v")}' gets`
-    : "where guix-daemon hangs, there or here, run 'systemctl restart " +
-      "guix-daemon' ('herd restart guix-daemon' on Guix System)";
-}
-
-/** The steps until it is logged in. */
-async function testSession(
-  trial: Trial,
-  context: Context,
-): Promise<Session | undefined> {
-  const { machine } = trial;
-  const reached = (name: string) => {
-    if (name === "greeting") return;
-    // A server that is crowded is tried again.
-    if (trial.steps.some((step) => step.name === name)) return;
-    const key = () => fingerprint(parseHostKey(machine).key);
-    trial.end(name, "ok", name === "connect" ? "" : key());
-  };
-  try {
-    const session = await openSession(machine, context, reached);
-    trial.end("authentication", "ok", `as '${machine.user}'`);
-    return session;
-  } catch (error) {
-    const step = STEP_OF[codeOf(error)] ?? STEPS.session[trial.steps.length]!;
-    // What is wrong here is known before anybody is asked.
-    const before = STEPS.session.slice(0, STEPS.session.indexOf(step));
-    for (const name of before.slice(trial.steps.length)) {
-      trial.end(name, "skipped", "");
-    }
-    trial.fail(step, error);
-    return undefined;
-  }
-}
-
-/** Runs a command there and returns what it printed. */
-async function outputOf(
-  session: Session,
-  command: string,
-  input: Uint8Array | string = "",
-): Promise<string> {
-  const { channel, ended } = await session.exec(command);
-  channel.end(input);
-  const output = await collect(channel);
-  const { code, errors } = await ended;
-  if (code === 0) return output.toString();
-  const [complaint = ""] = errors.trim().split("\n").slice(-1);
-  throw new OffloadError(
-    `failed to run '${command}' on '${session.machine.name}': ` +
-      (complaint || `exit code ${code}`),
-    { code: "command" },
-  );
-}
-
-/** Whether programs can be run there: only bulk and facts need that. */
-async function testPrograms(trial: Trial, session: Session): Promise<void> {
-  const { signal, machine } = trial;
-  if (signal.aborted) return;
-  const command = "guix archive --version";
-  try {
-    const output = await unlessAborted(signal, outputOf(session, command));
-    trial.end("guix", "ok", inOneLine(output.split("\n")[0]!));
-  } catch (error) {
-    const code = codeOf(error);
-    const hint = "builds work without, but the load is not known and large " +
-      `transfers take longer: see '${sshCommand(machine)} ${command}'`;
-    trial.end("guix", "warning", inOneLine(reason(error)), hint, code);
-  }
-}
-
-/** Whether its clock is not behind, which confuses those who look at dates. */
-function testClock(trial: Trial, { clock }: Partial<Facts>): void {
-  if (clock === undefined) return;
-  const ahead = Math.round(clock);
-  if (ahead >= 0) return trial.end("clock", "ok", `${ahead} s ahead`);
-  const hint = "what is built there seems to be from the past: set its " +
-    "clock, for example by 'timedatectl set-ntp true' there";
-  trial.end("clock", "warning", `${-ahead} s behind`, hint);
-}
-
-/** Has the machine import what we signed. */
-async function testImport(
-  remote: StoreConnection,
-  { path, bundle }: Sample,
-): Promise<string> {
-  async function* chunks() {
-    yield bundle;
-  }
-  await importPaths(remote, chunks());
-  const [valid] = await queryValidPaths(remote, [path]);
-  if (valid === path) return path;
-  throw remote.reader.error(`'${path}' was not properly imported`);
-}
-
-/** Has the machine make and sign an item; the file it restores is removed. */
-async function exportSample(
-  remote: StoreConnection,
-  { name }: Machine,
-): Promise<{ item: ItemMetadata; path: string; reader: ByteReader }> {
-  const path = await addTextToStore(remote, "import-test", nonce(name), []);
-  const bundle = exportBundle(remote, [path]);
-  const reader = new ByteReader(bundle, `archive from '${name}'`);
-  const directory = mkdtempSync(`${tmpdir()}/offload-`);
-  try {
-    await reader.number(1);
-    const item = await restoreItem(
-      ...[reader, `${directory}/item`, takeUpTo(2 ** 20)] as const,
-    );
-    return { item, path, reader };
-  } finally {
-    removeFile(directory);
-  }
-}
-
-/** Has the machine sign an item, which is checked as an output would be. */
-async function testExport(
-  remote: StoreConnection,
-  machine: Machine,
-  context: Context,
-): Promise<string> {
-  const acl = readAcl(context.configDirectory);
-  const { item, path, reader } = await exportSample(remote, machine);
-  checkItem(item, [path], acl, reader);
-  return path;
-}
-
-/** Tests a machine. */
-async function testMachine(
-  machine: Machine,
-  prepare: () => Promise<Sample>,
-  seconds: number,
-  context: Context,
-  tell: (step: Step) => void,
-): Promise<TestReport> {
-  return await withTimeout(seconds, context, async ({ signal, settings }) => {
-    const trial = new Trial(machine, signal, tell);
-    const session = await testSession(trial, { ...context, signal, settings });
-    if (session === undefined) return trial.report();
-    try {
-      const facts = within(seconds / 4, probe(session, context), "no answer")
-        .catch((): Partial<Facts> => ({}));
-      const openDaemon = async () => {
-        session.useSocket((await facts).socket);
-        return session.openDaemon();
-      };
-      const remote = await trial.run(
-        ...["daemon", openDaemon] as const,
-        ({ minor }) => `protocol 1.${minor}`,
-      );
-      await testPrograms(trial, session);
-      const isThis = remote && await unlessAborted(
-        signal,
-        prepare().then(({ path }) => isOurStore(remote, path, context)),
-      ).catch(() => false); // the import tells what is wrong
-      if (isThis) {
-        const hint =
-          "one machine file for a whole farm is fine; else remove it";
-        trial.end("import", "warning", THIS_MACHINE.why, hint);
-      } else if (remote !== undefined) {
-        const itself = (path: string) => path;
-        const send = async () => testImport(remote, await prepare());
-        await trial.run("import", send, itself);
-        const bring = () => testExport(remote, machine, context);
-        await trial.run("export", bring, itself);
-      }
-      testClock(trial, await facts);
-      return trial.report();
-    } finally {
-      session.close();
-    }
-  });
-}
-
-/** Tells of a step when it ends. */
-function tellStep(
-  machine: Machine,
-  { name, outcome, detail }: Step,
-  { log }: Context,
-): void {
-  if (outcome === "skipped") return;
-  const what = detail === "" ? "" : `: ${detail}`;
-  const styled = { style: OUTCOME_STYLES[outcome], text: outcome };
-  log.info(`${machineId(machine)}: ${name}: `, styled, what);
-}
-
-/** The bits of a mode, as of others. */
-const MODE = { read: 4, write: 2, enter: 1 } as const;
-
-/** Whether an account may do what the mode's bits say, with a file that is. */
-function mayUse(file: string, bits: number, account: Stats): boolean {
-  const stat = statSync(file, { throwIfNoEntry: false });
-  if (stat === undefined || account.uid === 0) return true;
-  const { uid, gid, mode } = stat;
-  const shift = uid === account.uid ? 6 : gid === account.gid ? 3 : 0;
-  const above = dirname(file);
-  return (mode >> shift & bits) === bits &&
-    (above === file || mayUse(above, MODE.enter, account));
-}
-
-/**
- * Checks that guix-daemon's user, who owns the store, gets at what the
- * hook needs there: root, who runs a command, would not notice.
- */
-export function checkInstallation(
-  machines: readonly Machine[],
-  context: PluginContext & Pick<Context, "storeDirectory">,
-): Problem[] {
-  const { configDirectory, stateDirectory, storeDirectory } = context;
-  const account = statSync(storeDirectory, { throwIfNoEntry: false });
-  if (account === undefined) return [];
-  const keys = [...new Set(machines.map(({ privateKey }) => privateKey))];
-  const needs: [file: string, bits: number, verb: string][] = [
-    ...["machines.scm", "acl"].map((name) => `${configDirectory}/${name}`),
-    ...keys,
-  ].map((file) => [file, MODE.read, "read"]);
-  const plugins = pluginDirectory(context.environment);
-  needs.push([plugins, MODE.read | MODE.enter, "read"]);
-  const state = `${stateDirectory}/offload`;
-  needs.push([state, MODE.write | MODE.enter, "write to"]);
-  const problems = needs
-    .filter(([file, bits]) => !mayUse(file, bits, account))
-    .map(([file, , verb]): Problem => ({
-      severity: "error",
-      message: `guix-daemon's user, who owns '${storeDirectory}', ` +
-        `can't ${verb} '${file}'`,
-      hint: `run 'chown -R --reference=${storeDirectory} ${file}', and have ` +
-        "it where that user may enter: not in /root",
-    }));
-  const open = keys.filter((file) =>
-    existsSync(file) && statSync(file).mode & 0o77
-  );
-  return problems.concat(open.map((file) => ({
-    severity: "warning",
-    message: `others than its owner may use the SSH private key '${file}'`,
-    hint: `run 'chmod go= ${file}'`,
-  })));
-}
-
-/** What is wrong here, as if it were a machine. */
-function testOf(machine: string, problems: readonly Problem[]): TestReport[] {
-  const steps = problems.map(({ severity, message, hint, code }): Step => ({
-    name: machine,
-    outcome: severity === "error" ? "failed" : "warning",
-    detail: message,
-    hint,
-    code: code ?? "configuration",
-    seconds: 0,
-  }));
-  const failed = steps.some(({ outcome }) => outcome === "failed");
-  const outcome = failed ? "failed" : "warning";
-  return steps.length === 0 ? [] : [{ machine, outcome, seconds: 0, steps }];
-}
-
-/** Whether a plugin has a problem. */
-function isPlugins({ code }: Problem): boolean {
-  return code === "plugin";
-}
-
-/** What is no failure, and yet no success. */
-const NOTHING_TESTED: Problem = {
-  severity: "warning",
-  message: "no machine is listed, and so none was tested",
-  hint: "'offload trust' adds one to the machine file",
-};
-
-/** Lays out the reports: a table, and what to do where it is needed. */
-function formatReports(
-  reports: readonly TestReport[],
-  screen: Screen,
-): string {
-  const rows = reports.map(({ machine, outcome, seconds, steps }) => [
-    machine,
-    { style: OUTCOME_STYLES[outcome], text: outcome },
-    `${steps.filter((step) => step.outcome === "ok").length}/${steps.length}`,
-    `${seconds.toFixed(2)} s`,
-    steps.filter((step) => step.outcome === outcome && outcome !== "ok")
-      .map(({ name }) => name).join(", "),
-  ]);
-  const header = ["machine", "result", "steps", "time", "where"];
-  const remedies = reports.flatMap(({ machine, steps }) =>
-    steps.filter(({ outcome }) => outcome === "failed" || outcome === "warning")
-      .map(({ name, outcome, detail, hint }) =>
-        `\n${inOneLine(machine)}: ${inOneLine(name)}: ` +
-        screen.paint(OUTCOME_STYLES[outcome], outcome) +
-        printable(`: ${detail}`) +
-        (hint === undefined ? "" : `\n  hint: ${inOneLine(hint)}`)
-      )
-  );
-  return [formatTable([header, ...rows], screen), ...remedies].join("\n");
-}
-
-/** Writes text for XML. */
-function xml(text: string): string {
-  const entities = { "&": "amp", "<": "lt", ">": "gt", '"': "quot" };
-  return text
-    .replace(/[&<>"]/g, (it) => `&${entities[it as keyof typeof entities]};`)
-    // XML knows no other control characters, not even escaped.
-    .replace(/(?![\t\n])\p{Cc}|\p{Cs}/gu, "\ufffd");
-}
-
-/** A report as JUnit has it, with these suites. */
-function junitDocument(suites: string): string {
-  return '<?xml version="1.0" encoding="UTF-8"?>\n' +
-    `<testsuites name="offload test">\n${suites}</testsuites>\n`;
-}
-
-/** Writes the reports as JUnit does: a suite for each machine. */
-export function formatJunit(reports: readonly TestReport[]): string {
-  const bodies = {
-    ok: () => "",
-    warning: ({ detail, hint }: Step) =>
-      `<system-out>warning: ${xml(`${detail}\n${hint ?? ""}`)}</system-out>`,
-    failed: ({ detail, hint, code = "failed" }: Step) =>
-      `<failure message="${xml(detail)}" type="${code}">` +
-      `${xml(hint ?? "")}</failure>`,
-    skipped: () => "<skipped/>",
-  };
-  const number = (steps: readonly Step[], outcome: Step["outcome"]) =>
-    steps.filter((step) => step.outcome === outcome).length;
-  const suites = reports.map(({ machine, seconds, steps }) =>
-    `<testsuite name="${xml(machine)}" tests="${steps.length}" ` +
-    `failures="${number(steps, "failed")}" ` +
-    `skipped="${number(steps, "skipped")}" time="${seconds.toFixed(3)}">\n` +
-    steps.map((step) =>
-      `<testcase classname="${xml(machine)}" name="${xml(step.name)}" ` +
-      `time="${step.seconds.toFixed(3)}">${bodies[step.outcome](step)}` +
-      "</testcase>\n"
-    ).join("") + "</testsuite>\n"
-  );
-  return junitDocument(suites.join(""));
-}
-
-/** Writes, as JUnit does, that there was no test at all, and why. */
-export function formatJunitError(error: unknown): string {
-  const { hint = "" } = (error ?? {}) as Partial<OffloadError>;
-  return junitDocument(
-    '<testsuite name="offload test" tests="1" failures="0" errors="1" ' +
-      'skipped="0" time="0.000">\n' +
-      '<testcase classname="offload test" name="offload test" time="0.000">' +
-      `<error message="${xml(reason(error))}" type="${codeOf(error)}">` +
-      `${xml(hint)}</error></testcase>\n</testsuite>\n`,
-  );
-}
-
-/** Whether a file is a plain one, or can become that. */
-function mayBeReplaced(file: string): boolean {
-  try {
-    return statSync(file, { throwIfNoEntry: false })?.isFile() ?? true;
-  } catch { // who writes it says why
-    return false;
-  }
-}
-
-/** Writes a file that was asked for; returns what is wrong, if that fails. */
-function writeReport(file: string, text: string): OffloadError | undefined {
-  try {
-    writeFileSync(file, text);
-    return undefined;
-  } catch (cause) {
-    const message = `failed to write '${file}': ${reason(cause)}`;
-    return new OffloadError(message, { cause });
-  }
-}
-
-/**
- * Runs a command that may write a report; whatever becomes of it, none of the
- * run before is left.
- */
-async function withReport(
-  command: Command,
-  { junit }: CommandOptions,
-  run: () => Promise<CommandResult>,
-): Promise<CommandResult> {
-  const isDefined = command.options.some(([usage]) => usage === "--junit FILE");
-  // No file was named where there is no value, or more than one.
-  const isNamed = typeof junit === "string" || typeof junit === "number";
-  if (!isDefined || !isNamed) return await run();
-  const file = String(junit);
-  const write = (error: unknown) => writeReport(file, formatJunitError(error));
-  // A pipe is to get one report.
-  if (mayBeReplaced(file)) write("it did not come to its end");
-  try {
-    return await run();
-  } catch (error) {
-    write(error);
-    throw error;
-  }
-}
-
-/** Waits for what all machines are asked, and shows how many have answered. */
-async function awaitAll<T>(
-  what: string,
-  answers: readonly Promise<T>[],
-  screen: Screen,
-): Promise<T[]> {
-  const { step, end } = screen.progress(what, answers.length);
-  try {
-    return await Promise.all(answers.map((answer) => answer.finally(step)));
-  } finally {
-    end();
-  }
-}
-
-/** `offload test [FILE [REGEXP]]`. */
-async function testCommand(
-  args: readonly string[],
-  options: CommandOptions,
-  context: Context,
-  screen: Screen,
-): Promise<CommandResult> {
-  const seconds = timeoutOf(options, context);
-  const machines = await selectMachines(args, context);
-  context.log.info(`testing ${machines.length} build machines...`);
-  let sample: Promise<Sample> | undefined;
-  const prepare = () => sample ??= makeSample(context);
-  const tests = machines.map((machine) => {
-    const tell = (step: Step) =>
-      options.json || tellStep(machine, step, context);
-    return testMachine(machine, prepare, seconds, context, tell);
-  });
-  const results = await awaitAll("testing machines", tests, screen);
-  context.signal.throwIfAborted();
-  const isNothing = machines.length + context.problems.length === 0;
-  const reports = [
-    ...testOf("installation", checkInstallation(machines, context)),
-    ...testOf("machine file", context.problems.filter((it) => !isPlugins(it))),
-    ...testOf("plugins", context.problems.filter(isPlugins)),
-    ...testOf("machines", isNothing ? [NOTHING_TESTED] : []),
-    ...results,
-  ];
-  const problem = options.junit === undefined
-    ? undefined
-    : writeReport(String(options.junit), formatJunit(reports));
-  const failed = reports.some(({ outcome }) => outcome === "failed");
-  const output = options.json
-    ? JSON.stringify(reports, null, 2)
-    : formatReports(reports, screen);
-  return { output, exitCode: failed || problem ? 1 : 0, problem };
-}
-
-/** How a machine is, as `offload status` shows it. */
-interface MachineStatus {
-  /** NAME:PORT. */
-  readonly machine: string;
-  /** Whether it could be logged in to; not there before it was tried. */
-  readonly reachable?: boolean;
-  /** Why not. */
-  readonly problem?: string | undefined;
-  /** The same, for programs. */
-  readonly code?: ErrorCode | undefined;
-  readonly kernel?: string | undefined;
-  readonly architecture?: string | undefined;
-  readonly hostName?: string | undefined;
-  readonly normalizedLoad?: number | undefined;
-  /** In bytes. */
-  readonly freeDiskSpace?: number | undefined;
-  /** Seconds that its clock is ahead of ours. */
-  readonly timeDifference?: number | undefined;
-  /** In milliseconds. */
-  readonly latency?: number | undefined;
-  readonly slots: number;
-  /** What the slots that are taken are used for, if it is us who took them. */
-  readonly builds: readonly {
-    readonly derivation?: string | undefined;
-    readonly since?: string | undefined;
-  }[];
-  /** How often it failed since a build last succeeded there. */
-  readonly failures: number;
-  /** Seconds for which it is left alone, and why. */
-  readonly leftAlone: number;
-  readonly lastProblem?: string | undefined;
-  /** How many builds failed there that did well on other machines. */
-  readonly doubts: number;
-}
-
-/** What a machine said of itself, by the reference's names. */
-function describeFacts(facts: Facts): Partial<MachineStatus> {
-  const [system, hostName, release, architecture] = facts.uname?.split(" ") ??
-    [];
-  return {
-    kernel: system && `${system} ${release}`,
-    architecture,
-    hostName,
-    normalizedLoad: normalizedLoad(facts),
-    freeDiskSpace: facts.store?.bytes,
-    timeDifference: facts.clock && Math.round(facts.clock),
-    latency: facts.roundTrip,
-  };
-}
-
-/** What is known here of a machine, without asking it. */
-function describeUse(
-  machine: Machine,
-  { observations, settings, stateDirectory }: Context,
-): MachineStatus {
-  const id = machineId(machine);
-  const record = observations.machines(id).get(id);
-  const used = observations.slots();
-  const until = leftAloneUntil(machine, record, settings);
-  const left = (until - Date.now()) / 1000;
-  return {
-    machine: id,
-    slots: machine.parallelBuilds,
-    builds: takenSlots(machine, stateDirectory).map((file) => {
-      const use = used.find((it) => it.file === file);
-      const since = use && new Date(use.time).toISOString();
-      return { derivation: use?.derivation, since };
-    }),
-    failures: record?.failures ?? 0,
-    leftAlone: Math.max(0, Math.ceil(left)),
-    lastProblem: record?.failures ? inOneLine(record.problem) : undefined,
-    doubts: record?.doubts ?? 0,
-  };
-}
-
-/** A derivation of ours, if there is any, without a look at all items. */
-function someItem({ storeDirectory }: Context): string | undefined {
-  const directory = opendirSync(storeDirectory);
-  try {
-    for (let entry; (entry = directory.readSync()) !== null;) {
-      if (entry.name.endsWith(".drv")) return `${storeDirectory}/${entry.name}`;
-    }
-    return undefined;
-  } finally {
-    directory.closeSync();
-  }
-}
-
-/** Whether a machine is this one, as far as that is found out quickly. */
-async function isKnownAsThis(
-  session: Session,
-  context: Context,
-): Promise<boolean> {
-  const known = context.observations.identity(session.machine);
-  if (known !== undefined) return known;
-  const opening = session.openDaemon();
-  const asking = opening.then(async (remote) => {
-    const path = someItem(context);
-    return path !== undefined &&
-      await isThisMachine(session.machine, remote, path, context);
-  });
-  try {
-    return await within(WATCH_INTERVAL, asking, "no answer");
-  } catch {
-    return false;
-  } finally {
-    opening.then(({ stream }) => stream.destroy(), () => {});
-  }
-}
-
-/** Asks a machine how it is; `sessions` keeps the connection. */
-async function inspect(
-  machine: Machine,
-  seconds: number,
-  sessions: Map<string, Session>,
-  context: Context,
-): Promise<MachineStatus> {
-  const id = machineId(machine);
-  const ask = async (bounds: Pick<Context, "signal" | "settings">) => {
-    const session = sessions.get(id) ??
-      await openSession(machine, { ...context, ...bounds });
-    sessions.set(id, session);
-    const asked = unlessAborted(bounds.signal, probe(session, context));
-    const facts = await asked.catch((error): Facts => {
-      // An account may be unable to run commands and still be of use.
-      if (!bounds.signal.aborted && !session.failure()) return { time: 0 };
-      sessions.delete(id);
-      session.close();
-      throw error;
-    });
-    session.useSocket(facts.socket);
-    return { facts, isThis: await isKnownAsThis(session, context) };
-  };
-  try {
-    const { facts, isThis } = await withTimeout(seconds, context, ask);
-    const use = describeUse(machine, context);
-    const problem = isThis ? THIS_MACHINE.why : undefined;
-    return { ...use, reachable: true, problem, ...describeFacts(facts) };
-  } catch (error) {
-    context.signal.throwIfAborted();
-    const [problem, code] = [inOneLine(reason(error)), codeOf(error)];
-    const use = describeUse(machine, context);
-    return { ...use, reachable: false, problem, code };
-  }
-}
-
-/** A number of bytes, as the reference writes it. */
-function formatSize(bytes: number): string {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-  const exponent = units.findLastIndex((_, index) => bytes > 1024 ** index);
-  const index = Math.max(0, exponent);
-  return `${Math.round(bytes / 1024 ** index)} ${units[index]}`;
-}
-
-/** How long something takes, to be read at a glance. */
-function formatDuration(seconds: number): string {
-  if (seconds < 100) return `${Math.round(seconds)} s`;
-  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
-  return `${Math.round(seconds / 3600)} h`;
-}
-
-/** What is known of a machine beside numbers: builds, failures. */
-function describeWork(
-  { builds, doubts, failures, leftAlone, problem, lastProblem }: MachineStatus,
-): string[] {
-  const notes = builds.map(({ derivation, since }) => {
-    if (derivation === undefined) return "a build of another program's";
-    const seconds = Math.max(0, Date.now() - Date.parse(since!)) / 1000;
-    const time = formatDuration(seconds);
-    return `building ${derivationName(derivation)} for ${time}`;
-  });
-  if (problem !== undefined) notes.unshift(problem);
-  if (failures > 0) {
-    const times = failures === 1 ? "once" : `${failures} times`;
-    const alone = leftAlone > 0 ? `left alone for ${leftAlone} s, ` : "";
-    notes.push(`${alone}failed ${times}: ${lastProblem}`);
-  }
-  if (doubts >= DOUBTS) {
-    notes.push(`comes last: ${doubts} builds failed that did well elsewhere`);
-  }
-  return notes;
-}
-
-/** The numbers among what is known of a machine, to be read. */
-function formatNumbers(status: MachineStatus) {
-  const { freeDiskSpace } = status;
-  return {
-    load: status.normalizedLoad?.toFixed(2),
-    disk: freeDiskSpace === undefined ? undefined : formatSize(freeDiskSpace),
-    clock: status.timeDifference?.toFixed().concat(" s"),
-    latency: status.latency?.toFixed(1).concat(" ms"),
-    slots: `${status.builds.length} of ${status.slots} taken`,
-  };
-}
-
-/** Shows machines as the reference does, with what it does not know. */
-function formatStatus(statuses: readonly MachineStatus[]): string {
-  const lines = statuses.flatMap((status) => {
-    const { load, disk, clock, latency, slots } = formatNumbers(status);
-    const fields = Object.entries({
-      [status.reachable ? "left out" : "unreachable"]: status.problem,
-      "kernel": status.kernel,
-      "architecture": status.architecture,
-      "host name": status.hostName,
-      "normalized load": load,
-      "free disk space": disk,
-      "time difference": clock,
-      latency,
-      slots,
-    }).filter(([, value]) => value !== undefined)
-      .map(([name, value]) => `${name}: ${inOneLine(String(value))}`);
-    const work = describeWork({ ...status, problem: undefined });
-    const name = inOneLine(status.machine).replace(/:22$/, "");
-    return [name, ...[...fields, ...work].map((line) => `  ${line}`)];
-  });
-  return lines.join("\n");
-}
-
-/** Shows machines in a table. */
-function formatStatusTable(
-  statuses: readonly MachineStatus[],
-  screen: Screen,
-): string {
-  const rows = statuses.map((status) => {
-    const { load, disk, clock, latency } = formatNumbers(status);
-    const { machine, reachable, builds, slots } = status;
-    const state: Styled = reachable
-      ? { style: "good", text: "up" }
-      : { style: "bad", text: reachable === false ? "down" : "?" };
-    const numbers = [`${builds.length}/${slots}`, load, disk, clock, latency];
-    const names = [status.hostName, status.architecture, status.kernel];
-    const cells = [...numbers, ...names].map((cell) => cell ?? "-");
-    return [machine, state, ...cells, describeWork(status).join("; ")];
-  });
-  const header = "machine,,slots,load,disk,clock,latency,host,arch,kernel,";
-  return formatTable([header.split(","), ...rows], screen);
-}
-
-/** Cuts a line to what fits; a line that is cut loses its colours. */
-function cutLine(line: string, columns: number): string {
-  const plain = stripVTControlCharacters(line);
-  return plain.length <= columns ? line : plain.slice(0, columns);
-}
-
-/** Draws over what was drawn before. */
-function redraw(text: string, screen: Screen): void {
-  const [columns, lines] = screen.size();
-  const shown = text.split("\n").slice(0, lines - 1);
-  const frame = shown.map((line) => `${cutLine(line, columns)}\x1b[K\n`);
-  screen.print(`\x1b[H${frame.join("")}\x1b[J`);
-}
-
-/** Tells an account that may not see the state what it is not shown. */
-function warnOfSlots({ stateDirectory, log }: Context): void {
-  const directory = `${stateDirectory}/offload`;
-  if (maySee(directory)) return;
-  log.warn(
-    new OffloadError(`all slots look free, for '${directory}' can't be seen`, {
-      hint: "run it as root, or as the account that guix-daemon runs as",
-    }),
-  );
-}
-
-/** Seconds between two looks at a machine. */
-const WATCH_INTERVAL = 2;
-
-/** Shows machines until interrupted; none waits for another one. */
-async function watchMachines(
-  machines: readonly Machine[],
-  look: (machine: Machine) => Promise<MachineStatus>,
-  show: (statuses: readonly MachineStatus[]) => void,
-  context: Context,
-): Promise<void> {
-  const latest = machines.map((machine) => describeUse(machine, context));
-  const pause = () =>
-    delay(WATCH_INTERVAL * 1000, undefined, { signal: context.signal });
-  const first = machines.map(async (machine, index) => {
-    latest[index] = await look(machine);
-  });
-  const follow = async (index: number) => {
-    for (await first[index];;) {
-      await pause();
-      latest[index] = await look(machines[index]!);
-    }
-  };
-  const ended = Promise.all(machines.map((_, index) => follow(index)));
-  ended.catch(() => {}); // the interruption, seen below
-  try {
-    await Promise.race([Promise.all(first), pause()]);
-    for (;; await pause()) show(latest);
-  } catch (error) {
-    if (!context.signal.aborted) throw error;
-  }
-}
-
-/** `offload status [FILE [REGEXP]]`. */
-async function statusCommand(
-  args: readonly string[],
-  options: CommandOptions,
-  context: Context,
-  screen: Screen,
-): Promise<CommandResult> {
-  const seconds = timeoutOf(options, context);
-  const machines = await selectMachines(args, context);
-  warnOfSlots(context);
-  context.log.info(`getting status of ${machines.length} build machines...`);
-  const sessions = new Map<string, Session>();
-  const look = (machine: Machine) =>
-    inspect(machine, seconds, sessions, context);
-  const describe = (statuses: readonly MachineStatus[]) =>
-    options.json
-      ? JSON.stringify(statuses, null, options.watch ? 0 : 2)
-      : screen.isTerminal
-      ? formatStatusTable(statuses, screen)
-      : formatStatus(statuses);
-  try {
-    if (options.watch) {
-      await watchMachines(machines, look, (statuses) => {
-        if (screen.isTerminal) redraw(describe(statuses), screen);
-        else screen.print(`${describe(statuses)}\n`);
-      }, context);
-      return { output: "", exitCode: 0 };
-    }
-    const looks = machines.map(look);
-    const statuses = await awaitAll("asking machines", looks, screen);
-    for (const { machine, timeDifference = 0 } of statuses) {
-      if (timeDifference >= 0) continue;
-      const name = machine.replace(/:22$/, "");
-      const behind = `${-timeDifference} seconds behind`;
-      context.log.warn(`machine '${name}' is ${behind}`);
-    }
-    const failed = statuses.some(({ reachable }) => !reachable) ||
-      hasErrors(context);
-    return { output: describe(statuses), exitCode: failed ? 1 : 0 };
-  } finally {
-    for (const session of sessions.values()) session.close();
-  }
-}
-
-/** Runs a program here and returns what it printed. */
-function runHere(
-  program: string,
-  args: readonly string[],
-  { signal }: Pick<Context, "signal">,
-): Promise<string> {
-  return new Promise((resolve, reject) => {
-    execFile(program, [...args], { signal }, (cause, stdout, stderr) => {
-      if (cause === null) return resolve(stdout);
-      const why = stderr.trim() || reason(cause);
-      const message = `failed to run '${program} ${args[0]}': ${why}`;
-      reject(new OffloadError(message, { cause }));
-    });
-  });
-}
-
-/** Asks on the terminal, whatever standard input is, without echo or with. */
-const ASK_SCRIPT = `exec 3>&1 </dev/tty >/dev/tty
-if [ "$2" = secret ]; then
-  trap 'stty echo; echo' EXIT
-  trap 'exit 1' HUP INT TERM
-  stty -echo
-fi
-printf %s "$1"
-IFS= read -r answer
-printf %s "$answer" >&3`;
-
-/** Asks the administrator, who may not be there. */
-async function askOnTerminal(
-  question: string,
-  kind: "secret" | "plain",
-  instead: string,
-  context: Context,
-): Promise<string> {
-  const args = ["-c", ASK_SCRIPT, "sh", question, kind];
-  return await runHere("sh", args, context).catch((cause) => {
-    context.signal.throwIfAborted();
-    const hint = `without a terminal, ${instead}`;
-    const message = "there is no terminal to ask for an answer";
-    throw new OffloadError(message, { cause, hint });
-  });
-}
-
-/** Says what was changed, and how to undo it. */
-function tellChange({ log }: Context, what: string, undo: string): void {
-  log.info(`${what}\nto undo: ${undo}`);
-}
-
-/** Where a link is to be replaced: where it leads to, unless into the store. */
-function endOfLink(
-  file: string,
-  { log, storeDirectory }: Pick<Context, "log" | "storeDirectory">,
-): string {
-  const target = realpathSync(file);
-  if (!target.startsWith(`${storeDirectory}/`)) return target;
-  // On Guix System: `guix archive --authorize` does likewise.
-  const hint = "on Guix System, add it to your 'operating-system', too, or " +
-    "the next reconfiguration undoes it";
-  log.warn(new OffloadError(`'${file}' was a link into the store`, { hint }));
-  return file;
-}
-
-/** Writes a new file, of an owner if root does it. */
-function writeNew(
-  file: string,
-  contents: Uint8Array,
-  mode: number,
-  owner: Pick<Stats, "uid" | "gid"> | undefined,
-): void {
-  const descriptor = openSync(file, "wx", 0o600);
-  try {
-    writeFileSync(descriptor, contents);
-    fchmodSync(descriptor, mode); // whatever the umask
-    if (owner !== undefined && process.geteuid!() === 0) {
-      fchownSync(descriptor, owner.uid, owner.gid);
-    }
-  } finally {
-    closeSync(descriptor);
-  }
-}
-
-/**
- * Replaces a file at once; owner and mode stay. Where another account owns the
- * directory that it is in, or leads to, it is done with the rights of that one,
- * who could lead root to another file.
- *
- * @throws {OffloadError} where it can't; then all is as it was.
- */
-export function replaceFile(
-  file: string,
-  contents: Uint8Array,
-  context: Pick<Context, "log" | "storeDirectory">,
-): void {
-  const isLink = existsSync(file) && lstatSync(file).isSymbolicLink();
-  const place = isLink ? endOfLink(file, context) : file;
-  const isOfStore = isLink && place === file;
-  const kept = isOfStore
-    ? undefined
-    : statSync(place, { throwIfNoEntry: false });
-  const temporary = `${place}.${randomUUID()}`;
-  const directories = [file, place].map((it) => dirname(it));
-  const others = directories.find((directory) => ownerOf(directory));
-  try {
-    asOwner(others ?? dirname(place), () => {
-      try {
-        const mode = (kept?.mode ?? 0o644) & 0o7777;
-        writeNew(temporary, contents, mode, kept);
-        renameSync(temporary, place);
-      } finally {
-        removeFile(temporary);
-      }
-    });
-  } catch (cause) {
-    const message = `failed to replace '${file}': ${reason(cause)}`;
-    throw new OffloadError(message, { cause });
-  }
-}
-
-/** Whom the daemon runs as: who owns the store, as Guix sees it. */
-function daemonUser({ storeDirectory }: Context): { uid: number; gid: number } {
-  const { uid, gid } = statSync(storeDirectory);
-  return { uid, gid: uid === 0 ? 0 : gid };
-}
-
-/** Whether the hook can log in with a key. */
-function isUsableKey(file: string, uid: number): boolean {
-  try {
-    readPrivateKey(file);
-    return uid === 0 || statSync(file).uid === uid;
-  } catch {
-    return false;
-  }
-}
-
-/** Finds an SSH key that the hook can use, or makes one. */
-async function findSshKey(
-  identity: string | undefined,
-  context: Context,
-): Promise<string> {
-  const { uid, gid } = daemonUser(context);
-  const own = `${context.configDirectory}/offload_key`;
-  const usual = ["id_ed25519", "id_rsa"]
-    .map((name) => `${userInfo().homedir}/.ssh/${name}`);
-  const files = identity === undefined ? [own, ...usual] : [identity];
-  const usable = files.find((file) => isUsableKey(file, uid));
-  if (usable !== undefined) return usable;
-  const file = files[0]!;
-  if (existsSync(file)) {
-    readPrivateKey(file); // says what is wrong with it
-    throw new OffloadError(`'${file}' does not belong to guix-daemon's user`, {
-      hint: `run 'chown ${uid}:${gid} ${file}'`,
-    });
-  }
-  const comment = `offload@${hostname()}`;
-  const pair = [file, `${file}.pub`];
-  // Not where it is to be: who owns that directory could lead root by links.
-  const directory = mkdtempSync(`${tmpdir()}/offload-`);
-  try {
-    const made = `${directory}/key`;
-    const key = ["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", made];
-    await runHere("ssh-keygen", key, context);
-    const [secret, shown] = [made, `${made}.pub`].map((it) => readFileSync(it));
-    asOwner(file, () => {
-      removeFile(pair[1]!); // of a key that is gone
-      writeNew(pair[1]!, shown!, 0o644, { uid, gid });
-      writeNew(file, secret!, 0o600, { uid, gid });
-    });
-  } catch (cause) {
-    if (cause instanceof OffloadError) throw cause;
-    asOwner(file, () => pair.forEach(removeFile));
-    const message = `failed to make '${file}' for guix-daemon's user`;
-    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
-  } finally {
-    rmSync(directory, { recursive: true });
-  }
-  const made = `made the SSH key '${file}' for guix-daemon to log in with`;
-  tellChange(context, made, `rm ${pair.join(" ")}`);
-  return file;
-}
-
-/** Makes the key that signs what is sent, where there is none. */
-async function ensureSigningKey(context: Context): Promise<void> {
-  const file = `${context.configDirectory}/signing-key`;
-  if (existsSync(`${file}.sec`)) return;
-  await runHere(context.guix, ["archive", "--generate-key"], context);
-  const made = `made the key pair '${file}.pub' and '${file}.sec' to sign with`;
-  tellChange(context, made, `rm ${file}.pub ${file}.sec`);
-}
-
-/** Asks a server for its host key, one of the types, and leaves it. */
-function fetchHostKey(
-  { name, port }: Pick<Machine, "name" | "port">,
-  algorithms: readonly ServerHostKeyAlgorithm[],
-  { settings }: Context,
-): Promise<Buffer> {
-  return new Promise((resolve, reject) => {
-    const client = new ssh2.Client();
-    client.on("error", (cause) => {
-      const message = `failed to connect to '${name}': ${reason(cause)}`;
-      reject(new OffloadError(message, { cause }));
-    });
-    client.connect({
-      ...{ host: name, port, username: "-" },
-      readyTimeout: settings.connectTimeout * 1000,
-      algorithms: { serverHostKey: [...algorithms] },
-      hostVerifier: (key: Buffer) => {
-        resolve(key);
-        return false;
-      },
-    });
-  });
-}
-
-/** Finds out a server's host key, which somebody must know to be right. */
-async function confirmHostKey(
-  target: Pick<Machine, "name" | "port">,
-  expected: string | undefined,
-  context: Context,
-): Promise<string> {
-  const types = Object.values(HOST_KEY_ALGORITHMS);
-  const write = (key: Buffer) => `${sshKeyType(key)} ${key.toString("base64")}`;
-  const fetch = (types: readonly ServerHostKeyAlgorithm[]) =>
-    unlessAborted(context.signal, fetchHostKey(target, types, context));
-  const first = await fetch(types.flat());
-  if (expected === undefined) {
-    const question = `The host key of '${target.name}' has the fingerprint\n` +
-      `${fingerprint(first)} (${inOneLine(String(sshKeyType(first)))}).\n` +
-      "Is that what 'ssh-keygen -l' shows there (yes or no)? ";
-    const instead = `pass --fingerprint ${fingerprint(first)} if it is right`;
-    const answer = await askOnTerminal(question, "plain", instead, context);
-    if (/^y(es)?$/i.test(answer.trim())) return write(first);
-    throw new OffloadError(`the host key of '${target.name}' is not trusted`);
-  }
-  if (fingerprint(first) === expected) return write(first);
-  for (const type of types) {
-    const key = await fetch(type).catch(() => first);
-    if (fingerprint(key) === expected) return write(key);
-  }
-  throw new OffloadError(
-    `no host key of '${target.name}' has the fingerprint ${expected}`,
-    { hint: `it showed ${fingerprint(first)} (${sshKeyType(first)})` },
-  );
-}
-
-/** Logs in as the administrator does: by the agent, or by a password. */
-async function connectAsAdministrator(
-  machine: Machine,
-  context: Context,
-): Promise<Session> {
-  const { user: username, name } = machine;
-  const agent = context.environment.SSH_AUTH_SOCK;
-  const question = `Password of ${username}@${name}: `;
-  let tries = 0;
-  let problem: unknown;
-  const authHandler: ConnectConfig["authHandler"] = (left, _, next) => {
-    if (tries++ === 0) {
-      return next(agent ? { type: "agent", username, agent } : "none");
-    }
-    const types = ["password", "keyboard-interactive"] as const;
-    const type = types.find((type) => left?.includes(type));
-    if (type === undefined || tries > 4) return next(false as never);
-    const instead = "add a key that may log in to the SSH agent";
-    askOnTerminal(question, "secret", instead, context).then(
-      (password) =>
-        next(
-          type === "password" ? { type, username, password } : {
-            ...{ type, username },
-            prompt: (_name, _instructions, _language, prompts, finish) =>
-              finish(prompts.map(() => password)),
-          },
-        ),
-      (error) => {
-        problem = error;
-        next(false as never);
-      },
-    );
-  };
-  const options = { authHandler, readyTimeout: 0 };
-  return await connect(machine, context, undefined, options).then(
-    (connection) => makeSession(machine, connection, context),
-    (error) => {
-      if (problem !== undefined) throw problem;
-      if (error.cause?.level !== "client-authentication") throw error;
-      const message = `failed to log in to '${name}' as '${username}'`;
-      const hint = "add a key that may log in there to the SSH agent; root's " +
-        "password, for one, is often not accepted";
-      throw new OffloadError(message, { cause: error, hint });
-    },
-  );
-}
-
-/** Logs in with our key, which is made known there where it is not. */
-async function logIn(machine: Machine, context: Context): Promise<Session> {
-  const { user, name, privateKey } = machine;
-  try {
-    return await openSession(machine, context);
-  } catch (error) {
-    const { level } = ((error as Error).cause ?? {}) as SshError;
-    if (level !== "client-authentication") throw error;
-  }
-  const parsed = ssh2.utils.parseKey(readPrivateKey(privateKey)) as ParsedKey;
-  const comment = `offload@${hostname()}`;
-  const line = `${parsed.type} ${parsed.getPublicSSH().toString("base64")} ` +
-    `${comment}\n`;
-  const session = await connectAsAdministrator(machine, context);
-  try {
-    const file = "~/.ssh/authorized_keys";
-    const command = `umask 077; mkdir -p ~/.ssh
-      [ -z "$(tail -c 1 ${file} 2>/dev/null)" ] || echo >>${file}
-      cat >>${file}`;
-    await outputOf(session, command, line);
-  } finally {
-    session.close();
-  }
-  tellChange(
-    ...[
-      context,
-      `let '${privateKey}' log in as '${user}' on '${name}'`,
-    ] as const,
-    `remove '${comment}' from ~${user}/.ssh/authorized_keys there`,
-  );
-  return await openSession(machine, context);
-}
-
-/** Lets the machine import what we sign. */
-async function authorizeThere(
-  session: Session,
-  sample: Sample,
-  context: Context,
-): Promise<void> {
-  const { name } = session.machine;
-  const remote = await session.openDaemon();
-  try {
-    await testImport(remote, sample);
-    return;
-  } catch (error) {
-    if (codeOf(error) !== "unauthorized") throw error;
-  }
-  const key = readFileSync(`${context.configDirectory}/signing-key.pub`);
-  try {
-    await outputOf(session, "guix archive --authorize", key);
-  } catch (cause) {
-    const line = key.toString().replace(/\s+/g, " ").trim();
-    const hint = `run there, as root: echo ${quoteWord(line)} | ` +
-      "guix archive --authorize";
-    return context.log.warn(new OffloadError(reason(cause), { cause, hint }));
-  }
-  tellChange(
-    ...[context, `authorized our signing key on '${name}'`] as const,
-    "remove the entry of the key in our signing-key.pub from /etc/guix/acl " +
-      "there",
-  );
-}
-
-/** Writes an s-expression in the advanced format. */
-function formatSexp(sexp: Sexp): string {
-  if (!isAtom(sexp)) return `(${sexp.map(formatSexp).join(" ")})`;
-  const text = sexp.toString("latin1");
-  if (/^[A-Za-z.\/_:*+=-][\w.\/:*+=-]*$/.test(text)) return text;
-  return `#${sexp.toString("hex").toUpperCase()}#`;
-}
-
-/**
- * Adds keys to the text of an access-control list, of which all else stays.
- *
- * @throws {OffloadError} where it is none.
- */
-export function addToAcl(
-  text: string,
-  keys: readonly Sexp[],
-  file: string,
-): string {
-  return keys.reduce((text: string, key) => {
-    if (parseAcl(text, file).has(sexpKey(key))) return text;
-    const end = text.lastIndexOf(")");
-    const entry = `(entry ${formatSexp(key)} (tag (guix import)))`;
-    return `${text.slice(0, end)}\n${entry}\n${text.slice(end)}`;
-  }, text);
-}
-
-/** The key with which the machine signs; makes one where there is none. */
-async function signingKeyOf(session: Session, context: Context): Promise<Sexp> {
-  const { machine } = session;
-  const fetch = async () =>
-    await exportSample(await session.openDaemon(), machine);
-  const { item } = await fetch().catch(async (error) => {
-    await outputOf(session, "guix archive --generate-key").catch(() => {
-      throw error;
-    });
-    tellChange(
-      ...[context, `made a signing key on '${machine.name}'`] as const,
-      "rm /etc/guix/signing-key.pub /etc/guix/signing-key.sec there",
-    );
-    return await fetch();
-  });
-  const signature = item.signature ?? "()";
-  const key = findToken(parseSexp(signature, "signature"), "public-key") ?? [];
-  const problem = checkSignature(signature, item.hash, new Set([sexpKey(key)]));
-  if (problem === undefined) return key;
-  throw new OffloadError(`signature of '${machine.name}': ${problem}`);
-}
-
-/** Lets the machine's signatures be believed here. */
-async function authorizeHere(
-  session: Session,
-  context: Context,
-): Promise<void> {
-  const file = `${context.configDirectory}/acl`;
-  const own = `${context.configDirectory}/signing-key.pub`;
-  const keys = [await signingKeyOf(session, context)];
-  const exists = existsSync(file);
-  // As Guix does when it makes the file.
-  if (!exists) keys.unshift(parseSexp(readFileSync(own, "latin1"), own));
-  const text = exists ? readFileSync(file, "latin1") : "(acl)\n";
-  const changed = addToAcl(text, keys, file);
-  if (changed === text) return;
-  replaceFile(file, Buffer.from(changed, "latin1"), context);
-  const q = tokenValue(keys.at(-1), "q")?.toString("hex").toUpperCase();
-  const { name } = session.machine;
-  tellChange(
-    ...[context, `authorized the signing key of '${name}' here`] as const,
-    `remove its entry${q ? `, with #${q}#,` : ""} from '${file}'`,
-  );
-}
-
-/** The form of a machine in a machine file. */
-function machineForm(machine: Partial<Machine>): string {
-  const fields: Record<string, string | undefined> = {
-    name: JSON.stringify(machine.name),
-    port: machine.port === 22 ? undefined : String(machine.port),
-    systems: `(list ${machine.systems?.map((it) => `"${it}"`).join(" ")})`,
-    user: JSON.stringify(machine.user),
-    "private-key": JSON.stringify(machine.privateKey),
-    "host-key": JSON.stringify(machine.hostKey),
-  };
-  const lines = Object.entries(fields)
-    .filter(([, value]) => value !== undefined)
-    .map(([name, value]) => `\n  (${name} ${value})`);
-  return `(build-machine${lines.join("")})`;
-}
-
-/**
- * Adds the form of a machine to the text of a machine file, of which all else
- * stays; `undefined` where there is no list to add it to.
- */
-export function addToMachineFile(
-  text: string,
-  form: string,
-  file: string,
-  host: MachineFileHost,
-): string | undefined {
-  const indented = ` ${form.replaceAll("\n", "\n ")}`;
-  if (text.trim() === "") return `(list\n${indented})\n`;
-  const evaluate = (text: string) => {
-    const { machines, problems } = evaluateMachineFile(text, file, host);
-    return JSON.stringify([machines, problems.length]);
-  };
-  const [machines, problems] = JSON.parse(evaluate(text));
-  const [added] = evaluateMachineFile(`(list ${form})`, "", host).machines;
-  const wanted = JSON.stringify([[...machines, added], problems]);
-  // What it evaluates to shows whether that was the end of the list.
-  let end = text.length;
-  for (let tries = 0; tries < 100 && end > 0; tries++) {
-    end = text.lastIndexOf(")", end - 1);
-    const changed = `${text.slice(0, end)}\n${indented}${text.slice(end)}`;
-    try {
-      if (evaluate(changed) === wanted) return changed;
-    } catch {
-      // It was in a comment, for example.
-    }
-  }
-  return undefined;
-}
-
-/** Reads `USER@HOST[:PORT]`. */
-function parseTarget(text: string): Pick<Machine, "user" | "name" | "port"> {
-  const pattern =
-    /^([^@\s]+)@(?:\[([\da-fA-F:.]+)\]|([^:@\s]+))(?::(\d{1,5}))?$/;
-  const [, user, address, name, port = "22"] = pattern.exec(text) ?? [];
-  if (user !== undefined && isWithin(Number(port), 1, 65535)) {
-    return { user, name: address ?? name!, port: Number(port) };
-  }
-  throw usageError(`${text}: expected USER@HOST or USER@HOST:PORT`, "trust");
-}
-
-/** The system type that a machine of an architecture builds for. */
-function systemOf(architecture: string): string {
-  const [known] = Object.entries({
-    armhf: /^arm/,
-    powerpc64le: /^ppc64le/,
-    i686: /^i\d86/,
-  }).find(([, pattern]) => pattern.test(architecture)) ?? [architecture];
-  return `${known}-linux`;
-}
-
-/** Makes the machine that is to be trusted, by what else is known of it. */
-function makeMachine(fields: Partial<Machine>, context: Context): Machine {
-  const host = machineFileHost(context.environment);
-  const form = machineForm(fields);
-  const { machines: [machine], problems: [problem] } = evaluateMachineFile(
-    ...[`(list ${form})`, "", host] as const,
-  );
-  if (machine !== undefined) return machine;
-  throw usageError(problem!.message.replace(/^.*?: /, ""), "trust");
-}
-
-/** Finds what a file already says of a machine. */
-async function findMachine(
-  { user, name, port }: Pick<Machine, "user" | "name" | "port">,
-  file: string | undefined,
-  context: Context,
-): Promise<Machine | undefined> {
-  if (file === undefined) return undefined;
-  const plugins = context.plugins.filter(isDefault);
-  const found = (await listMachines({ ...context, plugins }))
-    .find((machine) => machine.name === name && machine.port === port);
-  if (hasErrors(context)) {
-    throw new OffloadError(`'${file}' is to be corrected first`);
-  }
-  if (found === undefined || found.user === user) return found;
-  throw usageError(
-    `'${file}' has '${machineId(found)}' with user '${found.user}'`,
-  );
-}
-
-/** Adds a machine to a file, where it can, or says what to add. */
-function addMachine(machine: Machine, file: string, context: Context): string {
-  const text = existsSync(file) ? readFileSync(file, "utf8") : "";
-  const form = machineForm(machine);
-  const host = machineFileHost(context.environment);
-  const changed = addToMachineFile(text, form, file, host);
-  const name = machineId(machine);
-  if (changed === undefined) {
-    context.log.warn(`'${file}' does not end in a list: add to it yourself`);
-    return form;
-  }
-  replaceFile(file, Buffer.from(changed), context);
-  tellChange(context, `added '${name}' to '${file}'`, "remove it from there");
-  return "";
-}
-
-/** Makes each side known to the other; returns the machine as it is then. */
-async function introduce(
-  target: Pick<Machine, "user" | "name" | "port">,
-  known: Machine | undefined,
-  { identity, fingerprint }: CommandOptions,
-  context: Context,
-): Promise<{ machine: Machine; sample: Sample }> {
-  const expected = fingerprint === undefined ? undefined : String(fingerprint);
-  const hostKey = known?.hostKey ??
-    await confirmHostKey(target, expected, context);
-  const given = identity === undefined
-    ? known?.privateKey
-    : resolve(String(identity));
-  const privateKey = await findSshKey(given, context);
-  const systems = [systemOf(architecture())];
-  const fields = { ...target, hostKey, privateKey, systems };
-  const machine = known === undefined
-    ? makeMachine(fields, context)
-    : { ...known, privateKey };
-  await ensureSigningKey(context);
-  const session = await logIn(machine, context);
-  try {
-    const { socket, uname } = await probe(session, context)
-      .catch((): Partial<Facts> => ({}));
-    session.useSocket(socket);
-    const sample = await makeSample(context);
-    await authorizeHere(session, context);
-    await authorizeThere(session, sample, context);
-    // It goes into a program: no more of what it says than a word.
-    const [, there] = /^(?:\S+ ){3}(\w+)$/.exec(uname ?? "") ?? [];
-    if (known || there === undefined) return { machine, sample };
-    return { machine: { ...machine, systems: [systemOf(there)] }, sample };
-  } finally {
-    session.close();
-  }
-}
-
-/** Tells where a machine was tested with another key than its file names. */
-function tellOtherKey(
-  { privateKey }: Machine,
-  known: Machine,
-  file: string,
-  { log }: Context,
-): void {
-  if (resolve(known.privateKey) === privateKey) return;
-  const hint = `change its private-key there to "${privateKey}", which is ` +
-    `what this command logged in with, or try the other one by 'offload test'`;
-  log.warn(
-    new OffloadError(
-      `'${file}' has '${machineId(known)}' with the SSH key ` +
-        `'${known.privateKey}', and guix-daemon will log in with that`,
-      { hint },
-    ),
-  );
-}
-
-/** `offload trust USER@HOST[:PORT]`. */
-async function trustCommand(
-  [text]: readonly string[],
-  options: CommandOptions,
-  context: Context,
-  screen: Screen,
-): Promise<CommandResult> {
-  const target = parseTarget(text!);
-  const seconds = timeoutOf(options, context);
-  const file = options.file === undefined ? undefined : String(options.file);
-  const known = await findMachine(target, file, context);
-  const { machine, sample } = await introduce(target, known, options, context);
-  const tell = (step: Step) => tellStep(machine, step, context);
-  const report = await testMachine(
-    ...[
-      machine,
-      () => Promise.resolve(sample),
-      seconds,
-      context,
-      tell,
-    ] as const,
-  );
-  if (known !== undefined) tellOtherKey(machine, known, file!, context);
-  if (report.outcome === "failed") {
-    return { output: formatReports([report], screen), exitCode: 1 };
-  }
-  if (file === undefined) return { output: machineForm(machine), exitCode: 0 };
-  return {
-    output: known ? "" : addMachine(machine, file, context),
-    exitCode: 0,
-  };
 }
 
 /** Breaks a paragraph into lines. */
@@ -9924,65 +8091,8 @@ function commandHelp(command: Command): string {
 }
 
 /** The name of an option, and that of its value. */
-function splitOption([usage]: Command["options"][number]): string[] {
+export function splitOption([usage]: Command["options"][number]): string[] {
   return usage.split(" ");
-}
-
-/** The completion for bash; where nothing is listed, it completes files. */
-function bashCompletion(): string {
-  const cases = COMMANDS.map(({ name, options }) => {
-    const names = [...options, HELP_OPTION].map((it) => splitOption(it)[0]);
-    return `    ${name}:-*) words='${names.join(" ")}' ;;\n`;
-  });
-  const names = COMMANDS.map(({ name }) => name).join(" ");
-  return `_offload() {
-  local word=\${COMP_WORDS[COMP_CWORD]} words=
-  if [ "$COMP_CWORD" = 1 ]; then words='${names} --help --version'; fi
-  case \${COMP_WORDS[1]}:$word in
-${cases.join("")}    completion:*) words='bash zsh fish' ;;
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
-}
-complete -o default -F _offload offload`;
-}
-
-/** The completion for zsh, which can do it as bash does. */
-function zshCompletion(): string {
-  return `(( $+functions[compdef] )) || { autoload -Uz compinit; compinit; }
-autoload -Uz bashcompinit
-bashcompinit
-${bashCompletion()}`;
-}
-
-/** The completion for fish. */
-function fishCompletion(): string {
-  const lines = COMMANDS.flatMap(({ name, usage, summary, options }) => {
-    const of = `complete -c offload -n '__fish_seen_subcommand_from ${name}'`;
-    const described = [...options, HELP_OPTION].map((option) => {
-      const [name, value] = splitOption(option);
-      const follows = value === "FILE" ? "-r -F" : value ? "-x" : "";
-      const meaning = quoteWord(option[1]);
-      return `${of} -l ${name!.slice(2)} ${follows} -d ${meaning}`;
-    });
-    return [
-      `complete -c offload -n __fish_use_subcommand -a ${name} ` +
-      `-d ${quoteWord(summary)}`,
-      ...described,
-      ...(/FILE|DERIVATION/.test(usage) ? [`${of} -F`] : []),
-    ];
-  });
-  const shells = "complete -c offload -n " +
-    "'__fish_seen_subcommand_from completion' -a 'bash zsh fish'";
-  return ["complete -c offload -f", ...lines, shells].join("\n");
-}
-
-/** The completion for a shell, made of the table of commands. */
-export function completion(shell: string): string {
-  if (shell === "bash") return bashCompletion();
-  if (shell === "zsh") return zshCompletion();
-  if (shell === "fish") return fishCompletion();
-  const message = `${shell}: unknown shell: expected bash, zsh or fish`;
-  throw usageError(message, "completion");
 }
 
 /** Runs a command. */
@@ -9995,21 +8105,32 @@ type Action = (
 
 /** What the commands of the table do. */
 const ACTIONS: Readonly<Record<string, Action>> = {
-  test: async (args, options, makeContext, screen) =>
-    testCommand(args, options, await makeContext(args[0]), screen),
-  status: async (args, options, makeContext, screen) =>
-    statusCommand(args, options, await makeContext(args[0]), screen),
-  trust: async (args, options, makeContext, screen) => {
+  async test(args, options, makeContext, screen) {
+    const { testCommand } = await import("./plugins/test.ts");
+    return testCommand(args, options, await makeContext(args[0]), screen);
+  },
+  async status(args, options, makeContext, screen) {
+    const { statusCommand } = await import("./plugins/status.ts");
+    return statusCommand(args, options, await makeContext(args[0]), screen);
+  },
+  async trust(args, options, makeContext, screen) {
+    const { trustCommand } = await import("./plugins/trust.ts");
     const file = options.file === undefined ? undefined : String(options.file);
     const context = await makeContext(file);
     return trustCommand(args, options, context, screen);
   },
-  explain: async ([derivation], options, makeContext, screen) =>
-    explainCommand(derivation!, options, await makeContext(), screen),
-  machines: async (args, options, makeContext, screen) =>
-    machinesCommand(args, options, await makeContext(args[0]), screen),
-  completion: ([shell]) =>
-    Promise.resolve({ output: completion(shell!), exitCode: 0 }),
+  async explain([derivation], options, makeContext, screen) {
+    const { explainCommand } = await import("./plugins/explain.ts");
+    return explainCommand(derivation!, options, await makeContext(), screen);
+  },
+  async machines(args, options, makeContext, screen) {
+    const { machinesCommand } = await import("./plugins/machines.ts");
+    return machinesCommand(args, options, await makeContext(args[0]), screen);
+  },
+  async completion([shell]) {
+    const { completion } = await import("./plugins/completion.ts");
+    return { output: completion(shell!), exitCode: 0 };
+  },
 };
 
 /** Makes cac's commands of the table. */
@@ -10121,6 +8242,8 @@ async function runCommand(
   }
   if (options.version === true) return say(`offload ${VERSION}`);
   if (command === undefined) throw unknownCommand(word);
+  if (command.name !== "test") return await runMatched(command, cli);
+  const { withReport } = await import("./plugins/test.ts");
   return await withReport(command, options, () => runMatched(command, cli));
 }
 
@@ -10398,7 +8521,7 @@ function parseHookArguments(
 }
 
 /** What a machine file sees of this host. */
-function machineFileHost(environment: Variables): MachineFileHost {
+export function machineFileHost(environment: Variables): MachineFileHost {
   return {
     getenv: (name) => environment[name],
     hostname,
@@ -10423,12 +8546,13 @@ function readMachineFile(file: string, environment: Variables): MachineFile {
 }
 
 /** Where plugins and settings are. */
-function pluginDirectory(environment: Variables): string {
+export function pluginDirectory(environment: Variables): string {
   return environment.OFFLOAD_PLUGINS ??
     `${configDirectory(environment)}/offload`;
 }
 
-function configDirectory(environment: Variables): string {
+/** Where Guix's configuration is: /etc/guix. */
+export function configDirectory(environment: Variables): string {
   return environment.GUIX_CONFIGURATION_DIRECTORY ?? "/etc/guix";
 }
 

@@ -11,19 +11,18 @@ import {
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addToAcl,
-  addToMachineFile,
   checkSignature,
   COMMANDS,
-  completion,
   evaluateMachineFile,
   EXIT_CODES,
-  formatJunit,
   parseAcl,
   parseSexp,
   progressBar,
-  replaceFile,
 } from "../mod.ts";
+import { addToAcl, replaceFile } from "../plugins/_authorization.ts";
+import { completion } from "../plugins/completion.ts";
+import { formatJunit } from "../plugins/test.ts";
+import { addToMachineFile } from "../plugins/trust.ts";
 import { HOST_KEY, machine, makeContext } from "./context.ts";
 import {
   aclOf,

@@ -1,0 +1,70 @@
+/**
+ * `offload completion`: prints the completion for a shell.
+ *
+ * @module
+ */
+
+import {
+  COMMANDS,
+  HELP_OPTION,
+  quoteWord,
+  splitOption,
+  usageError,
+} from "../mod.ts";
+
+/** The completion for bash; where nothing is listed, it completes files. */
+function bashCompletion(): string {
+  const cases = COMMANDS.map(({ name, options }) => {
+    const names = [...options, HELP_OPTION].map((it) => splitOption(it)[0]);
+    return `    ${name}:-*) words='${names.join(" ")}' ;;\n`;
+  });
+  const names = COMMANDS.map(({ name }) => name).join(" ");
+  return `_offload() {
+  local word=\${COMP_WORDS[COMP_CWORD]} words=
+  if [ "$COMP_CWORD" = 1 ]; then words='${names} --help --version'; fi
+  case \${COMP_WORDS[1]}:$word in
+${cases.join("")}    completion:*) words='bash zsh fish' ;;
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _offload offload`;
+}
+
+/** The completion for zsh, which can do it as bash does. */
+function zshCompletion(): string {
+  return `(( $+functions[compdef] )) || { autoload -Uz compinit; compinit; }
+autoload -Uz bashcompinit
+bashcompinit
+${bashCompletion()}`;
+}
+
+/** The completion for fish. */
+function fishCompletion(): string {
+  const lines = COMMANDS.flatMap(({ name, usage, summary, options }) => {
+    const of = `complete -c offload -n '__fish_seen_subcommand_from ${name}'`;
+    const described = [...options, HELP_OPTION].map((option) => {
+      const [name, value] = splitOption(option);
+      const follows = value === "FILE" ? "-r -F" : value ? "-x" : "";
+      const meaning = quoteWord(option[1]);
+      return `${of} -l ${name!.slice(2)} ${follows} -d ${meaning}`;
+    });
+    return [
+      `complete -c offload -n __fish_use_subcommand -a ${name} ` +
+      `-d ${quoteWord(summary)}`,
+      ...described,
+      ...(/FILE|DERIVATION/.test(usage) ? [`${of} -F`] : []),
+    ];
+  });
+  const shells = "complete -c offload -n " +
+    "'__fish_seen_subcommand_from completion' -a 'bash zsh fish'";
+  return ["complete -c offload -f", ...lines, shells].join("\n");
+}
+
+/** The completion for a shell, made of the table of commands. */
+export function completion(shell: string): string {
+  if (shell === "bash") return bashCompletion();
+  if (shell === "zsh") return zshCompletion();
+  if (shell === "fish") return fishCompletion();
+  const message = `${shell}: unknown shell: expected bash, zsh or fish`;
+  throw usageError(message, "completion");
+}

@@ -1,0 +1,180 @@
+/**
+ * `offload explain`: says which machine would build a derivation, and why.
+ *
+ * @module
+ */
+
+import { readFileSync } from "node:fs";
+import { machine as architecture } from "node:os";
+import {
+  countFreeSlots,
+  dismiss,
+  exclusion,
+  EXIT,
+  listMachines,
+  machineId,
+  machineMatches,
+  mebibytes,
+  normalizedLoad,
+  OffloadError,
+  rank,
+  readDerivation,
+  reason,
+  scoredRequest,
+  survey,
+} from "../mod.ts";
+import type {
+  CommandOptions,
+  CommandResult,
+  Context,
+  Facts,
+  Machine,
+  Request,
+  Scores,
+  Screen,
+} from "../mod.ts";
+import { systemOf, warnOfSlots } from "./_machines.ts";
+import { formatTable } from "./_screen.ts";
+
+/** A machine as `offload explain` shows it. */
+interface Explanation {
+  readonly machine: string;
+  /** Whether it would be chosen. */
+  readonly chosen: boolean;
+  /** Why it would not, were it the only one. */
+  readonly excluded?: string | undefined;
+  readonly scores?: Scores | undefined;
+  readonly freeSlots: number;
+  readonly slots: number;
+  readonly facts?: Facts | undefined;
+}
+
+/** Why a machine can't build what is asked for, if so. */
+function mismatch(machine: Machine, request: Request): string | undefined {
+  if (machineMatches(machine, request)) return undefined;
+  if (!machine.systems.includes(request.system)) {
+    return `does not build for ${request.system}`;
+  }
+  const lacking = request.features
+    .filter((feature) => !machine.features.includes(feature));
+  return `lacks the features ${lacking.join(", ")}`;
+}
+
+/** What guix-daemon builds beside what is of its own system. */
+const ALSO_BUILT: Readonly<Record<string, string>> = {
+  "x86_64-linux": "i686-linux",
+  "aarch64-linux": "armhf-linux",
+};
+
+/** Whether guix-daemon builds for a system on this machine (nix/libstore). */
+function isBuiltHere(system: string): boolean {
+  const own = systemOf(architecture());
+  return system === own || system === ALSO_BUILT[own];
+}
+
+/**
+ * Finds out who would build a derivation; takes no slot. `never` says why the
+ * hook is not asked, if so: no machine is, either.
+ */
+async function explain(
+  request: Request,
+  context: Context,
+  never?: string,
+): Promise<Explanation[]> {
+  const machines = await listMachines(context);
+  const matching = machines.filter((machine) =>
+    never === undefined && machineMatches(machine, request)
+  );
+  const prospects = await survey(matching, request, context);
+  const ranking = await rank(
+    prospects,
+    scoredRequest(request, context),
+    context,
+  );
+  dismiss(prospects);
+  const ranked = new Map(
+    ranking.map(({ prospect, scores }) => [prospect.machine, scores] as const),
+  );
+  const chosen = ranking.find(({ prospect }) => prospect.freeSlots() > 0);
+  return machines.map((machine): Explanation => {
+    const prospect = prospects.find((prospect) => prospect.machine === machine);
+    const freeSlots = countFreeSlots(machine, context.stateDirectory);
+    const scores = ranked.get(machine);
+    return {
+      machine: machineId(machine),
+      chosen: prospect !== undefined && prospect === chosen?.prospect,
+      excluded: never ?? mismatch(machine, request) ??
+        exclusion(prospect!, context)?.why ??
+        (scores === undefined ? "vetoed by a plugin" : undefined) ??
+        (freeSlots === 0 ? "all its slots are taken" : undefined),
+      scores,
+      freeSlots,
+      slots: machine.parallelBuilds,
+      facts: prospect?.facts,
+    };
+  });
+}
+
+function formatExplanation(
+  explanations: readonly Explanation[],
+  screen: Screen,
+): string {
+  const rows = explanations.map((explanation) => {
+    const { machine, chosen, excluded, scores, facts } = explanation;
+    const load = facts && normalizedLoad(facts);
+    const free = facts?.store?.bytes;
+    const byPlugin = Object.entries(scores?.byPlugin ?? {})
+      .map(([name, score]) => `${name} ${score}`);
+    return [
+      machine,
+      `${explanation.freeSlots} of ${explanation.slots}`,
+      load === undefined ? "-" : load.toFixed(2),
+      free === undefined ? "-" : `${mebibytes(free)} MiB`,
+      scores === undefined ? "-" : String(scores.total),
+      chosen ? "takes it" : excluded ?? "another one is as good or better",
+      byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
+    ];
+  });
+  const header = ["machine", "free slots", "load", "disk space", "score", ""];
+  return formatTable([header, ...rows], screen);
+}
+
+/** Reads a derivation that somebody has named. */
+function parseDerivation(text: string, file: string) {
+  try {
+    return readDerivation(text);
+  } catch (cause) {
+    const hint = "'guix build -d PACKAGE' prints the name of one";
+    const message = `'${file}' is no derivation`;
+    throw new OffloadError(message, { cause, hint, exitCode: EXIT.usage });
+  }
+}
+
+/** `offload explain DERIVATION`. */
+export async function explainCommand(
+  derivation: string,
+  options: CommandOptions,
+  context: Context,
+  screen: Screen,
+): Promise<CommandResult> {
+  warnOfSlots(context);
+  let text;
+  try {
+    text = readFileSync(derivation, "utf8");
+  } catch (cause) {
+    const message = `failed to read '${derivation}': ${reason(cause)}`;
+    throw new OffloadError(message, { cause });
+  }
+  const { system, features, prefersLocal } = parseDerivation(text, derivation);
+  const request = { wantsLocal: false, derivation, system, features };
+  const never = prefersLocal && isBuiltHere(system)
+    ? "guix-daemon builds it itself, for its preferLocalBuild is set"
+    : undefined;
+  if (never !== undefined) context.log.info(`'${derivation}': ${never}`);
+  const explanations = await explain(request, context, never);
+  const output = options.json
+    ? JSON.stringify(explanations, null, 2)
+    : formatExplanation(explanations, screen);
+  const found = explanations.some(({ chosen }) => chosen);
+  return { output, exitCode: found ? 0 : 1 };
+}

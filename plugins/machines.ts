@@ -1,0 +1,38 @@
+/**
+ * `offload machines`: prints the machines that are listed.
+ *
+ * @module
+ */
+
+import { listMachines, machineId, machineToJson } from "../mod.ts";
+import type { CommandOptions, CommandResult, Context, Screen } from "../mod.ts";
+import { hasErrors, machinePlugins } from "./_machines.ts";
+import { formatTable } from "./_screen.ts";
+
+/** `offload machines [FILE]`. */
+export async function machinesCommand(
+  [file]: readonly string[],
+  options: CommandOptions,
+  context: Context,
+  screen: Screen,
+): Promise<CommandResult> {
+  const plugins = machinePlugins(file, context);
+  const machines = await listMachines({ ...context, plugins });
+  const rows = machines.map((machine) => [
+    machineId(machine),
+    machine.systems.join(","),
+    machine.user,
+    String(machine.parallelBuilds),
+    String(machine.speed),
+    String(
+      machine.overloadThreshold === false ? "-" : machine.overloadThreshold,
+    ),
+    machine.features.join(",") || "-",
+  ]);
+  const columns = "machine,systems,user,slots,speed,threshold,features";
+  const output = options.json
+    ? JSON.stringify(machines.map(machineToJson), null, 2)
+    : formatTable([columns.split(","), ...rows], screen);
+  const failed = hasErrors(context);
+  return { output, exitCode: failed ? 1 : 0 };
+}

@@ -1,0 +1,357 @@
+/**
+ * `offload status`: shows how machines are and what they do.
+ *
+ * @module
+ */
+
+import { opendirSync } from "node:fs";
+import { setTimeout as delay } from "node:timers/promises";
+import {
+  codeOf,
+  derivationName,
+  DOUBTS,
+  isThisMachine,
+  leftAloneUntil,
+  machineId,
+  normalizedLoad,
+  openSession,
+  probe,
+  reason,
+  takenSlots,
+  THIS_MACHINE,
+  unlessAborted,
+  within,
+} from "../mod.ts";
+import type {
+  CommandOptions,
+  CommandResult,
+  Context,
+  ErrorCode,
+  Facts,
+  Machine,
+  Screen,
+  Session,
+  Styled,
+} from "../mod.ts";
+import {
+  hasErrors,
+  selectMachines,
+  timeoutOf,
+  warnOfSlots,
+  withTimeout,
+} from "./_machines.ts";
+import { awaitAll, formatTable, inOneLine, redraw } from "./_screen.ts";
+
+/** How a machine is, as `offload status` shows it. */
+interface MachineStatus {
+  /** NAME:PORT. */
+  readonly machine: string;
+  /** Whether it could be logged in to; not there before it was tried. */
+  readonly reachable?: boolean;
+  /** Why not. */
+  readonly problem?: string | undefined;
+  /** The same, for programs. */
+  readonly code?: ErrorCode | undefined;
+  readonly kernel?: string | undefined;
+  readonly architecture?: string | undefined;
+  readonly hostName?: string | undefined;
+  readonly normalizedLoad?: number | undefined;
+  /** In bytes. */
+  readonly freeDiskSpace?: number | undefined;
+  /** Seconds that its clock is ahead of ours. */
+  readonly timeDifference?: number | undefined;
+  /** In milliseconds. */
+  readonly latency?: number | undefined;
+  readonly slots: number;
+  /** What the slots that are taken are used for, if it is us who took them. */
+  readonly builds: readonly {
+    readonly derivation?: string | undefined;
+    readonly since?: string | undefined;
+  }[];
+  /** How often it failed since a build last succeeded there. */
+  readonly failures: number;
+  /** Seconds for which it is left alone, and why. */
+  readonly leftAlone: number;
+  readonly lastProblem?: string | undefined;
+  /** How many builds failed there that did well on other machines. */
+  readonly doubts: number;
+}
+
+/** What a machine said of itself, by the reference's names. */
+function describeFacts(facts: Facts): Partial<MachineStatus> {
+  const [system, hostName, release, architecture] = facts.uname?.split(" ") ??
+    [];
+  return {
+    kernel: system && `${system} ${release}`,
+    architecture,
+    hostName,
+    normalizedLoad: normalizedLoad(facts),
+    freeDiskSpace: facts.store?.bytes,
+    timeDifference: facts.clock && Math.round(facts.clock),
+    latency: facts.roundTrip,
+  };
+}
+
+/** What is known here of a machine, without asking it. */
+function describeUse(
+  machine: Machine,
+  { observations, settings, stateDirectory }: Context,
+): MachineStatus {
+  const id = machineId(machine);
+  const record = observations.machines(id).get(id);
+  const used = observations.slots();
+  const until = leftAloneUntil(machine, record, settings);
+  const left = (until - Date.now()) / 1000;
+  return {
+    machine: id,
+    slots: machine.parallelBuilds,
+    builds: takenSlots(machine, stateDirectory).map((file) => {
+      const use = used.find((it) => it.file === file);
+      const since = use && new Date(use.time).toISOString();
+      return { derivation: use?.derivation, since };
+    }),
+    failures: record?.failures ?? 0,
+    leftAlone: Math.max(0, Math.ceil(left)),
+    lastProblem: record?.failures ? inOneLine(record.problem) : undefined,
+    doubts: record?.doubts ?? 0,
+  };
+}
+
+/** A derivation of ours, if there is any, without a look at all items. */
+function someItem({ storeDirectory }: Context): string | undefined {
+  const directory = opendirSync(storeDirectory);
+  try {
+    for (let entry; (entry = directory.readSync()) !== null;) {
+      if (entry.name.endsWith(".drv")) return `${storeDirectory}/${entry.name}`;
+    }
+    return undefined;
+  } finally {
+    directory.closeSync();
+  }
+}
+
+/** Whether a machine is this one, as far as that is found out quickly. */
+async function isKnownAsThis(
+  session: Session,
+  context: Context,
+): Promise<boolean> {
+  const known = context.observations.identity(session.machine);
+  if (known !== undefined) return known;
+  const opening = session.openDaemon();
+  const asking = opening.then(async (remote) => {
+    const path = someItem(context);
+    return path !== undefined &&
+      await isThisMachine(session.machine, remote, path, context);
+  });
+  try {
+    return await within(WATCH_INTERVAL, asking, "no answer");
+  } catch {
+    return false;
+  } finally {
+    opening.then(({ stream }) => stream.destroy(), () => {});
+  }
+}
+
+/** Asks a machine how it is; `sessions` keeps the connection. */
+async function inspect(
+  machine: Machine,
+  seconds: number,
+  sessions: Map<string, Session>,
+  context: Context,
+): Promise<MachineStatus> {
+  const id = machineId(machine);
+  const ask = async (bounds: Pick<Context, "signal" | "settings">) => {
+    const session = sessions.get(id) ??
+      await openSession(machine, { ...context, ...bounds });
+    sessions.set(id, session);
+    const asked = unlessAborted(bounds.signal, probe(session, context));
+    const facts = await asked.catch((error): Facts => {
+      // An account may be unable to run commands and still be of use.
+      if (!bounds.signal.aborted && !session.failure()) return { time: 0 };
+      sessions.delete(id);
+      session.close();
+      throw error;
+    });
+    session.useSocket(facts.socket);
+    return { facts, isThis: await isKnownAsThis(session, context) };
+  };
+  try {
+    const { facts, isThis } = await withTimeout(seconds, context, ask);
+    const use = describeUse(machine, context);
+    const problem = isThis ? THIS_MACHINE.why : undefined;
+    return { ...use, reachable: true, problem, ...describeFacts(facts) };
+  } catch (error) {
+    context.signal.throwIfAborted();
+    const [problem, code] = [inOneLine(reason(error)), codeOf(error)];
+    const use = describeUse(machine, context);
+    return { ...use, reachable: false, problem, code };
+  }
+}
+
+/** A number of bytes, as the reference writes it. */
+function formatSize(bytes: number): string {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+  const exponent = units.findLastIndex((_, index) => bytes > 1024 ** index);
+  const index = Math.max(0, exponent);
+  return `${Math.round(bytes / 1024 ** index)} ${units[index]}`;
+}
+
+/** How long something takes, to be read at a glance. */
+function formatDuration(seconds: number): string {
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
+  return `${Math.round(seconds / 3600)} h`;
+}
+
+/** What is known of a machine beside numbers: builds, failures. */
+function describeWork(
+  { builds, doubts, failures, leftAlone, problem, lastProblem }: MachineStatus,
+): string[] {
+  const notes = builds.map(({ derivation, since }) => {
+    if (derivation === undefined) return "a build of another program's";
+    const seconds = Math.max(0, Date.now() - Date.parse(since!)) / 1000;
+    const time = formatDuration(seconds);
+    return `building ${derivationName(derivation)} for ${time}`;
+  });
+  if (problem !== undefined) notes.unshift(problem);
+  if (failures > 0) {
+    const times = failures === 1 ? "once" : `${failures} times`;
+    const alone = leftAlone > 0 ? `left alone for ${leftAlone} s, ` : "";
+    notes.push(`${alone}failed ${times}: ${lastProblem}`);
+  }
+  if (doubts >= DOUBTS) {
+    notes.push(`comes last: ${doubts} builds failed that did well elsewhere`);
+  }
+  return notes;
+}
+
+/** The numbers among what is known of a machine, to be read. */
+function formatNumbers(status: MachineStatus) {
+  const { freeDiskSpace } = status;
+  return {
+    load: status.normalizedLoad?.toFixed(2),
+    disk: freeDiskSpace === undefined ? undefined : formatSize(freeDiskSpace),
+    clock: status.timeDifference?.toFixed().concat(" s"),
+    latency: status.latency?.toFixed(1).concat(" ms"),
+    slots: `${status.builds.length} of ${status.slots} taken`,
+  };
+}
+
+/** Shows machines as the reference does, with what it does not know. */
+function formatStatus(statuses: readonly MachineStatus[]): string {
+  const lines = statuses.flatMap((status) => {
+    const { load, disk, clock, latency, slots } = formatNumbers(status);
+    const fields = Object.entries({
+      [status.reachable ? "left out" : "unreachable"]: status.problem,
+      "kernel": status.kernel,
+      "architecture": status.architecture,
+      "host name": status.hostName,
+      "normalized load": load,
+      "free disk space": disk,
+      "time difference": clock,
+      latency,
+      slots,
+    }).filter(([, value]) => value !== undefined)
+      .map(([name, value]) => `${name}: ${inOneLine(String(value))}`);
+    const work = describeWork({ ...status, problem: undefined });
+    const name = inOneLine(status.machine).replace(/:22$/, "");
+    return [name, ...[...fields, ...work].map((line) => `  ${line}`)];
+  });
+  return lines.join("\n");
+}
+
+/** Shows machines in a table. */
+function formatStatusTable(
+  statuses: readonly MachineStatus[],
+  screen: Screen,
+): string {
+  const rows = statuses.map((status) => {
+    const { load, disk, clock, latency } = formatNumbers(status);
+    const { machine, reachable, builds, slots } = status;
+    const state: Styled = reachable
+      ? { style: "good", text: "up" }
+      : { style: "bad", text: reachable === false ? "down" : "?" };
+    const numbers = [`${builds.length}/${slots}`, load, disk, clock, latency];
+    const names = [status.hostName, status.architecture, status.kernel];
+    const cells = [...numbers, ...names].map((cell) => cell ?? "-");
+    return [machine, state, ...cells, describeWork(status).join("; ")];
+  });
+  const header = "machine,,slots,load,disk,clock,latency,host,arch,kernel,";
+  return formatTable([header.split(","), ...rows], screen);
+}
+
+/** Seconds between two looks at a machine. */
+const WATCH_INTERVAL = 2;
+
+/** Shows machines until interrupted; none waits for another one. */
+async function watchMachines(
+  machines: readonly Machine[],
+  look: (machine: Machine) => Promise<MachineStatus>,
+  show: (statuses: readonly MachineStatus[]) => void,
+  context: Context,
+): Promise<void> {
+  const latest = machines.map((machine) => describeUse(machine, context));
+  const pause = () =>
+    delay(WATCH_INTERVAL * 1000, undefined, { signal: context.signal });
+  const first = machines.map(async (machine, index) => {
+    latest[index] = await look(machine);
+  });
+  const follow = async (index: number) => {
+    for (await first[index];;) {
+      await pause();
+      latest[index] = await look(machines[index]!);
+    }
+  };
+  const ended = Promise.all(machines.map((_, index) => follow(index)));
+  ended.catch(() => {}); // the interruption, seen below
+  try {
+    await Promise.race([Promise.all(first), pause()]);
+    for (;; await pause()) show(latest);
+  } catch (error) {
+    if (!context.signal.aborted) throw error;
+  }
+}
+
+/** `offload status [FILE [REGEXP]]`. */
+export async function statusCommand(
+  args: readonly string[],
+  options: CommandOptions,
+  context: Context,
+  screen: Screen,
+): Promise<CommandResult> {
+  const seconds = timeoutOf(options, context);
+  const machines = await selectMachines(args, context);
+  warnOfSlots(context);
+  context.log.info(`getting status of ${machines.length} build machines...`);
+  const sessions = new Map<string, Session>();
+  const look = (machine: Machine) =>
+    inspect(machine, seconds, sessions, context);
+  const describe = (statuses: readonly MachineStatus[]) =>
+    options.json
+      ? JSON.stringify(statuses, null, options.watch ? 0 : 2)
+      : screen.isTerminal
+      ? formatStatusTable(statuses, screen)
+      : formatStatus(statuses);
+  try {
+    if (options.watch) {
+      await watchMachines(machines, look, (statuses) => {
+        if (screen.isTerminal) redraw(describe(statuses), screen);
+        else screen.print(`${describe(statuses)}\n`);
+      }, context);
+      return { output: "", exitCode: 0 };
+    }
+    const looks = machines.map(look);
+    const statuses = await awaitAll("asking machines", looks, screen);
+    for (const { machine, timeDifference = 0 } of statuses) {
+      if (timeDifference >= 0) continue;
+      const name = machine.replace(/:22$/, "");
+      const behind = `${-timeDifference} seconds behind`;
+      context.log.warn(`machine '${name}' is ${behind}`);
+    }
+    const failed = statuses.some(({ reachable }) => !reachable) ||
+      hasErrors(context);
+    return { output: describe(statuses), exitCode: failed ? 1 : 0 };
+  } finally {
+    for (const session of sessions.values()) session.close();
+  }
+}
