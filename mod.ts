@@ -1982,12 +1982,14 @@ export interface Hooks {
   ): Awaitable<Transport | undefined>;
 }
 
-/** A plugin: a name, and at least one hook. */
+/** A plugin: a name, and at least one hook, or a command. */
 export interface Plugin extends Partial<Hooks> {
   /** Names it in messages and settings. */
   readonly name: string;
   /** What the setting `use` may say of it. */
   readonly options?: Readonly<Record<string, Setting>>;
+  /** What `offload` and its name do. */
+  readonly command?: Command;
 }
 
 /** What serving a request needs of the world. */
@@ -2022,12 +2024,19 @@ export function pluginProblem(plugin: unknown): string | undefined {
   if (typeof plugin !== "object" || plugin === null) {
     return "its default export is no plugin";
   }
-  const { name, options = {}, ...hooks } = plugin as Record<string, unknown>;
+  const { name, options = {}, command, ...hooks } = plugin as Record<
+    string,
+    unknown
+  >;
   if (typeof name !== "string" || name === "") return "it has no 'name'";
   const keys = Object.keys(hooks);
   const unknown = keys.find((key) => !HOOKS.includes(key));
   if (unknown !== undefined) return `unknown key '${unknown}'`;
-  if (keys.length === 0) return "it has no hook";
+  if (keys.length === 0 && command === undefined) return "it has no hook";
+  const { usage, run } = (command ?? {}) as Partial<Command>;
+  if (command !== undefined && (typeof usage !== "string" || !run)) {
+    return "'command' is no command";
+  }
   if (options?.constructor !== Object) return "'options' is no object";
   const odd = keys.find((key) => typeof hooks[key] !== "function");
   return odd && `'${odd}' is no function`;
@@ -7882,10 +7891,12 @@ export async function processRequest(
 
 const VERSION = "0.1.0";
 
+/** The option that every command has. */
+export const HELP_OPTION = ["--help", "Show this help"] as const;
 /** A command: help, completion and manual page are made of this. */
 export interface Command {
-  /** What it is called by. */
-  readonly name: string;
+  /** Where help lists it, before those that do not say; then by name. */
+  readonly order?: number;
   /** What may follow: `[` begins what needn't. */
   readonly usage: string;
   /** What it does, in a line: a verb first. */
@@ -7896,128 +7907,25 @@ export interface Command {
   readonly options: readonly (readonly [usage: string, meaning: string])[];
   /** Command lines, and what each does. */
   readonly examples: readonly (readonly [line: string, meaning: string])[];
+  /** Does it: with its arguments, and its options by their names. */
+  run(
+    args: readonly string[],
+    options: CommandOptions,
+    makeContext: (machineFile?: string) => Promise<Context>,
+    screen: Screen,
+  ): Promise<CommandResult>;
+  /** Stands around the run, even of one that was called wrongly. */
+  around?(
+    options: CommandOptions,
+    run: () => Promise<CommandResult>,
+  ): Promise<CommandResult>;
 }
 
-const JSON_OPTION = ["--json", "Print JSON"] as const;
-/** The option that every command has. */
-export const HELP_OPTION = ["--help", "Show this help"] as const;
-const TIMEOUT_OPTION = [
-  "--timeout SECONDS",
-  "Give each machine so long, not the setting 'connectTimeout'",
-] as const;
-
-const WHICH_MACHINES = "The machines are those of FILE, or of " +
-  "/etc/guix/machines.scm and the plugins, whose name matches REGEXP; " +
-  "they are asked side by side.";
-
-/** The commands of the program, in the order in which help lists them. */
-export const COMMANDS: readonly Command[] = [
-  {
-    name: "test",
-    usage: "[FILE [REGEXP]]",
-    summary: "Test that machines can be used, step by step",
-    description: [
-      WHICH_MACHINES,
-      "Each goes through these steps: connect, host key, authentication, " +
-      "daemon, guix, import of a signed store item there, export of a signed " +
-      "one back, clock. For each that fails, the cause is told, and what to " +
-      "do. A warning is no failure.",
-    ],
-    options: [
-      JSON_OPTION,
-      ["--junit FILE", "Write the results to FILE, too, as JUnit's XML"],
-      TIMEOUT_OPTION,
-    ],
-    examples: [
-      ["offload test", "tests all machines"],
-      ["offload test /etc/guix/machines.scm '^arm'", "tests some of them"],
-      ["offload test --junit offload.xml", "tests them in a pipeline"],
-    ],
-  },
-  {
-    name: "status",
-    usage: "[FILE [REGEXP]]",
-    summary: "Show how machines are and what they do",
-    description: [
-      WHICH_MACHINES,
-      "Where the output is no terminal, it is in the format of 'guix offload " +
-      "status', with more lines. The exit code is 1 when a machine can't be " +
-      "reached.",
-    ],
-    options: [
-      JSON_OPTION,
-      TIMEOUT_OPTION,
-      ["--watch", "Show it anew every 2 s until interrupted"],
-    ],
-    examples: [
-      ["offload status", "shows all machines"],
-      ["offload status --watch", "shows them until interrupted"],
-    ],
-  },
-  {
-    name: "trust",
-    usage: "USER@HOST[:PORT]",
-    summary: "Let this machine and a build machine trust each other",
-    description: [
-      "It shows the host key's fingerprint and asks whether it is right; makes " +
-      "an SSH key and a signing key where there are none; lets the SSH key " +
-      "log in there as USER, which it does itself by your SSH agent or your " +
-      "password; authorizes either side's signing key on the other one; and " +
-      "tests the machine as 'offload test' does. What is so already stays. " +
-      "Each change is told, and how to undo it.",
-      "At the end the machine is added to FILE, or its form is printed. One " +
-      "that FILE has already is not changed there: where it has another SSH " +
-      "key than that of --identity, that is told.",
-    ],
-    options: [
-      ["--file FILE", "Add the machine to this machine file"],
-      ["--fingerprint SHA256:…", "Trust the host key that has it, unasked"],
-      ["--identity FILE", "Log in with this SSH key, made if need be"],
-      TIMEOUT_OPTION,
-    ],
-    examples: [
-      [
-        "offload trust root@w1.example.org --file /etc/guix/machines.scm",
-        "sets up a build machine",
-      ],
-    ],
-  },
-  {
-    name: "explain",
-    usage: "DERIVATION",
-    summary: "Say which machine would build it, and why",
-    description: [
-      "The exit code is 1 when no machine would. What has preferLocalBuild " +
-      "set, guix-daemon builds itself, even with --max-jobs=0, without asking.",
-    ],
-    options: [JSON_OPTION],
-    examples: [
-      ['offload explain "$(guix build -d hello)"', "says who would build it"],
-    ],
-  },
-  {
-    name: "machines",
-    usage: "[FILE]",
-    summary: "Print the machines that are listed",
-    description: [
-      "They are those of FILE, or of /etc/guix/machines.scm and the plugins. " +
-      "What is wrong with a file is told with its place. That, or a plugin " +
-      "that fails to list machines, makes the exit code 1.",
-    ],
-    options: [JSON_OPTION],
-    examples: [["offload machines ./machines.scm", "checks a new file"]],
-  },
-  {
-    name: "completion",
-    usage: "SHELL",
-    summary: "Print the completion for bash, zsh or fish",
-    description: [],
-    options: [],
-    examples: [
-      ["source <(offload completion bash)", "completes in this bash"],
-    ],
-  },
-];
+/** A command, and the name of its plugin, by which it is called. */
+export interface NamedCommand extends Command {
+  /** What it is called by. */
+  readonly name: string;
+}
 
 /** What the exit codes of commands mean. */
 export const EXIT_CODES: readonly (readonly [code: string, meaning: string])[] =
@@ -8066,10 +7974,10 @@ function formatPairs(pairs: Command["options"]): string {
 }
 
 /** The help on the program. */
-function generalHelp(): string {
+function generalHelp(commands: readonly NamedCommand[]): string {
   return `Usage: offload COMMAND ARGUMENT...
 
-${formatPairs(COMMANDS.map(({ name, summary }) => [name, summary]))}
+${formatPairs(commands.map(({ name, summary }) => [name, summary]))}
 ${formatPairs([HELP_OPTION, ["--version", "Print the version"]])}
 'offload COMMAND --help' says more.
 
@@ -8078,7 +7986,7 @@ This is how guix-daemon calls it: requests come in on the standard input.`;
 }
 
 /** The help on a command. */
-function commandHelp(command: Command): string {
+function commandHelp(command: NamedCommand): string {
   const { name, usage, summary, description, options, examples } = command;
   const lines = examples.map(([line, does]) => [line, `# ${does}`] as const);
   return [
@@ -8095,48 +8003,13 @@ export function splitOption([usage]: Command["options"][number]): string[] {
   return usage.split(" ");
 }
 
-/** Runs a command. */
-type Action = (
-  args: readonly string[],
-  options: CommandOptions,
-  makeContext: (machineFile?: string) => Promise<Context>,
-  screen: Screen,
-) => Promise<CommandResult>;
-
-/** What the commands of the table do. */
-const ACTIONS: Readonly<Record<string, Action>> = {
-  async test(args, options, makeContext, screen) {
-    const { testCommand } = await import("./plugins/test.ts");
-    return testCommand(args, options, await makeContext(args[0]), screen);
-  },
-  async status(args, options, makeContext, screen) {
-    const { statusCommand } = await import("./plugins/status.ts");
-    return statusCommand(args, options, await makeContext(args[0]), screen);
-  },
-  async trust(args, options, makeContext, screen) {
-    const { trustCommand } = await import("./plugins/trust.ts");
-    const file = options.file === undefined ? undefined : String(options.file);
-    const context = await makeContext(file);
-    return trustCommand(args, options, context, screen);
-  },
-  async explain([derivation], options, makeContext, screen) {
-    const { explainCommand } = await import("./plugins/explain.ts");
-    return explainCommand(derivation!, options, await makeContext(), screen);
-  },
-  async machines(args, options, makeContext, screen) {
-    const { machinesCommand } = await import("./plugins/machines.ts");
-    return machinesCommand(args, options, await makeContext(args[0]), screen);
-  },
-  async completion([shell]) {
-    const { completion } = await import("./plugins/completion.ts");
-    return { output: completion(shell!), exitCode: 0 };
-  },
-};
-
 /** Makes cac's commands of the table. */
-function makeCli(run: (command: Command) => Promise<CommandResult>) {
+function makeCli(
+  commands: readonly NamedCommand[],
+  run: (command: NamedCommand) => Promise<CommandResult>,
+) {
   const cli = cac("offload");
-  for (const command of COMMANDS) {
+  for (const command of commands) {
     const words = command.usage.split(" ")
       .map((word) => word.startsWith("[") ? "[argument]" : "<argument>");
     const made = cli.command([command.name, ...words].join(" "))
@@ -8175,10 +8048,13 @@ function distance(from: string, to: string): number {
 }
 
 /** The error where there is no such command, with what may have been meant. */
-function unknownCommand(word: string | undefined): OffloadError {
+function unknownCommand(
+  word: string | undefined,
+  commands: readonly NamedCommand[],
+): OffloadError {
   if (!word) return usageError("missing command name");
   if (word.startsWith("-")) return usageError(`${word}: unrecognized option`);
-  const [nearest] = COMMANDS.map(({ name }) => name)
+  const [nearest] = commands.map(({ name }) => name)
     .filter((name) => name.startsWith(word) || distance(word, name) <= 2)
     .sort((a, b) => distance(word, a) - distance(word, b));
   const meant = nearest === undefined ? "" : `: did you mean '${nearest}'?`;
@@ -8204,7 +8080,7 @@ function checkOptions(
 
 /** Runs a command that is called as cac understands it. */
 async function runMatched(
-  command: Command,
+  command: NamedCommand,
   cli: ReturnType<typeof makeCli>,
 ): Promise<CommandResult> {
   try {
@@ -8219,32 +8095,61 @@ async function runMatched(
   }
 }
 
+/** A plugin's command, by its plugin's name; `undefined`: it has none. */
+function commandOf({ name, command }: Plugin): NamedCommand | undefined {
+  return command && { ...command, name };
+}
+
+/** Loads all commands, in the order in which help lists them. */
+export async function loadCommands(
+  site: readonly Plugin[] = [],
+): Promise<NamedCommand[]> {
+  const builtins = await Promise.all(builtinNames().map(loadBuiltin));
+  const order = ({ order = Infinity }: NamedCommand) => order;
+  return [...site, ...builtins]
+    .map((plugin) => plugin && commandOf(plugin))
+    .filter((command) => command !== undefined)
+    .sort((a, b) =>
+      order(a) === order(b) ? a.name.localeCompare(b.name) : order(a) - order(b)
+    );
+}
+
+/** Loads the commands that may be meant: one, where that is sure. */
+async function loadMeant(
+  word: string | undefined,
+): Promise<NamedCommand[]> {
+  const plugin = word === undefined ? undefined : await loadBuiltin(word);
+  const command = plugin && commandOf(plugin);
+  return command ? [command] : await loadCommands();
+}
+
 /** Runs the command that `args` name. */
 async function runCommand(
   args: readonly string[],
   makeContext: (machineFile?: string) => Promise<Context>,
   screen: Screen,
 ): Promise<CommandResult> {
-  const cli = makeCli(({ name }) => {
-    const { args, options } = cli;
-    return ACTIONS[name]!(args.map(String), options, makeContext, screen);
-  });
   const isHelp = args[0] === "help";
-  cli.parse(["", "offload", ...args.slice(isHelp ? 1 : 0)], { run: false });
+  const words = args.slice(isHelp ? 1 : 0);
+  const commands = await loadMeant(words[0]);
+  const cli = makeCli(commands, ({ run }) => {
+    const { args, options } = cli;
+    return run(args.map(String), options, makeContext, screen);
+  });
+  cli.parse(["", "offload", ...words], { run: false });
   const { args: [word = args[0]], matchedCommandName, options } = cli;
-  const command = COMMANDS.find(({ name }) => name === matchedCommandName);
+  const command = commands.find(({ name }) => name === matchedCommandName);
   const say = (output: string) => ({ output, exitCode: 0 });
   if (command !== undefined && (isHelp || options.help === true)) {
     return say(commandHelp(command));
   }
   if (isHelp && cli.args.length === 0 || /^(--help|-h)$/.test(word ?? "")) {
-    return say(generalHelp());
+    return say(generalHelp(commands));
   }
   if (options.version === true) return say(`offload ${VERSION}`);
-  if (command === undefined) throw unknownCommand(word);
-  if (command.name !== "test") return await runMatched(command, cli);
-  const { withReport } = await import("./plugins/test.ts");
-  return await withReport(command, options, () => runMatched(command, cli));
+  if (command === undefined) throw unknownCommand(word, commands);
+  const run = () => runMatched(command, cli);
+  return await (command.around?.(options, run) ?? run());
 }
 
 // ---------------------------------------------------------------------------

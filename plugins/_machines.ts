@@ -18,6 +18,20 @@ import {
 } from "../mod.ts";
 import type { CommandOptions, Context, Machine, Plugin } from "../mod.ts";
 
+/** An option of commands: prints JSON. */
+export const JSON_OPTION = ["--json", "Print JSON"] as const;
+
+/** An option of commands: how long each machine has. */
+export const TIMEOUT_OPTION = [
+  "--timeout SECONDS",
+  "Give each machine so long, not the setting 'connectTimeout'",
+] as const;
+
+/** Which machines a command is about. */
+export const WHICH_MACHINES = "The machines are those of FILE, or of " +
+  "/etc/guix/machines.scm and the plugins, whose name matches REGEXP; " +
+  "they are asked side by side.";
+
 /** Whether something is wrong with the machine file. */
 export function hasErrors({ problems }: Context): boolean {
   return problems.some(({ severity }) => severity === "error");

@@ -5,20 +5,21 @@
  */
 
 import {
-  COMMANDS,
   HELP_OPTION,
+  loadCommands,
   quoteWord,
   splitOption,
   usageError,
 } from "../mod.ts";
+import type { NamedCommand, Plugin } from "../mod.ts";
 
 /** The completion for bash; where nothing is listed, it completes files. */
-function bashCompletion(): string {
-  const cases = COMMANDS.map(({ name, options }) => {
+function bashCompletion(commands: readonly NamedCommand[]): string {
+  const cases = commands.map(({ name, options }) => {
     const names = [...options, HELP_OPTION].map((it) => splitOption(it)[0]);
     return `    ${name}:-*) words='${names.join(" ")}' ;;\n`;
   });
-  const names = COMMANDS.map(({ name }) => name).join(" ");
+  const names = commands.map(({ name }) => name).join(" ");
   return `_offload() {
   local word=\${COMP_WORDS[COMP_CWORD]} words=
   if [ "$COMP_CWORD" = 1 ]; then words='${names} --help --version'; fi
@@ -31,16 +32,16 @@ complete -o default -F _offload offload`;
 }
 
 /** The completion for zsh, which can do it as bash does. */
-function zshCompletion(): string {
+function zshCompletion(commands: readonly NamedCommand[]): string {
   return `(( $+functions[compdef] )) || { autoload -Uz compinit; compinit; }
 autoload -Uz bashcompinit
 bashcompinit
-${bashCompletion()}`;
+${bashCompletion(commands)}`;
 }
 
 /** The completion for fish. */
-function fishCompletion(): string {
-  const lines = COMMANDS.flatMap(({ name, usage, summary, options }) => {
+function fishCompletion(commands: readonly NamedCommand[]): string {
+  const lines = commands.flatMap(({ name, usage, summary, options }) => {
     const of = `complete -c offload -n '__fish_seen_subcommand_from ${name}'`;
     const described = [...options, HELP_OPTION].map((option) => {
       const [name, value] = splitOption(option);
@@ -61,10 +62,32 @@ function fishCompletion(): string {
 }
 
 /** The completion for a shell, made of the table of commands. */
-export function completion(shell: string): string {
-  if (shell === "bash") return bashCompletion();
-  if (shell === "zsh") return zshCompletion();
-  if (shell === "fish") return fishCompletion();
+export function completion(
+  shell: string,
+  commands: readonly NamedCommand[],
+): string {
+  if (shell === "bash") return bashCompletion(commands);
+  if (shell === "zsh") return zshCompletion(commands);
+  if (shell === "fish") return fishCompletion(commands);
   const message = `${shell}: unknown shell: expected bash, zsh or fish`;
   throw usageError(message, "completion");
 }
+
+const plugin = {
+  name: "completion",
+  command: {
+    order: 6,
+    usage: "SHELL",
+    summary: "Print the completion for bash, zsh or fish",
+    description: [],
+    options: [],
+    examples: [
+      ["source <(offload completion bash)", "completes in this bash"],
+    ],
+    async run([shell]) {
+      return { output: completion(shell!, await loadCommands()), exitCode: 0 };
+    },
+  },
+} satisfies Plugin;
+
+export default plugin as Plugin;

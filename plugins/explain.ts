@@ -29,11 +29,12 @@ import type {
   Context,
   Facts,
   Machine,
+  Plugin,
   Request,
   Scores,
   Screen,
 } from "../mod.ts";
-import { systemOf, warnOfSlots } from "./_machines.ts";
+import { JSON_OPTION, systemOf, warnOfSlots } from "./_machines.ts";
 import { formatTable } from "./_screen.ts";
 
 /** A machine as `offload explain` shows it. */
@@ -178,3 +179,24 @@ export async function explainCommand(
   const found = explanations.some(({ chosen }) => chosen);
   return { output, exitCode: found ? 0 : 1 };
 }
+
+const plugin = {
+  name: "explain",
+  command: {
+    order: 4,
+    usage: "DERIVATION",
+    summary: "Say which machine would build it, and why",
+    description: [
+      "The exit code is 1 when no machine would. What has preferLocalBuild " +
+      "set, guix-daemon builds itself, even with --max-jobs=0, without asking.",
+    ],
+    options: [JSON_OPTION],
+    examples: [
+      ['offload explain "$(guix build -d hello)"', "says who would build it"],
+    ],
+    run: async ([derivation], options, makeContext, screen) =>
+      explainCommand(derivation!, options, await makeContext(), screen),
+  },
+} satisfies Plugin;
+
+export default plugin as Plugin;

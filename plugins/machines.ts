@@ -5,8 +5,14 @@
  */
 
 import { listMachines, machineId, machineToJson } from "../mod.ts";
-import type { CommandOptions, CommandResult, Context, Screen } from "../mod.ts";
-import { hasErrors, machinePlugins } from "./_machines.ts";
+import type {
+  CommandOptions,
+  CommandResult,
+  Context,
+  Plugin,
+  Screen,
+} from "../mod.ts";
+import { hasErrors, JSON_OPTION, machinePlugins } from "./_machines.ts";
 import { formatTable } from "./_screen.ts";
 
 /** `offload machines [FILE]`. */
@@ -36,3 +42,23 @@ export async function machinesCommand(
   const failed = hasErrors(context);
   return { output, exitCode: failed ? 1 : 0 };
 }
+
+const plugin = {
+  name: "machines",
+  command: {
+    order: 5,
+    usage: "[FILE]",
+    summary: "Print the machines that are listed",
+    description: [
+      "They are those of FILE, or of /etc/guix/machines.scm and the plugins. " +
+      "What is wrong with a file is told with its place. That, or a plugin " +
+      "that fails to list machines, makes the exit code 1.",
+    ],
+    options: [JSON_OPTION],
+    examples: [["offload machines ./machines.scm", "checks a new file"]],
+    run: async (args, options, makeContext, screen) =>
+      machinesCommand(args, options, await makeContext(args[0]), screen),
+  },
+} satisfies Plugin;
+
+export default plugin as Plugin;

@@ -29,15 +29,19 @@ import type {
   ErrorCode,
   Facts,
   Machine,
+  Plugin,
   Screen,
   Session,
   Styled,
 } from "../mod.ts";
 import {
   hasErrors,
+  JSON_OPTION,
   selectMachines,
+  TIMEOUT_OPTION,
   timeoutOf,
   warnOfSlots,
+  WHICH_MACHINES,
   withTimeout,
 } from "./_machines.ts";
 import { awaitAll, formatTable, inOneLine, redraw } from "./_screen.ts";
@@ -355,3 +359,31 @@ export async function statusCommand(
     for (const session of sessions.values()) session.close();
   }
 }
+
+const plugin = {
+  name: "status",
+  command: {
+    order: 2,
+    usage: "[FILE [REGEXP]]",
+    summary: "Show how machines are and what they do",
+    description: [
+      WHICH_MACHINES,
+      "Where the output is no terminal, it is in the format of 'guix offload " +
+      "status', with more lines. The exit code is 1 when a machine can't be " +
+      "reached.",
+    ],
+    options: [
+      JSON_OPTION,
+      TIMEOUT_OPTION,
+      ["--watch", "Show it anew every 2 s until interrupted"],
+    ],
+    examples: [
+      ["offload status", "shows all machines"],
+      ["offload status --watch", "shows them until interrupted"],
+    ],
+    run: async (args, options, makeContext, screen) =>
+      statusCommand(args, options, await makeContext(args[0]), screen),
+  },
+} satisfies Plugin;
+
+export default plugin as Plugin;

@@ -9,16 +9,22 @@ import type { Stats } from "node:fs";
 import { dirname } from "node:path";
 import { codeOf, OffloadError, pluginDirectory, reason } from "../mod.ts";
 import type {
-  Command,
   CommandOptions,
   CommandResult,
   Context,
   Machine,
+  Plugin,
   PluginContext,
   Problem,
   Screen,
 } from "../mod.ts";
-import { selectMachines, timeoutOf } from "./_machines.ts";
+import {
+  JSON_OPTION,
+  selectMachines,
+  TIMEOUT_OPTION,
+  timeoutOf,
+  WHICH_MACHINES,
+} from "./_machines.ts";
 import { awaitAll } from "./_screen.ts";
 import {
   formatReports,
@@ -186,14 +192,12 @@ function writeReport(file: string, text: string): OffloadError | undefined {
  * run before is left.
  */
 export async function withReport(
-  command: Command,
   { junit }: CommandOptions,
   run: () => Promise<CommandResult>,
 ): Promise<CommandResult> {
-  const isDefined = command.options.some(([usage]) => usage === "--junit FILE");
   // No file was named where there is no value, or more than one.
   const isNamed = typeof junit === "string" || typeof junit === "number";
-  if (!isDefined || !isNamed) return await run();
+  if (!isNamed) return await run();
   const file = String(junit);
   const write = (error: unknown) => writeReport(file, formatJunitError(error));
   // A pipe is to get one report.
@@ -242,3 +246,34 @@ export async function testCommand(
     : formatReports(reports, screen);
   return { output, exitCode: failed || problem ? 1 : 0, problem };
 }
+
+const plugin = {
+  name: "test",
+  command: {
+    order: 1,
+    usage: "[FILE [REGEXP]]",
+    summary: "Test that machines can be used, step by step",
+    description: [
+      WHICH_MACHINES,
+      "Each goes through these steps: connect, host key, authentication, " +
+      "daemon, guix, import of a signed store item there, export of a signed " +
+      "one back, clock. For each that fails, the cause is told, and what to " +
+      "do. A warning is no failure.",
+    ],
+    options: [
+      JSON_OPTION,
+      ["--junit FILE", "Write the results to FILE, too, as JUnit's XML"],
+      TIMEOUT_OPTION,
+    ],
+    examples: [
+      ["offload test", "tests all machines"],
+      ["offload test /etc/guix/machines.scm '^arm'", "tests some of them"],
+      ["offload test --junit offload.xml", "tests them in a pipeline"],
+    ],
+    around: withReport,
+    run: async (args, options, makeContext, screen) =>
+      testCommand(args, options, await makeContext(args[0]), screen),
+  },
+} satisfies Plugin;
+
+export default plugin as Plugin;

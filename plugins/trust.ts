@@ -41,6 +41,7 @@ import type {
   Facts,
   Machine,
   MachineFileHost,
+  Plugin,
   Screen,
   Session,
   SshError,
@@ -54,7 +55,7 @@ import {
   replaceFile,
   tellChange,
 } from "./_authorization.ts";
-import { hasErrors, systemOf, timeoutOf } from "./_machines.ts";
+import { hasErrors, systemOf, TIMEOUT_OPTION, timeoutOf } from "./_machines.ts";
 import { inOneLine } from "./_screen.ts";
 import {
   formatReports,
@@ -394,3 +395,44 @@ export async function trustCommand(
     exitCode: 0,
   };
 }
+
+const plugin = {
+  name: "trust",
+  command: {
+    order: 3,
+    usage: "USER@HOST[:PORT]",
+    summary: "Let this machine and a build machine trust each other",
+    description: [
+      "It shows the host key's fingerprint and asks whether it is right; makes " +
+      "an SSH key and a signing key where there are none; lets the SSH key " +
+      "log in there as USER, which it does itself by your SSH agent or your " +
+      "password; authorizes either side's signing key on the other one; and " +
+      "tests the machine as 'offload test' does. What is so already stays. " +
+      "Each change is told, and how to undo it.",
+      "At the end the machine is added to FILE, or its form is printed. One " +
+      "that FILE has already is not changed there: where it has another SSH " +
+      "key than that of --identity, that is told.",
+    ],
+    options: [
+      ["--file FILE", "Add the machine to this machine file"],
+      ["--fingerprint SHA256:…", "Trust the host key that has it, unasked"],
+      ["--identity FILE", "Log in with this SSH key, made if need be"],
+      TIMEOUT_OPTION,
+    ],
+    examples: [
+      [
+        "offload trust root@w1.example.org --file /etc/guix/machines.scm",
+        "sets up a build machine",
+      ],
+    ],
+    async run(args, options, makeContext, screen) {
+      const file = options.file === undefined
+        ? undefined
+        : String(options.file);
+      const context = await makeContext(file);
+      return trustCommand(args, options, context, screen);
+    },
+  },
+} satisfies Plugin;
+
+export default plugin as Plugin;

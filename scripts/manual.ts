@@ -5,8 +5,10 @@
  * @module
  */
 
-import { COMMANDS, EXIT_CODES, settingsSchema } from "../mod.ts";
-import type { Command } from "../mod.ts";
+import { EXIT_CODES, loadCommands, settingsSchema } from "../mod.ts";
+import type { NamedCommand } from "../mod.ts";
+
+const COMMANDS = await loadCommands();
 
 const DESCRIPTION =
   `Offload is a drop-in replacement for 'guix offload', the build hook with which guix-daemon sends builds to other machines over SSH. It reads the machine file of Guix, uses the same keys and the same slots, and needs nothing on the build machines but sshd and guix-daemon. The section "Using the Offload Facility" of the manual of Guix says how to set up build machines.
@@ -47,7 +49,7 @@ function paragraphs(texts: readonly string[]): string {
 }
 
 /** The macros for a command and what may follow it. */
-function usage({ name, usage, options }: Command): string {
+function usage({ name, usage, options }: NamedCommand): string {
   const brackets: Record<string, string> = { "[": "Oo", "]": "Oc" };
   const words = usage.match(/[^\s[\]]+(\[[^\s\]]+\])?|[[\]]/g)!
     .map((word) => brackets[word] ?? `Ar ${word}`);
@@ -55,7 +57,7 @@ function usage({ name, usage, options }: Command): string {
   return [`.Cm ${name}`, ...more, ...words].join(" ");
 }
 
-function optionItem([usage, meaning]: Command["options"][number]): string {
+function optionItem([usage, meaning]: NamedCommand["options"][number]): string {
   const [name, value] = usage.split(" ");
   const argument = value === undefined ? "" : ` Ar ${value}`;
   return `.It Fl ${name!.slice(1)}${argument}\n${fill(meaning)}.`;
@@ -69,7 +71,7 @@ function section(title: string, ...parts: readonly string[]): string {
   return [`.Sh ${title}`, ...parts].join("\n");
 }
 
-function commandSection(command: Command): string {
+function commandSection(command: NamedCommand): string {
   const { name, summary, description, options } = command;
   const parts = [fill(`${summary}.`), ...description.map(fill)];
   if (options.length > 0) parts.push(list(options.map(optionItem)));

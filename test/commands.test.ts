@@ -12,9 +12,9 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   checkSignature,
-  COMMANDS,
   evaluateMachineFile,
   EXIT_CODES,
+  loadCommands,
   parseAcl,
   parseSexp,
   progressBar,
@@ -37,6 +37,7 @@ import {
 } from "./helpers.ts";
 
 const test = suite("commands");
+const COMMANDS = await loadCommands();
 
 /** Runs Offload with these arguments. */
 function offload(...args: readonly string[]) {
@@ -409,7 +410,7 @@ test("progressBar() shows the part that is done, where there is room", () => {
 
 test("completion knows all commands and options", () => {
   for (const shell of ["bash", "zsh", "fish"]) {
-    const script = completion(shell);
+    const script = completion(shell, COMMANDS);
     for (const { name, options } of COMMANDS) {
       assert.match(script, name);
       for (const [usage] of options) {

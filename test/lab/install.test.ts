@@ -30,7 +30,7 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { COMMANDS } from "../../mod.ts";
+import { loadCommands } from "../../mod.ts";
 import {
   assertOffloaded,
   assertStoreIsSound,
@@ -55,6 +55,7 @@ import {
 import type { Result, Runtime } from "./lab.ts";
 
 const test = suite("install");
+const COMMANDS = await loadCommands();
 
 /** The runtimes' programs: each host gets a copy of one. */
 const PROGRAMS: Readonly<Record<Runtime, string>> = {

@@ -23,7 +23,7 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { COMMANDS } from "../../mod.ts";
+import { loadCommands } from "../../mod.ts";
 import {
   addressOf,
   build,
@@ -44,6 +44,7 @@ import {
 } from "./lab.ts";
 
 const test = suite("README");
+const COMMANDS = await loadCommands();
 
 const README = readFileSync(`${ROOT}README.md`, "utf8");
 const NODE = `${ROOT}node_modules/node/bin/node`;
