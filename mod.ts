@@ -2130,6 +2130,29 @@ async function loadPlugin(
   return plugin;
 }
 
+/** Loads a site's plugins, by file name; says how many can't be. */
+async function loadSite(
+  directory: string,
+  seconds: number,
+  log: Log,
+): Promise<{ plugins: Plugin[]; failures: number }> {
+  const taken = [guixPlugin.name, guilePlugin.name, ...builtinNames()];
+  const plugins: Plugin[] = [];
+  let failures = 0;
+  for (const file of await findPlugins(directory)) {
+    try {
+      const plugin = await loadPlugin(file, taken, seconds);
+      plugins.push(plugin);
+      taken.push(plugin.name);
+    } catch (error) {
+      failures++;
+      const known = error instanceof OffloadError;
+      log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
+    }
+  }
+  return { plugins, failures };
+}
+
 /**
  * Loads the plugins: those of the site, by file name, before the built-in
  * ones. One that can't be loaded is warned about: it stops no build.
@@ -2140,20 +2163,8 @@ export async function loadPlugins(
   log: Log,
 ): Promise<readonly Plugin[]> {
   const chosen = await loadChosen(settings);
-  const taken = [guixPlugin.name, guilePlugin.name, ...builtinNames()];
-  const plugins: Plugin[] = [];
-  let failures = 0;
-  for (const file of await findPlugins(directory)) {
-    try {
-      const plugin = await loadPlugin(file, taken, settings.hookTimeout);
-      plugins.push(plugin);
-      taken.push(plugin.name);
-    } catch (error) {
-      failures++;
-      const known = error instanceof OffloadError;
-      log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
-    }
-  }
+  const { hookTimeout } = settings;
+  const { plugins, failures } = await loadSite(directory, hookTimeout, log);
   plugins.push(...chosen);
   for (const [name, options] of Object.entries(settings.use)) {
     const plugin = plugins.find((plugin) => plugin.name === name);
@@ -8117,21 +8128,23 @@ export async function loadCommands(
 /** Loads the commands that may be meant: one, where that is sure. */
 async function loadMeant(
   word: string | undefined,
+  findSite: () => Promise<readonly Plugin[]>,
 ): Promise<NamedCommand[]> {
   const plugin = word === undefined ? undefined : await loadBuiltin(word);
   const command = plugin && commandOf(plugin);
-  return command ? [command] : await loadCommands();
+  return command ? [command] : await loadCommands(await findSite());
 }
 
 /** Runs the command that `args` name. */
 async function runCommand(
   args: readonly string[],
   makeContext: (machineFile?: string) => Promise<Context>,
+  findSite: () => Promise<readonly Plugin[]>,
   screen: Screen,
 ): Promise<CommandResult> {
   const isHelp = args[0] === "help";
   const words = args.slice(isHelp ? 1 : 0);
-  const commands = await loadMeant(words[0]);
+  const commands = await loadMeant(words[0], findSite);
   const cli = makeCli(commands, ({ run }) => {
     const { args, options } = cli;
     return run(args.map(String), options, makeContext, screen);
@@ -8653,6 +8666,11 @@ async function main(args: readonly string[]): Promise<number> {
     const { output, exitCode, problem } = await runCommand(
       args,
       (file) => makeCommandContext(NO_HOOK, environment, log, signal, file),
+      async () => {
+        const directory = pluginDirectory(environment);
+        const seconds = SETTINGS.hookTimeout.default as number;
+        return (await loadSite(directory, seconds, log)).plugins;
+      },
       makeScreen(environment, foot),
     );
     if (output !== "") writeLine(STANDARD_OUTPUT, output);

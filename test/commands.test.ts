@@ -93,6 +93,28 @@ test("--help shows each command, with options and examples", async () => {
   }
 });
 
+test("a site's command is found, listed and run", async () => {
+  await withDirectory(async (directory) => {
+    mkdirSync(`${directory}/offload`, { mode: 0o755 });
+    const plugin = `export default { name: "hello", command: {
+      usage: "NAME", summary: "Greet", description: [], examples: [],
+      options: [["--loud", "Shout"]],
+      run: ([name], { loud }) =>
+        Promise.resolve({ output: name + (loud ? "!" : ""), exitCode: 3 }),
+    } };`;
+    const file = `${directory}/offload/hello.ts`;
+    writeFileSync(file, plugin, { mode: 0o644 });
+    const { code, stdout } = await offloadIn(directory, "hello", "x", "--loud");
+    assert.equal([code, stdout], [3, "x!\n"]);
+    const general = await offloadIn(directory, "--help");
+    assert.match(general.stdout, /^  hello +Greet$/m);
+    const own = await offloadIn(directory, "hello", "--help");
+    assert.match(own.stdout, /^  --loud +Shout$/m);
+    const wrong = await offloadIn(directory, "hello");
+    assert.is(wrong.code, 2);
+  });
+});
+
 test("help is what --help is", async () => {
   const general = await offload("--help");
   for (const args of [["help"], ["help", "--help"], ["-h"]]) {
