@@ -15,7 +15,6 @@ import {
   createPublicKey,
   getCiphers,
   publicDecrypt,
-  randomBytes,
   randomUUID,
 } from "node:crypto";
 import type { Hash } from "node:crypto";
@@ -49,19 +48,11 @@ import { createInterface } from "node:readline";
 import { DatabaseSync } from "node:sqlite";
 import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
 import { finished } from "node:stream";
-import type { Duplex, Transform } from "node:stream";
-import { pipeline } from "node:stream/promises";
+import type { Duplex } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { isatty } from "node:tty";
 import { pathToFileURL } from "node:url";
 import { format } from "node:util";
-import {
-  constants as zlibConstants,
-  createGunzip,
-  createGzip,
-  createZstdCompress,
-  createZstdDecompress,
-} from "node:zlib";
 import { cac, glob, nacl, ssh2 } from "./deps.ts";
 import type {
   CipherAlgorithm,
@@ -268,7 +259,7 @@ const REMINDER = 10;
  * Does work that may be silent, and says now and then what is waited for:
  * guix-daemon ends a hook that says nothing for `max-silent-time`.
  */
-async function remind<T>(
+export async function remind<T>(
   what: string,
   log: Log,
   work: () => Promise<T>,
@@ -435,7 +426,7 @@ export function reason(problem: unknown): string {
 }
 
 /** `1 store item`, `2 store items`. */
-function count(items: number): string {
+export function count(items: number): string {
   return `${items} store item${items === 1 ? "" : "s"}`;
 }
 
@@ -2435,7 +2426,11 @@ const guixPlugin: Plugin = {
   },
   connect: openConnection,
   score: ({ machine }) => machine.speed,
-  transport: (_, context) => daemonTransport(context),
+  async transport(machine, context) {
+    const quick = await loadBuiltin("quick");
+    return await quick?.transport?.(machine, context) ??
+      plainTransport(context);
+  },
 };
 
 /** Stands in for the plugin of that name, which only programs need. */
@@ -2481,7 +2476,7 @@ export type WireValue =
   | readonly string[];
 
 /** Lengths beyond which a peer is not believed, in bytes or items. */
-const LIMITS = {
+export const LIMITS = {
   storePath: 4096,
   message: 1 << 20,
   chunk: 16 << 20,
@@ -2740,7 +2735,7 @@ export interface StoreConnection {
  * it works it expects silence (nix/nix-daemon/nix-daemon.cc), but what it has
  * read by then may hold further requests, if all of them came in one piece.
  */
-const READ_SIZE = 32768;
+export const READ_SIZE = 32768;
 
 /** What a daemon's operation reads and writes while it works. */
 interface OperationStreams {
@@ -2882,7 +2877,7 @@ async function writeMessage(
  * messages. What the daemon refuses is thrown once the rest of the message is
  * answered: the connection stays of use.
  */
-async function operateAll(
+export async function operateAll(
   store: StoreConnection,
   calls: Sequence<Call>,
   streams?: OperationStreams,
@@ -2914,7 +2909,7 @@ async function operateAll(
 }
 
 /** Whether a daemon got something while it was at work: it lost count then. */
-function isOutOfStep(error: unknown): boolean {
+export function isOutOfStep(error: unknown): boolean {
   return error instanceof OffloadError && !(error instanceof LocalError) &&
     (isOutOfStep(error.cause) || error.message.startsWith("EOF expected"));
 }
@@ -3002,10 +2997,10 @@ export interface PathInfo {
 }
 
 /** Length of the hash with which the name of a store item begins. */
-const HASH_PART_LENGTH = 32;
+export const HASH_PART_LENGTH = 32;
 
 /** The name of a store item, without directory and hash. */
-function itemName(path: string): string {
+export function itemName(path: string): string {
   return basename(path).slice(HASH_PART_LENGTH + 1);
 }
 
@@ -3072,7 +3067,7 @@ export async function addTempRoots(
 }
 
 /** The request that adds a text to the store. */
-function addTextRequest(
+export function addTextRequest(
   name: string,
   text: Uint8Array,
   references: readonly string[],
@@ -3081,13 +3076,17 @@ function addTextRequest(
 }
 
 /** The request that adds a nar, or the file that it is, to the store. */
-function addNarRequest(name: string, recursive: boolean, nar: Buffer): Buffer {
+export function addNarRequest(
+  name: string,
+  recursive: boolean,
+  nar: Buffer,
+): Buffer {
   const request = [OPERATION.addToStore, name, true, recursive, "sha256"];
   return Buffer.concat([encode(...request), nar]);
 }
 
 /** Adds an item to the store and hands on its path, which follows from it. */
-function addCall(request: Buffer, take: (path: string) => void): Call {
+export function addCall(request: Buffer, take: (path: string) => void): Call {
   return {
     request,
     result: async (reader) => take(await reader.string(LIMITS.storePath)),
@@ -5293,7 +5292,7 @@ export interface StartedProcess extends RemoteProcess {
 }
 
 /** The output of a command is not to be found in what is printed. */
-class Noise extends OffloadError {}
+export class Noise extends OffloadError {}
 
 /** How much may be printed before the output of a command, in bytes. */
 const LONGEST_NOISE = 65536;
@@ -6533,188 +6532,8 @@ export function scoredRequest(
 // Offloading
 // ---------------------------------------------------------------------------
 
-const NIX_BASE32 = "0123456789abcdfghijklmnpqrsvwxyz";
-
-/** Folds a hash to 160 bits and writes it as the names in the store do. */
-function storeHash(fingerprint: string): string {
-  const folded = new Uint8Array(20);
-  createHash("sha256").update(fingerprint).digest()
-    .forEach((byte, i) => folded[i % 20]! ^= byte);
-  // The last five bits come first.
-  let text = "";
-  for (let bit = 5 * (HASH_PART_LENGTH - 1); bit >= 0; bit -= 5) {
-    const [low, high = 0] = folded.subarray(bit >> 3);
-    text += NIX_BASE32[(low! | high << 8) >> (bit & 7) & 31];
-  }
-  return text;
-}
-
-/** What an item's name follows from: no signature is needed to believe it. */
-export type ContentAddress = "text" | "flat" | "recursive";
-
-/** A larger item is not read just to see what its name follows from. */
-const LARGEST_ADDRESSED = 2 ** 20;
-
-/** Reads a file; what is no file, or executable, is none of the plain kind. */
-function readPlainFile(path: string): Buffer | undefined {
-  const stat = lstatSync(path);
-  const plain = stat.isFile() && (stat.mode & 0o111) === 0;
-  return plain ? readFileSync(path) : undefined;
-}
-
-/** Finds out what the name of an item follows from (guix/store.scm). */
-export function contentAddress(
-  path: string,
-  { references, narHash, narSize }: PathInfo,
-  read: (path: string) => Buffer | undefined = readPlainFile,
-): ContentAddress | undefined {
-  const store = dirname(path);
-  const is = (type: string, hash: string) =>
-    path === `${store}/` +
-        storeHash(`${type}:sha256:${hash}:${store}:${itemName(path)}`) +
-        `-${itemName(path)}`;
-  const alone = references.length === 0;
-  if (narSize > LARGEST_ADDRESSED) return undefined;
-  if (alone && is("source", narHash)) return "recursive";
-  const contents = read(path);
-  if (contents === undefined) return undefined;
-  const hash = sha256(contents);
-  if (is(["text", ...references.toSorted()].join(":"), hash)) return "text";
-  const fixed = sha256(`fixed:out:sha256:${hash}:`);
-  return alone && is("output:out", fixed) ? "flat" : undefined;
-}
-
-function sha256(data: string | Uint8Array): string {
-  return createHash("sha256").update(data).digest("hex");
-}
-
-/** Items to send by one means: by their contents, or as signed archives. */
-export interface Batch {
-  /** Whether the items' names follow from their contents. */
-  readonly addressed: boolean;
-  /** The store items, references first. */
-  readonly paths: readonly string[];
-}
-
-/**
- * Orders items so that each comes after those it refers to, in few batches:
- * each costs a round trip or more.
- */
-export function makeBatches(
-  references: ReadonlyMap<string, readonly string[]>,
-  isAddressed: (path: string) => boolean,
-): Batch[] {
-  const waiting = new Map<string, number>();
-  const referrers = new Map<string, string[]>();
-  for (const path of references.keys()) referrers.set(path, []);
-  for (const [path, all] of references) {
-    const targets = all.filter((target) =>
-      target !== path && references.has(target)
-    );
-    waiting.set(path, targets.length);
-    for (const target of targets) referrers.get(target)!.push(path);
-  }
-  return drain(waiting, referrers, isAddressed);
-}
-
-/** Takes what waits for nothing, means by means, until all is taken. */
-function drain(
-  waiting: Map<string, number>,
-  referrers: ReadonlyMap<string, readonly string[]>,
-  isAddressed: (path: string) => boolean,
-): Batch[] {
-  const batches: Batch[] = [];
-  let ready = [...waiting.keys()].filter((path) => waiting.get(path) === 0);
-  for (let addressed = true; ready.length > 0; addressed = !addressed) {
-    const paths: string[] = [];
-    const later: string[] = [];
-    // `ready` grows while it is walked.
-    for (const path of ready) {
-      if (isAddressed(path) !== addressed) {
-        later.push(path);
-        continue;
-      }
-      paths.push(path);
-      for (const referrer of referrers.get(path)!) {
-        const left = waiting.get(referrer)! - 1;
-        waiting.set(referrer, left);
-        if (left === 0) ready.push(referrer);
-      }
-    }
-    if (paths.length > 0) batches.push({ addressed, paths });
-    ready = later;
-  }
-  return batches;
-}
-
-/**
- * What means of sending cost, in milliseconds, as measured: an item by its
- * contents and as a signed archive, starting `guix authenticate` on one side
- * and on both, a message of an archive, which is of `READ_SIZE`, and starting
- * `guix archive` there, which needs no round trip for each message.
- */
-const COST = {
-  addressed: 0.3,
-  signed: 2.5,
-  sign: 125,
-  authenticate: 250,
-  message: 0.5,
-  archive: 350,
-} as const;
-
-/** Whether to send items by their contents rather than signed. */
-function worthAddressing(
-  addressed: readonly PathInfo[],
-  others: number,
-  roundTrip: number,
-  { ahead }: StoreConnection,
-): boolean {
-  const { length } = addressed;
-  const size = addressed.reduce((sum, { narSize }) => sum + narSize, 0);
-  const messages = size / READ_SIZE;
-  const waits = ahead === 0 ? length : Math.min(length, messages + 1);
-  const archive = Math.min(messages * (roundTrip + COST.message), COST.archive);
-  return COST.addressed * length + waits * roundTrip <
-    COST.signed * length + archive + (others === 0 ? COST.authenticate : 0);
-}
-
-/** The nar of a file that is not executable. */
-function fileNar(contents: Uint8Array): Buffer {
-  const head = ["nix-archive-1", "(", "type", "regular", "contents"];
-  return Buffer.concat([encode(...head), encode(contents, ")")]);
-}
-
-/** The request that adds an item to a store by what its name follows from. */
-async function addressedRequest(
-  path: string,
-  address: ContentAddress,
-  { references, narSize }: PathInfo,
-  local: StoreConnection,
-): Promise<Buffer> {
-  const name = itemName(path);
-  if (address === "text") {
-    return addTextRequest(name, readFileSync(path), references);
-  }
-  const contents = readPlainFile(path);
-  const nar = contents === undefined
-    ? await readNar(local, path, narSize)
-    : fileNar(contents);
-  return addNarRequest(name, address === "recursive", nar);
-}
-
-/** Reads the nar of an item, with which its export begins. */
-async function readNar(
-  store: StoreConnection,
-  path: string,
-  size: number,
-): Promise<Buffer> {
-  const chunks = [];
-  for await (const chunk of exportPath(store, path, false)) chunks.push(chunk);
-  return Buffer.concat(chunks).subarray(0, size);
-}
-
 /** Tells of a transfer, once a second, where it takes more than one. */
-function makeProgress(what: string, log: Log): (size: number) => void {
+export function makeProgress(what: string, log: Log): (size: number) => void {
   const start = performance.now();
   let told = start;
   let total = 0;
@@ -6728,34 +6547,8 @@ function makeProgress(what: string, log: Log): (size: number) => void {
   };
 }
 
-/** Sends items by their contents, each after those it refers to. */
-async function sendAddressed(
-  paths: readonly string[],
-  items: ReadonlyMap<string, PathInfo>,
-  addresses: ReadonlyMap<string, ContentAddress>,
-  { local, log, machine, remote }: TransportContext,
-): Promise<void> {
-  const what = `sending ${count(paths.length)} to '${machine.name}'`;
-  const progress = makeProgress(what, log);
-  const problems: string[] = []; // told when all is answered
-  const calls = async function* () {
-    for (const path of paths) {
-      const item = items.get(path)!;
-      const address = addresses.get(path)!;
-      const request = await addressedRequest(path, address, item, local);
-      yield addCall(request, (added) => {
-        if (added === path) return;
-        problems.push(`'${machine.name}' made '${added}' of '${path}'`);
-      });
-      progress(item.narSize);
-    }
-  };
-  await operateAll(remote, calls());
-  if (problems.length > 0) throw new OffloadError(problems[0]!);
-}
-
 /** Passes on so many bytes at the most, until the signal. */
-async function* bounded(
+export async function* bounded(
   chunks: AsyncIterable<Uint8Array>,
   limit: number,
   signal: AbortSignal,
@@ -6770,7 +6563,7 @@ async function* bounded(
 }
 
 /** Passes on what is transferred, and tells of it. */
-async function* withProgress(
+export async function* withProgress(
   chunks: AsyncIterable<Uint8Array>,
   what: string,
   log: Log,
@@ -6782,275 +6575,22 @@ async function* withProgress(
   }
 }
 
-/** What packs a stream there and unpacks it here, or the other way round. */
-interface Compressor {
-  compress(level: number): Transform;
-  decompress(): Transform;
-}
-
-/** The programs to look for on a machine, the best first: four letters each. */
-const COMPRESSORS: Readonly<Record<string, Compressor>> = {
-  zstd: {
-    compress: (level) =>
-      createZstdCompress({
-        params: { [zlibConstants.ZSTD_c_compressionLevel]: level },
-      }),
-    // No level in use needs more than 8 MiB of memory.
-    decompress: () =>
-      createZstdDecompress({
-        params: { [zlibConstants.ZSTD_d_windowLogMax]: 23 },
-      }),
-  },
-  gzip: {
-    compress: (level) => createGzip({ level }),
-    decompress: () => createGunzip(),
-  },
-};
-
 /**
- * When compressing pays: a round trip, in milliseconds, from which on the way
- * is taken for slow, and else the size of an archive from which on it is
- * measured, the size of what is sent for that, both in bytes, and the bytes a
- * second below which the stores, rather than the way, would be waited for.
+ * What is inline: what is missing goes as signed archives from daemon to daemon,
+ * over the connections that are there.
  */
-const SLOW_WAY = {
-  roundTrip: 10,
-  measured: 2 ** 25,
-  sample: 2 ** 19,
-  rate: 2 ** 25,
-} as const;
-
-/** How fast the way to a machine is, in bytes a second. */
-async function measureWay({ exec }: TransportContext): Promise<number> {
-  const { channel, ended } = await exec("echo; cat >/dev/null; echo");
-  const reader = new ByteReader(channel, "sample");
-  await reader.read(1);
-  const start = performance.now();
-  channel.end(randomBytes(SLOW_WAY.sample));
-  await reader.read(1);
-  const rate = SLOW_WAY.sample / (performance.now() - start) * 1000;
-  await discard(reader.rest());
-  await ended; // the server may let one command run at a time
-  return rate;
-}
-
-/** The level with which an archive of so many bytes gets there the soonest. */
-async function compressionLevel(
-  size: number,
-  context: TransportContext,
-): Promise<number | undefined> {
-  const { machine, roundTrip } = context;
-  if (machine.compression === "none" || size < BULK) return undefined;
-  if (roundTrip > SLOW_WAY.roundTrip) return machine.compressionLevel;
-  if (size < SLOW_WAY.measured) return undefined;
-  const rate = await measureWay(context).catch(() => Infinity);
-  return rate < SLOW_WAY.rate ? machine.compressionLevel : undefined;
-}
-
-/** `guix archive` at work on a build machine. */
-interface RemoteArchive {
-  readonly channel: Duplex;
-  /** What it prints, still compressed. */
-  readonly output: AsyncIterable<Uint8Array>;
-  readonly compressor: Compressor | undefined;
-  /**
-   * Waits for its end.
-   *
-   * @throws {OffloadError} that says what went wrong there.
-   */
-  finish(): Promise<void>;
-}
-
-/** The command: it prints the compressor's name, the rest is compressed. */
-function archiveCommand(
-  way: "in" | "out",
-  options: readonly string[],
-  level: number | undefined,
-): string {
-  const archive = `guix archive ${options.map(quoteWord).join(" ")}`;
-  const compressors = level === undefined ? [] : Object.keys(COMPRESSORS);
-  return `
-command -v guix >/dev/null || exit 127
-for zip in ${compressors.join(" ")} none; do
-  ! command -v $zip >/dev/null || break
-done
-echo $zip
-[ $zip != none ] || exec ${archive}
-` + (way === "in"
-    ? `$zip -dc | ${archive}`
-    // A pipe's status is its last command's.
-    : `exec 4>&1
-exit $({ { ${archive} 3>&-; echo $? >&3; } | $zip -${level}c 3>&- >&4; } 3>&1)`);
-}
-
-/** Starts `guix archive` there, or returns `undefined` where that can't be. */
-async function startArchive(
-  way: "in" | "out",
-  options: readonly string[],
-  level: number | undefined,
-  context: TransportContext,
-): Promise<RemoteArchive | undefined> {
-  try {
-    const command = archiveCommand(way, options, level);
-    const { channel, ended } = await context.exec(command);
-    const { name } = context.machine;
-    const reader = new ByteReader(channel, `'guix archive' on '${name}'`);
-    const compressor = (await reader.read(5)).toString().trimEnd();
-    if (compressor !== "none" && !Object.hasOwn(COMPRESSORS, compressor)) {
-      return undefined; // it is not our command that runs
-    }
-    return {
-      channel,
-      output: reader.rest(),
-      compressor: COMPRESSORS[compressor],
-      finish: async () => {
-        const { code, errors } = await ended;
-        if (code === 0) return;
-        const why = errors.trim() || `exit ${code}`;
-        throw new OffloadError(`'guix archive' failed on '${name}': ${why}`);
-      },
-    };
-  } catch (error) {
-    if (error instanceof Noise) context.log.warn(error);
-    return undefined;
-  }
-}
-
-async function discard(chunks: AsyncIterable<unknown>): Promise<void> {
-  for await (const _ of chunks);
-}
-
-/** Protects items from the collector there, as many as it can until stopped. */
-function protect(
-  paths: readonly string[],
-  remote: StoreConnection,
-): { stop(): Promise<void> } {
-  let stopped = false;
-  const left = function* () {
-    for (const path of paths) if (!stopped) yield path;
-  };
-  const done = addTempRoots(remote, left());
-  done.catch(() => {}); // it is told by whoever uses the connection next
-  return {
-    stop: () => {
-      stopped = true;
-      return done.catch((error) => {
-        if (isOutOfStep(error)) throw error;
-      });
-    },
-  };
-}
-
-/** Sends signed archives: small ones over the connection to the daemon. */
-async function sendSigned(
-  paths: readonly string[],
-  size: number,
-  context: TransportContext,
-): Promise<void> {
-  const { machine, remote, roundTrip } = context;
-  const messages = size / READ_SIZE;
-  const what = `sending ${count(paths.length)} to '${machine.name}'`;
-  const makeBundle = () =>
-    withProgress(context.exportBundle(paths), what, context.log);
-  const isBulk = messages * (roundTrip + COST.message) >= COST.archive;
-  const level = isBulk ? await compressionLevel(size, context) : undefined;
-  const archive = isBulk
-    ? await startArchive("in", ["--import"], level, context)
-    : undefined;
-  if (archive === undefined) {
-    await importPaths(remote, makeBundle());
-    return;
-  }
-  const { channel, compressor, output } = archive;
-  discard(output).catch(() => {}); // the names of what it imported
-  const protection = protect(paths, remote);
-  try {
-    const bundle = makeBundle();
-    await (compressor === undefined || level === undefined
-      ? pipeline(bundle, channel)
-      : pipeline(bundle, compressor.compress(level), channel));
-  } catch (cause) {
-    // What it says is the cause, where its end is what broke the stream.
-    if (cause instanceof OffloadError) throw cause;
-    await archive.finish();
-    throw cause;
-  } finally {
-    await protection.stop();
-  }
-  const unpacking = `waiting for '${machine.name}' to unpack them`;
-  await remind(unpacking, context.log, () => archive.finish());
-}
-
-/** The bundle that `guix archive` makes there. */
-async function* readArchive(
-  { compressor, output, finish }: RemoteArchive,
-): AsyncGenerator<Uint8Array, void> {
-  if (compressor === undefined) yield* output;
-  else {
-    const bundle = compressor.decompress();
-    // What fails there, fails the reading as well.
-    pipeline(output, bundle).catch(() => {});
-    yield* bundle;
-  }
-  await finish();
-}
-
-/** Round trips until a further connection to a daemon has signed something. */
-const EXPORTER_TRIPS = 3;
-
-/** The default transport: over connections to the daemon, but for bulk. */
-function daemonTransport(context: TransportContext): Transport {
-  const { remote, roundTrip, openDaemon, signal } = context;
-  let exporter: Promise<StoreConnection> | undefined;
-  let ready: StoreConnection | undefined;
+function plainTransport(
+  { exportBundle: exportHere, remote }: TransportContext,
+): Transport {
   return {
     missing: async (paths) => {
       const valid = new Set(await queryValidPaths(remote, paths));
       return paths.filter((path) => !valid.has(path));
     },
     send: async (items) => {
-      const addresses = new Map<string, ContentAddress>();
-      for (const [path, item] of items) {
-        const address = contentAddress(path, item);
-        if (address !== undefined) addresses.set(path, address);
-      }
-      const addressed = [...addresses.keys()].map((path) => items.get(path)!);
-      const others = items.size - addressed.length;
-      if (!worthAddressing(addressed, others, roundTrip, remote)) {
-        addresses.clear();
-      }
-      const references = new Map(
-        [...items].map(([path, item]) => [path, item.references]),
-      );
-      const batches = makeBatches(references, (path) => addresses.has(path));
-      for (const { addressed, paths } of batches) {
-        const size = paths.reduce((n, path) => n + items.get(path)!.narSize, 0);
-        if (!addressed) await sendSigned(paths, size, context);
-        else await sendAddressed(paths, items, addresses, context);
-      }
+      await importPaths(remote, exportHere([...items.keys()]));
     },
-    prepare: (derivation) => {
-      // Signing takes a while to start, and the build takes a while anyway.
-      exporter = openDaemon().then(async (store) => {
-        const chunks = exportPath(store, derivation);
-        await discard(bounded(chunks, LIMITS.chunk, signal));
-        return ready = store;
-      });
-      exporter.catch(() => {});
-    },
-    retrieve: async function* (paths, size = 0) {
-      // From afar, it may take longer than to start the signing over there.
-      const isQuick = EXPORTER_TRIPS * roundTrip < COST.sign;
-      if (isQuick) await exporter?.catch(() => {});
-      const store = ready ?? remote;
-      const level = await compressionLevel(size, context);
-      const archive = level === undefined
-        ? undefined
-        : await startArchive("out", ["--export", ...paths], level, context);
-      yield* archive === undefined
-        ? exportBundle(store, paths)
-        : readArchive(archive);
-    },
+    retrieve: (paths) => exportBundle(remote, paths),
   };
 }
 
@@ -7096,15 +6636,26 @@ async function queryItems(
   const items = await queryPathInfos(store, paths).catch((cause) => {
     throw new LocalError(reason(cause), { cause });
   });
-  const references = new Map(
-    [...items].map(([path, { references }]) => [path, references]),
-  );
-  const [all] = makeBatches(references, () => true);
-  return new Map(all?.paths.map((path) => [path, items.get(path)!]));
+  const sorted = new Map<string, PathInfo>();
+  const seen = new Set<string>();
+  // Without recursion: chains of references may be long.
+  const left = [...items.keys()].reverse();
+  for (let path; (path = left.at(-1)) !== undefined;) {
+    const item = items.get(path)!;
+    const isFirst = !seen.has(path);
+    seen.add(path);
+    const before = item.references
+      .filter((it) => isFirst && items.has(it) && !seen.has(it));
+    left.push(...before);
+    if (before.length > 0) continue;
+    left.pop();
+    sorted.set(path, item);
+  }
+  return sorted;
 }
 
 /** From this many bytes on, one process at a time sends to a machine. */
-const BULK = 2 ** 22;
+export const BULK = 2 ** 22;
 
 /** Waits for the right to send a lot, so that nothing is sent twice. */
 async function lockUploads(

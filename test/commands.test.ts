@@ -107,9 +107,9 @@ test("a site's command is found, listed and run", async () => {
     const { code, stdout } = await offloadIn(directory, "hello", "x", "--loud");
     assert.equal([code, stdout], [3, "x!\n"]);
     const general = await offloadIn(directory, "--help");
-    assert.match(general.stdout, /^  hello +Greet$/m);
+    assert.match(general.stdout, /^ {2}hello +Greet$/m);
     const own = await offloadIn(directory, "hello", "--help");
-    assert.match(own.stdout, /^  --loud +Shout$/m);
+    assert.match(own.stdout, /^ {2}--loud +Shout$/m);
     const wrong = await offloadIn(directory, "hello");
     assert.is(wrong.code, 2);
   });

@@ -5,14 +5,12 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   acquireBuildSlot,
-  contentAddress,
   machineMatches,
-  makeBatches,
   parseRequest,
   processRequest,
   shellLine,
 } from "../mod.ts";
-import type { Batch, Plugin } from "../mod.ts";
+import type { Plugin } from "../mod.ts";
 import { machine, makeContext, request } from "./context.ts";
 import {
   golden,
@@ -26,6 +24,8 @@ import {
   throws,
   withDirectory,
 } from "./helpers.ts";
+import { contentAddress, makeBatches } from "../plugins/quick.ts";
+import type { Batch } from "../plugins/quick.ts";
 
 const test = suite("requests");
 
