@@ -53,7 +53,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isatty } from "node:tty";
 import { pathToFileURL } from "node:url";
 import { format } from "node:util";
-import { cac, glob, nacl, ssh2 } from "./deps.ts";
+import { glob, nacl, ssh2 } from "./deps.ts";
 import type {
   CipherAlgorithm,
   Client,
@@ -329,78 +329,6 @@ export interface Progress {
   step(): void;
   /** All is done, or given up. */
   end(): void;
-}
-
-/** Draws how much is done, as Guix does; never as wide as the terminal. */
-export function progressBar(
-  what: string,
-  done: number,
-  total: number,
-  columns: number,
-  isUnicode: boolean,
-): string {
-  const number = String(done).padStart(String(total).length);
-  const text = `${what} ${number}/${total}`;
-  const width = Math.min(40, columns - text.length - " [] ".length);
-  if (width < 3) return text.slice(0, Math.max(0, columns - 1));
-  const [left, steps, right] = isUnicode
-    ? ["\u2595", " ▏▎▍▌▋▊▉█", "\u258f"] as const
-    : ["[", " #", "]"] as const;
-  const parts = steps.length - 1; // that a column is drawn in
-  const filled = Math.floor(width * parts * done / total);
-  const bar = steps[parts]!.repeat(Math.floor(filled / parts)) +
-    steps[filled % parts];
-  return `${text} ${left}${bar.padEnd(width).slice(0, width)}${right}`;
-}
-
-/** Seconds of waiting after which it is shown how much is done. */
-const PATIENCE = 0.5;
-
-/** The last line of a terminal, which gives way to what else is written. */
-class Foot {
-  readonly #write: (text: string) => void;
-  #text = "";
-
-  /** Writes to a terminal by `write`. */
-  constructor(write: (text: string) => void) {
-    this.#write = write;
-  }
-
-  /** Shows another text, or none. */
-  show(text: string): void {
-    if (this.#text + text !== "") this.#write(`\r\x1b[K${text}`);
-    this.#text = text;
-  }
-
-  /** Has something else written above it. */
-  above(write: () => void): void {
-    const text = this.#text;
-    this.show("");
-    write();
-    this.show(text);
-  }
-
-  /** Shows some work here, once it has taken a while. */
-  progress(total: number, draw: (done: number) => string): Progress {
-    let done = 0;
-    let isShown = false;
-    const show = () => this.show(draw(done));
-    const timer = setTimeout(() => {
-      isShown = true;
-      show();
-    }, PATIENCE * 1000);
-    return {
-      step: () => {
-        done = Math.min(done + 1, total);
-        if (isShown) show();
-      },
-      end: () => {
-        clearTimeout(timer);
-        isShown = false;
-        this.show("");
-      },
-    };
-  }
 }
 
 /** The system's error codes, as strerror says them. */
@@ -1507,7 +1435,7 @@ export interface Setting {
 /** The seconds of a day. */
 export const DAY = 86400;
 
-const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
+export const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
   attempts: {
     ...{ default: 3, minimum: 1, maximum: 100 },
     description: "how many machines a build is tried on, one after another",
@@ -2049,13 +1977,20 @@ export function builtinNames(): string[] {
     .map((file) => file.slice(0, -".ts".length).replaceAll("_", "-")).sort();
 }
 
+/** Imports a file of plugins/, by its name without the end, if it is there. */
+async function importFromPlugins<T>(name: string): Promise<T | undefined> {
+  if (!listBuiltinFiles().includes(`${name}.ts`)) return undefined;
+  return await import(`./plugins/${name}.ts`);
+}
+
 /** Loads the built-in plugin of a name; `undefined`: there is none. */
 export async function loadBuiltin(name: string): Promise<Plugin | undefined> {
-  if (!builtinNames().includes(name)) return undefined;
+  if (!/^[a-z][a-z0-9-]*$/.test(name)) return undefined;
   const file = name.replaceAll("-", "_");
-  const { default: plugin } = await import(`./plugins/${file}.ts`);
-  builtinPlugins.add(plugin);
-  return plugin;
+  const found = await importFromPlugins<{ default: Plugin }>(file);
+  if (found === undefined) return undefined;
+  builtinPlugins.add(found.default);
+  return found.default;
 }
 
 /** Where on a build's way a plugin is asked first. */
@@ -2122,7 +2057,7 @@ async function loadPlugin(
 }
 
 /** Loads a site's plugins, by file name; says how many can't be. */
-async function loadSite(
+export async function loadSite(
   directory: string,
   seconds: number,
   log: Log,
@@ -7451,10 +7386,8 @@ export async function processRequest(
 // Commands
 // ---------------------------------------------------------------------------
 
-const VERSION = "0.1.0";
+export const VERSION = "0.1.0";
 
-/** The option that every command has. */
-export const HELP_OPTION = ["--help", "Show this help"] as const;
 /** A command: help, completion and manual page are made of this. */
 export interface Command {
   /** Where help lists it, before those that do not say; then by name. */
@@ -7483,24 +7416,6 @@ export interface Command {
   ): Promise<CommandResult>;
 }
 
-/** A command, and the name of its plugin, by which it is called. */
-export interface NamedCommand extends Command {
-  /** What it is called by. */
-  readonly name: string;
-}
-
-/** What the exit codes of commands mean. */
-export const EXIT_CODES: readonly (readonly [code: string, meaning: string])[] =
-  [
-    ["0", "All is well"],
-    [
-      "1",
-      "Something failed: a machine, a list of machines, or the command; " +
-      "or no machine would build it",
-    ],
-    ["2", "It was used wrongly, or its settings can't be read"],
-  ];
-
 /** The options of a command, as cac names them. */
 export type CommandOptions = Readonly<
   Record<string, string | number | boolean | undefined>
@@ -7516,215 +7431,15 @@ export interface CommandResult {
   readonly problem?: unknown;
 }
 
-/** An error in how a command is called. */
-export function usageError(message: string, command?: string): OffloadError {
-  const hint = `run 'offload ${command ? `${command} ` : ""}--help'`;
-  const code = "usage";
-  return new OffloadError(message, { hint, code, exitCode: EXIT.usage });
-}
-
-/** Breaks a paragraph into lines. */
-function fillParagraph(text: string): string {
-  return text.replace(/(.{1,76})(?: |$)/g, "$1\n");
-}
-
-/** Lays out names and what they mean. */
-function formatPairs(pairs: Command["options"]): string {
-  const width = Math.max(...pairs.map(([name]) => name.length));
-  const lines = pairs.map(([name, it]) => `  ${name.padEnd(width)}  ${it}\n`);
-  return lines.join("");
-}
-
-/** The help on the program. */
-function generalHelp(commands: readonly NamedCommand[]): string {
-  return `Usage: offload COMMAND ARGUMENT...
-
-${formatPairs(commands.map(({ name, summary }) => [name, summary]))}
-${formatPairs([HELP_OPTION, ["--version", "Print the version"]])}
-'offload COMMAND --help' says more.
-
-As a hook: offload SYSTEM MAX-SILENT-TIME PRINT-BUILD-TRACE? BUILD-TIMEOUT
-This is how guix-daemon calls it: requests come in on the standard input.`;
-}
-
-/** The help on a command. */
-function commandHelp(command: NamedCommand): string {
-  const { name, usage, summary, description, options, examples } = command;
-  const lines = examples.map(([line, does]) => [line, `# ${does}`] as const);
-  return [
-    `Usage: offload ${name} [OPTION]... ${usage}\n${summary}.\n`,
-    ...description.map(fillParagraph),
-    formatPairs([...options, HELP_OPTION]),
-    `Exit codes:\n${formatPairs(EXIT_CODES)}`,
-    `Examples:\n${formatPairs(lines)}`,
-  ].join("\n").trimEnd();
-}
-
-/** The name of an option, and that of its value. */
-export function splitOption([usage]: Command["options"][number]): string[] {
-  return usage.split(" ");
-}
-
-/** Makes cac's commands of the table. */
-function makeCli(
-  commands: readonly NamedCommand[],
-  run: (command: NamedCommand) => Promise<CommandResult>,
-) {
-  const cli = cac("offload");
-  for (const command of commands) {
-    const words = command.usage.split(" ")
-      .map((word) => word.startsWith("[") ? "[argument]" : "<argument>");
-    const made = cli.command([command.name, ...words].join(" "))
-      .action(() => run(command));
-    for (const option of command.options) {
-      const [name, value] = splitOption(option);
-      made.option(value === undefined ? name! : `${name} <${value}>`, "");
-    }
-  }
-  cli.option("-h, --help", "").option("-V, --version", "");
-  return cli;
-}
-
-/** Says in the reference's words what is wrong with a command line. */
-function wrongArguments(error: Error, command: string): OffloadError {
-  const [, option] = /option \`(.*?)[\` ]/i.exec(error.message) ?? [];
-  const missing = /missing$/.test(error.message);
-  const message = option === undefined
-    ? "wrong number of arguments"
-    : `${option}: ${missing ? "its value is missing" : "unrecognized option"}`;
-  return usageError(message, command);
-}
-
-/** How many letters are to be changed, put in or left out between words. */
-function distance(from: string, to: string): number {
-  let row = Array.from({ length: to.length + 1 }, (_, index) => index);
-  for (const [index, letter] of Array.from(from).entries()) {
-    const next = [index + 1];
-    for (let at = 0; at < to.length; at++) {
-      const changed = row[at]! + (letter === to[at] ? 0 : 1);
-      next.push(Math.min(changed, row[at + 1]! + 1, next[at]! + 1));
-    }
-    row = next;
-  }
-  return row.at(-1)!;
-}
-
-/** The error where there is no such command, with what may have been meant. */
-function unknownCommand(
-  word: string | undefined,
-  commands: readonly NamedCommand[],
-): OffloadError {
-  if (!word) return usageError("missing command name");
-  if (word.startsWith("-")) return usageError(`${word}: unrecognized option`);
-  const [nearest] = commands.map(({ name }) => name)
-    .filter((name) => name.startsWith(word) || distance(word, name) <= 2)
-    .sort((a, b) => distance(word, a) - distance(word, b));
-  const meant = nearest === undefined ? "" : `: did you mean '${nearest}'?`;
-  return usageError(`unknown command '${word}'${meant}`);
-}
-
-/** Refuses what cac lets pass: `--no-json`, `--json=x`, `--file a --file b`. */
-function checkOptions(
-  { options }: Command,
-  given: CommandOptions,
-  args: readonly string[],
-): void {
-  for (const option of [...options, HELP_OPTION]) {
-    const [name, takesValue] = splitOption(option);
-    const value: unknown = given[name!.slice(2)];
-    const no = name!.replace("--", "--no-");
-    if (value === false) throw usageError(`${no}: unrecognized option`);
-    if (Array.isArray(value)) throw usageError(`${name}: more than one value`);
-    if (takesValue || !args.some((it) => it.startsWith(`${name}=`))) continue;
-    throw usageError(`${name}: it takes no value`);
-  }
-}
-
-/** Runs a command that is called as cac understands it. */
-async function runMatched(
-  command: NamedCommand,
-  cli: ReturnType<typeof makeCli>,
-): Promise<CommandResult> {
-  try {
-    checkOptions(command, cli.options, cli.rawArgs);
-    return await cli.runMatchedCommand();
-  } catch (error) {
-    if (error instanceof Error && error.name === "CACError") {
-      throw wrongArguments(error, command.name);
-    }
-    if (codeOf(error) !== "usage") throw error;
-    throw usageError(reason(error), command.name);
-  }
-}
-
-/** A plugin's command, by its plugin's name; `undefined`: it has none. */
-function commandOf({ name, command }: Plugin): NamedCommand | undefined {
-  return command && { ...command, name };
-}
-
-/** Loads all commands, in the order in which help lists them. */
-export async function loadCommands(
-  site: readonly Plugin[] = [],
-): Promise<NamedCommand[]> {
-  const builtins = await Promise.all(builtinNames().map(loadBuiltin));
-  const order = ({ order = Infinity }: NamedCommand) => order;
-  return [...site, ...builtins]
-    .map((plugin) => plugin && commandOf(plugin))
-    .filter((command) => command !== undefined)
-    .sort((a, b) =>
-      order(a) === order(b) ? a.name.localeCompare(b.name) : order(a) - order(b)
-    );
-}
-
-/** Loads the commands that may be meant: one, where that is sure. */
-async function loadMeant(
-  word: string | undefined,
-  findSite: () => Promise<readonly Plugin[]>,
-): Promise<NamedCommand[]> {
-  const plugin = word === undefined ? undefined : await loadBuiltin(word);
-  const command = plugin && commandOf(plugin);
-  return command ? [command] : await loadCommands(await findSite());
-}
-
-/** Runs the command that `args` name. */
-async function runCommand(
-  args: readonly string[],
-  makeContext: (machineFile?: string) => Promise<Context>,
-  findSite: () => Promise<readonly Plugin[]>,
-  screen: Screen,
-): Promise<CommandResult> {
-  const isHelp = args[0] === "help";
-  const words = args.slice(isHelp ? 1 : 0);
-  const commands = await loadMeant(words[0], findSite);
-  const cli = makeCli(commands, ({ run }) => {
-    const { args, options } = cli;
-    return run(args.map(String), options, makeContext, screen);
-  });
-  cli.parse(["", "offload", ...words], { run: false });
-  const { args: [word = args[0]], matchedCommandName, options } = cli;
-  const command = commands.find(({ name }) => name === matchedCommandName);
-  const say = (output: string) => ({ output, exitCode: 0 });
-  if (command !== undefined && (isHelp || options.help === true)) {
-    return say(commandHelp(command));
-  }
-  if (isHelp && cli.args.length === 0 || /^(--help|-h)$/.test(word ?? "")) {
-    return say(generalHelp(commands));
-  }
-  if (options.version === true) return say(`offload ${VERSION}`);
-  if (command === undefined) throw unknownCommand(word, commands);
-  const run = () => runMatched(command, cli);
-  return await (command.around?.(options, run) ?? run());
-}
-
 // ---------------------------------------------------------------------------
 // Entry
 // ---------------------------------------------------------------------------
 
-const STANDARD_OUTPUT = 1;
-const STANDARD_ERROR = 2;
+export const STANDARD_OUTPUT = 1;
+export const STANDARD_ERROR = 2;
 
 /** Writes all of `text` at once, so that nothing is lost at the exit. */
-function writeText(file: number, text: string): void {
+export function writeText(file: number, text: string): void {
   try {
     writeFileSync(file, text);
   } catch {
@@ -7732,18 +7447,12 @@ function writeText(file: number, text: string): void {
   }
 }
 
-function writeLine(file: number, text: string): void {
+export function writeLine(file: number, text: string): void {
   writeText(file, `${text}\n`);
 }
 
-/** Makes the foot of the terminal that standard error is; `undefined`: none. */
-function makeFoot({ TERM = "dumb" }: Variables): Foot | undefined {
-  if (TERM === "dumb" || !isatty(STANDARD_ERROR)) return undefined;
-  return new Foot((text) => writeText(STANDARD_ERROR, text));
-}
-
 /** Makes what colours text for a file, where that shows colours. */
-function makePaint(
+export function makePaint(
   file: number,
   { NO_COLOR, TERM }: Variables,
 ): (style: Style, text: string) => string {
@@ -7883,25 +7592,26 @@ function openMessages(): Outlet {
   return new Outlet(file);
 }
 
-/** Makes a log on standard error, which the daemon shows to the client. */
-function makeLog(environment: Variables, foot?: Foot, outlet?: Outlet): Log {
+/**
+ * Makes a log on standard error, which the daemon shows to the client, or for
+ * what else `write` does with its lines.
+ */
+export function makeLog(
+  environment: Variables,
+  write = (text: string): unknown => writeText(STANDARD_ERROR, text),
+): Log {
   const paint = makePaint(STANDARD_ERROR, environment);
-  const print = (text: string) => {
-    if (outlet === undefined) return writeText(STANDARD_ERROR, text);
-    try {
-      if (!outlet.isFull) outlet.write(Buffer.from(text));
-    } catch {
-      // As above.
-    }
-  };
   const line = (...parts: readonly (string | Styled)[]) => {
     const text = parts.map((it) =>
       typeof it === "string"
         ? printable(it)
         : paint(it.style, printable(it.text))
     ).join("");
-    const write = () => print(`${text}\n`);
-    foot === undefined ? write() : foot.above(write);
+    try {
+      write(`${text}\n`);
+    } catch {
+      // As above.
+    }
   };
   const report = (kind: string, problem: unknown) => {
     line(`offload: ${kind}: ${reason(problem)}`);
@@ -7920,25 +7630,6 @@ function makeLog(environment: Variables, foot?: Foot, outlet?: Outlet): Log {
     debug: (text) => {
       if (environment.OFFLOAD_DEBUG) line(`offload: debug: ${text}`);
     },
-  };
-}
-
-/** Makes the screen of a command. */
-function makeScreen(environment: Variables, foot?: Foot): Screen {
-  const isTerminal = isatty(STANDARD_OUTPUT);
-  const paint = makePaint(STANDARD_OUTPUT, environment);
-  const { LC_ALL, LC_CTYPE, LANG } = environment;
-  const isUnicode = /utf-?8/i.test(LC_ALL || LC_CTYPE || LANG || "");
-  return {
-    isTerminal,
-    paint,
-    size: () => [process.stdout.columns ?? 80, process.stdout.rows ?? 24],
-    print: (text) => writeFileSync(STANDARD_OUTPUT, text),
-    progress: (what, total) =>
-      foot?.progress(total, (done) => {
-        const columns = process.stderr.columns ?? 80;
-        return progressBar(what, done, total, columns, isUnicode);
-      }) ?? { step: () => {}, end: () => {} },
   };
 }
 
@@ -7963,13 +7654,7 @@ function openBuildLog(): (text: Uint8Array) => Awaitable<void> {
 }
 
 /** What the daemon tells the hook when it starts it. */
-type HookArguments = Pick<Context, "system" | "buildOptions">;
-
-/** What stands in for it where a command runs, which builds nothing. */
-const NO_HOOK: HookArguments = {
-  system: "",
-  buildOptions: { maxSilentTime: 0, buildTimeout: 0 },
-};
+export type HookArguments = Pick<Context, "system" | "buildOptions">;
 
 /** Reads the daemon's four arguments; `undefined` where it is a command. */
 function parseHookArguments(
@@ -8026,7 +7711,7 @@ export function configDirectory(environment: Variables): string {
 }
 
 /** Makes what is the same for all requests of a process. */
-async function makeContext(
+export async function makeContext(
   hook: HookArguments,
   environment: Variables,
   log: Log,
@@ -8079,7 +7764,7 @@ async function makeContext(
 }
 
 /** Refuses a runtime that is too old, on which things fail in odd ways. */
-function checkRuntime(): void {
+export function checkRuntime(): void {
   const [name, version, oldest] = deno === undefined
     ? ["Node", process.versions.node, [22, 18, 0]] as const
     : ["Deno", deno.version.deno, [2, 7, 14]] as const;
@@ -8161,7 +7846,7 @@ async function runHook(
 }
 
 /** Ends the work, and with it what it holds, when a signal comes. */
-function abortOnSignals(): AbortSignal {
+export function abortOnSignals(): AbortSignal {
   const controller = new AbortController();
   for (const name of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     process.on(name, () => {
@@ -8177,60 +7862,60 @@ const PRINTING = [
   ...["log", "table", "trace", "warn"] as const,
 ];
 
-/** Makes what commands need; without it, none can do anything. */
-async function makeCommandContext(
-  ...args: Parameters<typeof makeContext>
-): Promise<Context> {
+/** Runs the hook that guix-daemon has started; returns its exit code. */
+async function serveDaemon(
+  hook: HookArguments,
+  environment: Variables,
+): Promise<number> {
+  const messages = openMessages();
+  const log = makeLog(environment, (text) => {
+    if (!messages.isFull) messages.write(Buffer.from(text));
+  });
   try {
-    return await makeContext(...args);
-  } catch (cause) {
-    if (!(cause instanceof OffloadError)) throw cause;
-    const { hint, message } = cause;
-    const options = { cause, hint, exitCode: EXIT.usage };
-    throw new OffloadError(message, { ...options, code: "configuration" });
+    checkRuntime();
+    const signal = abortOnSignals();
+    // What a plugin prints, or throws out of turn, must not answer the daemon,
+    // which listens to both outputs, or end the build.
+    const print = (...values: unknown[]) =>
+      log.info(`plugin: ${format(...values)}`);
+    for (const method of PRINTING) console[method] = print;
+    process.on("unhandledRejection", (error) => log.warn(error));
+    process.on("uncaughtException", (error) => log.warn(error));
+    const start = (log: Log) => makeContext(hook, environment, log, signal);
+    tellShim(environment);
+    await runHook(hook, start, log, messages, signal);
+    return 0;
+  } catch (error) {
+    log.error(error);
+    return exitCodeOf(error);
   }
+}
+
+/** What the program exits with because of an error. */
+export function exitCodeOf(error: unknown): number {
+  return error instanceof OffloadError ? error.exitCode : EXIT.transient;
+}
+
+/** Runs the command that `args` name; returns its exit code. */
+async function serveUser(
+  args: readonly string[],
+  environment: Variables,
+): Promise<number> {
+  type Commands = { serve: typeof serveUser };
+  const commands = await importFromPlugins<Commands>("_commands");
+  if (commands !== undefined) return await commands.serve(args, environment);
+  const hint = "have Offload's plugins/ beside mod.ts";
+  const what = `there are no commands here, such as '${args[0] ?? "help"}'`;
+  makeLog(environment).error(new OffloadError(what, { hint }));
+  return EXIT.usage;
 }
 
 /** Runs the program and returns its exit code. */
 async function main(args: readonly string[]): Promise<number> {
-  const environment = process.env;
-  const foot = makeFoot(environment);
   const hook = parseHookArguments(args);
-  const messages = hook === undefined ? undefined : openMessages();
-  const log = makeLog(environment, foot, messages);
-  try {
-    checkRuntime();
-    const signal = abortOnSignals();
-    if (hook !== undefined && messages !== undefined) {
-      // What a plugin prints, or throws out of turn, must not answer the
-      // daemon, which listens to both outputs, or end the build.
-      const print = (...values: unknown[]) =>
-        log.info(`plugin: ${format(...values)}`);
-      for (const method of PRINTING) console[method] = print;
-      process.on("unhandledRejection", (error) => log.warn(error));
-      process.on("uncaughtException", (error) => log.warn(error));
-      const start = (log: Log) => makeContext(hook, environment, log, signal);
-      tellShim(environment);
-      await runHook(hook, start, log, messages, signal);
-      return 0;
-    }
-    const { output, exitCode, problem } = await runCommand(
-      args,
-      (file) => makeCommandContext(NO_HOOK, environment, log, signal, file),
-      async () => {
-        const directory = pluginDirectory(environment);
-        const seconds = SETTINGS.hookTimeout.default as number;
-        return (await loadSite(directory, seconds, log)).plugins;
-      },
-      makeScreen(environment, foot),
-    );
-    if (output !== "") writeLine(STANDARD_OUTPUT, output);
-    if (problem !== undefined) log.error(problem);
-    return exitCode;
-  } catch (error) {
-    log.error(error);
-    return error instanceof OffloadError ? error.exitCode : EXIT.transient;
-  }
+  return hook === undefined
+    ? await serveUser(args, process.env)
+    : await serveDaemon(hook, process.env);
 }
 
 if (import.meta.main) {

@@ -14,9 +14,9 @@ import {
   maySee,
   OffloadError,
   reason,
-  usageError,
 } from "../mod.ts";
 import type { CommandOptions, Context, Machine, Plugin } from "../mod.ts";
+import { usageError } from "./_commands.ts";
 
 /** An option of commands: prints JSON. */
 export const JSON_OPTION = ["--json", "Print JSON"] as const;

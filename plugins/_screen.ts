@@ -5,7 +5,7 @@
  */
 
 import { stripVTControlCharacters } from "node:util";
-import type { Screen, Styled } from "../mod.ts";
+import type { Progress, Screen, Styled } from "../mod.ts";
 
 /** Lays out rows, the first one being the heading, or separates by tabs. */
 export function formatTable(
@@ -62,4 +62,76 @@ export function redraw(text: string, screen: Screen): void {
   const shown = text.split("\n").slice(0, lines - 1);
   const frame = shown.map((line) => `${cutLine(line, columns)}\x1b[K\n`);
   screen.print(`\x1b[H${frame.join("")}\x1b[J`);
+}
+
+/** Draws how much is done, as Guix does; never as wide as the terminal. */
+export function progressBar(
+  what: string,
+  done: number,
+  total: number,
+  columns: number,
+  isUnicode: boolean,
+): string {
+  const number = String(done).padStart(String(total).length);
+  const text = `${what} ${number}/${total}`;
+  const width = Math.min(40, columns - text.length - " [] ".length);
+  if (width < 3) return text.slice(0, Math.max(0, columns - 1));
+  const [left, steps, right] = isUnicode
+    ? ["\u2595", " ▏▎▍▌▋▊▉█", "\u258f"] as const
+    : ["[", " #", "]"] as const;
+  const parts = steps.length - 1; // that a column is drawn in
+  const filled = Math.floor(width * parts * done / total);
+  const bar = steps[parts]!.repeat(Math.floor(filled / parts)) +
+    steps[filled % parts];
+  return `${text} ${left}${bar.padEnd(width).slice(0, width)}${right}`;
+}
+
+/** Seconds of waiting after which it is shown how much is done. */
+const PATIENCE = 0.5;
+
+/** The last line of a terminal, which gives way to what else is written. */
+export class Foot {
+  readonly #write: (text: string) => void;
+  #text = "";
+
+  /** Writes to a terminal by `write`. */
+  constructor(write: (text: string) => void) {
+    this.#write = write;
+  }
+
+  /** Shows another text, or none. */
+  show(text: string): void {
+    if (this.#text + text !== "") this.#write(`\r\x1b[K${text}`);
+    this.#text = text;
+  }
+
+  /** Has something else written above it. */
+  above(write: () => void): void {
+    const text = this.#text;
+    this.show("");
+    write();
+    this.show(text);
+  }
+
+  /** Shows some work here, once it has taken a while. */
+  progress(total: number, draw: (done: number) => string): Progress {
+    let done = 0;
+    let isShown = false;
+    const show = () => this.show(draw(done));
+    const timer = setTimeout(() => {
+      isShown = true;
+      show();
+    }, PATIENCE * 1000);
+    return {
+      step: () => {
+        done = Math.min(done + 1, total);
+        if (isShown) show();
+      },
+      end: () => {
+        clearTimeout(timer);
+        isShown = false;
+        this.show("");
+      },
+    };
+  }
 }

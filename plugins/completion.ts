@@ -4,14 +4,15 @@
  * @module
  */
 
+import { quoteWord } from "../mod.ts";
+import type { Plugin } from "../mod.ts";
 import {
   HELP_OPTION,
   loadCommands,
-  quoteWord,
   splitOption,
   usageError,
-} from "../mod.ts";
-import type { NamedCommand, Plugin } from "../mod.ts";
+} from "./_commands.ts";
+import type { NamedCommand } from "./_commands.ts";
 
 /** The completion for bash; where nothing is listed, it completes files. */
 function bashCompletion(commands: readonly NamedCommand[]): string {

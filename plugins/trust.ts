@@ -32,7 +32,6 @@ import {
   reason,
   sshKeyType,
   unlessAborted,
-  usageError,
 } from "../mod.ts";
 import type {
   CommandOptions,
@@ -65,6 +64,7 @@ import {
   testMachine,
 } from "./_testing.ts";
 import type { Sample, Step } from "./_testing.ts";
+import { usageError } from "./_commands.ts";
 
 /** Asks a server for its host key, one of the types, and leaves it. */
 function fetchHostKey(

@@ -5,8 +5,9 @@
  * @module
  */
 
-import { EXIT_CODES, loadCommands, settingsSchema } from "../mod.ts";
-import type { NamedCommand } from "../mod.ts";
+import { settingsSchema } from "../mod.ts";
+import { EXIT_CODES, loadCommands } from "../plugins/_commands.ts";
+import type { NamedCommand } from "../plugins/_commands.ts";
 
 const COMMANDS = await loadCommands();
 

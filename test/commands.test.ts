@@ -13,11 +13,8 @@ import * as assert from "uvu/assert";
 import {
   checkSignature,
   evaluateMachineFile,
-  EXIT_CODES,
-  loadCommands,
   parseAcl,
   parseSexp,
-  progressBar,
 } from "../mod.ts";
 import { addToAcl, replaceFile } from "../plugins/_authorization.ts";
 import { completion } from "../plugins/completion.ts";
@@ -35,6 +32,8 @@ import {
   throws,
   withDirectory,
 } from "./helpers.ts";
+import { EXIT_CODES, loadCommands } from "../plugins/_commands.ts";
+import { progressBar } from "../plugins/_screen.ts";
 
 const test = suite("commands");
 const COMMANDS = await loadCommands();

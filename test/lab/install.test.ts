@@ -30,7 +30,6 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { loadCommands } from "../../mod.ts";
 import {
   assertOffloaded,
   assertStoreIsSound,
@@ -53,6 +52,7 @@ import {
   within,
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
+import { loadCommands } from "../../plugins/_commands.ts";
 
 const test = suite("install");
 const COMMANDS = await loadCommands();

@@ -23,7 +23,6 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { loadCommands } from "../../mod.ts";
 import {
   addressOf,
   build,
@@ -42,6 +41,7 @@ import {
   watch,
   within,
 } from "./lab.ts";
+import { loadCommands } from "../../plugins/_commands.ts";
 
 const test = suite("README");
 const COMMANDS = await loadCommands();
