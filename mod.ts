@@ -11,9 +11,7 @@ import { Buffer, isUtf8 } from "node:buffer";
 import {
   constants,
   createHash,
-  createPrivateKey,
   createPublicKey,
-  getCiphers,
   publicDecrypt,
   randomUUID,
 } from "node:crypto";
@@ -34,7 +32,6 @@ import {
   rmdirSync,
   rmSync,
   statSync,
-  symlinkSync,
   truncateSync,
   writeFileSync,
   writeSync,
@@ -53,13 +50,21 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isatty } from "node:tty";
 import { pathToFileURL } from "node:url";
 import { format } from "node:util";
-import { glob, nacl, ssh2 } from "./deps.ts";
-import type {
-  CipherAlgorithm,
-  Client,
-  ConnectConfig,
-  ParsedKey,
+import {
+  ciphers,
+  convertPrivateKey,
+  deno,
+  glob,
+  leaveGroups,
+  limitUnread,
+  nacl,
+  pieceSizeOf,
+  renameToBytes,
+  ssh2,
+  symlinkBytes,
+  withoutSign,
 } from "./deps.ts";
+import type { Client, ConnectConfig } from "./deps.ts";
 
 // ---------------------------------------------------------------------------
 // Types
@@ -379,61 +384,6 @@ export function printable(text: string): string {
 
 // Here the runtimes differ: file names that are no UTF-8 need bytes, which
 // Deno has no call for but the C library's.
-
-interface DenoNamespace {
-  readonly version: { readonly deno: string };
-  dlopen(file: string, symbols: unknown): {
-    readonly symbols: Record<
-      "rename" | "symlink" | "setgroups",
-      (...values: (Buffer | number | null)[]) => number
-    >;
-  };
-}
-
-const deno = (globalThis as { Deno?: unknown }).Deno as
-  | DenoNamespace
-  | undefined;
-
-let libc: ReturnType<DenoNamespace["dlopen"]> | undefined;
-
-function callWithBytes(name: "rename" | "symlink", paths: Buffer[]): void {
-  const signature = { parameters: ["buffer", "buffer"], result: "i32" };
-  const symbols = { rename: signature, symlink: signature };
-  libc ??= deno!.dlopen("libc.so.6", symbols);
-  const strings = paths.map((path) => Buffer.concat([path, Buffer.alloc(1)]));
-  if (libc.symbols[name](...strings) !== 0) {
-    throw new OffloadError(`failed to ${name} '${paths.join("' to '")}'`);
-  }
-}
-
-function renameToBytes(from: string, to: Buffer): void {
-  if (deno === undefined) renameSync(from, to);
-  else callWithBytes("rename", [Buffer.from(from), to]);
-}
-
-function symlinkBytes(target: Buffer, file: string): void {
-  if (deno === undefined) symlinkSync(target, file);
-  else if (isUtf8(target)) symlinkSync(target.toString(), file);
-  else callWithBytes("symlink", [target, Buffer.from(file)]);
-}
-
-/**
- * The ciphers of SSH, the best here first. Node is quickest with AES in GCM;
- * Deno needs half as long again for it as for AES in CTR with an HMAC
- * (measured). ChaCha20 is last: ssh2 makes three ciphers a packet for it and
- * finishes none, and Deno frees only finished ones, so it takes about 1 KiB
- * more memory with each packet.
- */
-function ciphers(): CipherAlgorithm[] {
-  const gcm = ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com"] as const;
-  const ctr = ["aes128-ctr", "aes192-ctr", "aes256-ctr"] as const;
-  const chacha = getCiphers().includes("chacha20")
-    ? ["chacha20-poly1305@openssh.com"] as const
-    : [];
-  return deno === undefined
-    ? [...gcm, ...ctr, ...chacha]
-    : [...ctr, ...gcm, ...chacha];
-}
 
 // ---------------------------------------------------------------------------
 // Machine file
@@ -3720,14 +3670,6 @@ export function ownerOf(file: string): Stats | undefined {
   return owner ?? stats.find((it) => it !== undefined && it.uid !== 0);
 }
 
-/** Leaves all groups but the process's own, which root needs for nothing. */
-function leaveGroups(): void {
-  if (process.getgroups!().length === 0) return;
-  if (process.setgroups) return process.setgroups([]);
-  const setgroups = { parameters: ["usize", "pointer"], result: "i32" };
-  deno!.dlopen("libc.so.6", { setgroups }).symbols.setgroups(0, null);
-}
-
 /** The group of accounts that have no other: in Guix, as in most systems. */
 const NOGROUP = 65534;
 
@@ -4671,77 +4613,6 @@ export function sshKeyType(blob: Buffer): string | undefined {
   return blob.subarray(4, 4 + blob.readUInt32BE()).toString("latin1");
 }
 
-/** Makes an SSH string (RFC 4251, section 5) of each part. */
-function sshStrings(...parts: readonly (Buffer | string)[]): Buffer {
-  return Buffer.concat(parts.flatMap((part) => {
-    const length = Buffer.alloc(4);
-    length.writeUInt32BE(Buffer.byteLength(part));
-    return [length, Buffer.from(part)];
-  }));
-}
-
-/** Writes a key, of the public one and what that lacks, as OpenSSH does. */
-function opensshKey(publicKey: Buffer, secretPart: Buffer): string {
-  const secret = Buffer.concat([
-    Buffer.alloc(8), // twice the same number
-    publicKey,
-    sshStrings(secretPart, ""),
-  ]);
-  const paddingBytes = [1, 2, 3, 4, 5, 6, 7].slice(0, padding(secret.length));
-  const blob = Buffer.concat([
-    Buffer.from("openssh-key-v1\0"),
-    sshStrings("none", "none", ""),
-    Buffer.from([0, 0, 0, 1]),
-    sshStrings(publicKey, Buffer.concat([secret, Buffer.from(paddingBytes)])),
-  ]).toString("base64");
-  return "-----BEGIN OPENSSH PRIVATE KEY-----\n" +
-    blob.replace(/.{1,70}/g, "$&\n") + "-----END OPENSSH PRIVATE KEY-----\n";
-}
-
-/** What OpenSSH calls the curves of ECDSA keys. */
-const OPENSSH_CURVES: Readonly<Record<string, string>> = {
-  "P-256": "nistp256",
-  "P-384": "nistp384",
-  "P-521": "nistp521",
-};
-
-/**
- * Turns PEM forms into OpenSSH's: PKCS #8 ssh2 doesn't read, and of SEC 1 not
- * all curves under Deno.
- */
-function convertPrivateKey(pem: string): string {
-  if (!/-----BEGIN (EC )?PRIVATE KEY-----/.test(pem)) return pem;
-  const key = createPrivateKey(pem);
-  if (key.asymmetricKeyType === "rsa") {
-    return key.export({ type: "pkcs1", format: "pem" }) as string;
-  }
-  const jwk = key.export({ format: "jwk" });
-  const [d, x, y] = [jwk.d, jwk.x, jwk.y].map((part = "") =>
-    Buffer.from(part, "base64url")
-  );
-  if (jwk.crv === "Ed25519") {
-    return opensshKey(sshStrings("ssh-ed25519", x!), Buffer.concat([d!, x!]));
-  }
-  const curve = OPENSSH_CURVES[jwk.crv ?? ""];
-  if (curve === undefined) throw new Error("unsupported type of key");
-  const point = Buffer.concat([Buffer.of(4), x!, y!]);
-  return opensshKey(sshStrings(`ecdsa-sha2-${curve}`, curve, point), d!);
-}
-
-/**
- * Drops the zero that OpenSSH puts before a number whose first bit is set:
- * ssh2 hands it on, and Deno refuses it.
- */
-function withoutSign(key: string, parsed: ParsedKey): string {
-  if (!parsed.type.startsWith("ecdsa-")) return key;
-  const pem = parsed.getPrivatePEM().replace(/-----.*-----/g, "");
-  const der = Buffer.from(pem, "base64");
-  const start = der.indexOf(Buffer.of(2, 1, 1, 4)) + 5; // behind the version
-  const number = der.subarray(start, start + der[start - 1]!);
-  if (number[0] !== 0 || number[1]! < 0x80) return key;
-  return opensshKey(parsed.getPublicSSH(), number.subarray(1));
-}
-
 /**
  * Reads an SSH private key.
  *
@@ -5169,20 +5040,6 @@ interface Link {
   pieceSize: number;
 }
 
-/** What may come over a channel before it is read, in bytes: ssh2's window. */
-const WINDOW = 2 ** 21;
-
-/** Ends a connection over which more comes than may: ssh2 lets it pass. */
-function limitUnread(channel: Duplex, client: Client): void {
-  const push = channel.push;
-  channel.push = (chunk) => {
-    const isMuch = chunk !== null && channel.readableLength > 2 * WINDOW;
-    if (!isMuch) return push.call(channel, chunk);
-    client.emit("error", new Error("it sends more than was asked for"));
-    return false;
-  };
-}
-
 /** Takes note of what passes over a channel, either way. */
 function noteUse<T extends Duplex>(channel: T, link: Link): T {
   for (const name of ["push", "write"] as const) {
@@ -5341,16 +5198,6 @@ async function executeThere(
     starting.then(({ channel }) => channel.destroy(), () => {});
     throw await commandError(link, command, cause, process);
   }
-}
-
-/**
- * What a server takes in a packet, in bytes, and writes to a socket at once, if
- * it is OpenSSH's; of others, such as Dropbear, that is not known.
- */
-function pieceSizeOf(client: Client): number {
-  // ssh2 has no other way to tell; were it gone, no harm would be done.
-  const { _remoteVer: version } = client as { _remoteVer?: unknown };
-  return /^OpenSSH_/.test(String(version)) ? 32768 : 0;
 }
 
 /** Connects to a Unix-domain socket there. */
