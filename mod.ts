@@ -38,7 +38,7 @@ import {
 } from "node:fs";
 import type { Stats } from "node:fs";
 import { createConnection } from "node:net";
-import { hostname, userInfo } from "node:os";
+import { userInfo } from "node:os";
 import { basename, dirname } from "node:path";
 import process from "node:process";
 import { createInterface } from "node:readline";
@@ -389,18 +389,6 @@ export function printable(text: string): string {
 // Machine file
 // ---------------------------------------------------------------------------
 
-/** What the evaluation of a machine file may ask of the outside. */
-export interface MachineFileHost {
-  /** The value of an environment variable. */
-  getenv(name: string): string | undefined;
-  /** The name of this host. */
-  hostname(): string;
-  /** The text of a file; throws where it can't be read. */
-  readFile(file: string): string;
-  /** The user's home directory in the password database: HOME in the file. */
-  readonly home: string | undefined;
-}
-
 /** Something wrong with a machine file or with one machine in it. */
 export interface Problem {
   /** A machine with an error is left out, one with a warning is not. */
@@ -427,10 +415,10 @@ export interface MachineFile {
   readonly needsGuile?: string;
 }
 
-/** Far more than 10,000 machines take; an endless loop is there in a second. */
+/** Far more than 10,000 machines take; lists of lists may hold still more. */
 const maximumSteps = 5_000_000;
 
-/** Of parentheses and of calls: the stack has room for more. */
+/** Of parentheses: the stack has room for more. */
 const maximumDepth = 500;
 
 /** Thrown, with place and text, at what only Guile can be sure about. */
@@ -440,32 +428,25 @@ class NeedsGuile extends Error {}
 type Form = { at: number; value: Atom | Form[] };
 type Atom = boolean | bigint | number | string | symbol;
 /** A value; undefined is the unspecified one. */
-type Value = undefined | Atom | Value[] | Procedure | BuildMachine | InputPort;
-type InputPort = { unread: string };
+type Value = undefined | Atom | Value[] | BuildMachine;
 /** A `<build-machine>` record and where it was made. */
 type BuildMachine = { at: number; fields: Record<string, Value> };
 /** Variables by name; those of the scopes around are its prototypes. */
 type Scope = { [name: symbol]: Value };
 /** A place in the text and what is bound there. */
 type Site = { source: Source; at: number; scope: Scope };
-/** What is called with values, or with forms, learns from where. */
-interface Procedure<T = Value> {
-  (site: Site, args: T[]): Value;
-}
 
 /** A file under evaluation, and how far that is. */
 type Source = {
   readonly file: string;
   readonly text: string;
-  readonly host: MachineFileHost;
-  /** What modules in use bind, and what the file itself defines. */
-  imports: Scope;
-  globals: Scope;
+  /** The user's home directory in the password database. */
+  readonly home: string | undefined;
+  /** What the file defines. */
+  readonly globals: Scope;
   position: number;
   depth: number;
   steps: number;
-  /** Whether there is code that may not have run. */
-  hasBranches: boolean;
   /** What `place` found last: it mostly goes on from there. */
   located: { at: number; line: number; column: number };
 };
@@ -503,11 +484,11 @@ function demand({ source, at }: Site, condition: unknown): asserts condition {
   throw new NeedsGuile(`${place(source, at)}: ${form}${rest}`);
 }
 
-/** Goes on by some steps, within the bounds. */
+/** Takes some steps, within the bounds. */
 function spend(source: Source, at: number, steps: number): void {
   source.steps += steps;
   if (source.steps <= maximumSteps && source.depth <= maximumDepth) return;
-  throw failure(source, at, "too deeply nested, or an endless loop");
+  throw failure(source, at, "too deeply nested, or too large");
 }
 
 /** Takes what a sticky pattern matches here, and gives its group. */
@@ -639,177 +620,31 @@ function symbolIn(site: Site, form: Form | undefined): symbol {
   return form.value;
 }
 
-/** The forms in a list, of a length where it matters. */
-function formsIn(site: Site, form: Form | undefined, length?: number): Form[] {
-  demand(site, Array.isArray(form?.value));
-  demand(site, length === undefined || form.value.length === length);
-  return form.value;
-}
-
 /** The operand of a form `(NAME OPERAND)`. */
 function operandOf(name: string, { value }: Form): Form | undefined {
   if (!Array.isArray(value) || value.length !== 2) return undefined;
   return value[0]?.value === Symbol.for(name) ? value[1] : undefined;
 }
 
-/** The elements of a list; what is done with them costs their number. */
-function listIn(site: Site, value: Value): Value[] {
-  demand(site, Array.isArray(value));
-  spend(site.source, site.at, value.length);
-  return value;
-}
-
-/** The text of a string, which costs its length. */
-function textIn(site: Site, value: Value): string {
-  demand(site, typeof value === "string");
-  spend(site.source, site.at, value.length);
-  return value;
-}
-
-/** Calls a procedure. */
-function call(site: Site, procedure: Value, args: Value[]): Value {
-  demand(site, typeof procedure === "function");
-  return procedure(site, args);
-}
-
-/** Calls a procedure with the elements of lists of the same length. */
-function map(site: Site, [procedure, ...args]: Value[]): Value[] {
-  const [list = [], ...others] = args.map((arg) => listIn(site, arg));
-  demand(site, others.every((other) => other.length === list.length));
-  return list.map((item, i) =>
-    call(site, procedure, [item, ...others.map((other) => other[i])])
-  );
-}
-
-/** Has a procedure read a file. */
-function callWithInputFile(site: Site, [name, procedure]: Value[]): Value {
-  const { host } = site.source;
-  const file = textIn(site, name);
-  const port = { unread: "" };
-  try {
-    port.unread = host.readFile(file);
-  } catch (error) {
-    const reason = (error as Error).message.replace(
-      /^E\w+: |, \w+( '.*')?$/g,
-      "",
-    );
-    throw failure(site.source, site.at, `failed to open '${file}': ${reason}`);
-  }
-  return call(site, procedure, [port]);
-}
-
-/** Reads the environment, in which the reference has set HOME. */
-function getenv(site: Site, [value]: Value[]): Value {
-  const { host } = site.source;
-  const name = textIn(site, value);
-  return (name === "HOME" ? host.home : host.getenv(name)) ?? false;
-}
-
-/** Takes an element of a list. */
-function elementOf(site: Site, value: Value, index: number): Value {
-  const list = listIn(site, value);
-  demand(site, index < list.length);
-  return list[index];
-}
-
-/** Reads from a port what a pattern finds; the end of file is for Guile. */
-function readPort(site: Site, port: Value, pattern: RegExp): Value {
-  demand(site, typeof port === "object" && "unread" in port);
-  const found = pattern.exec(port.unread);
-  demand(site, found);
-  port.unread = port.unread.slice(found[0].length);
-  return found[1];
-}
-
-/** Reads from a port all there is. */
-function readAll(site: Site, [port]: Value[]): Value {
-  return readPort(site, port, /^([^]*)/);
-}
-
-/** The value of a variable. */
-function lookUp(site: Site, name: symbol): Value {
-  if (name in site.scope) return site.scope[name];
-  // Only of what the modules below bind is it sure that Guile has it not.
-  demand(site, Object.values(modules).some((module) => name in module));
-  throw failure(site.source, site.at, `Unbound variable: ${name.description}`);
-}
-
-/** Evaluates a form where a site is; no form has no value. */
-function evaluate({ source, scope }: Site, form: Form | undefined): Value {
-  if (!form) return undefined;
+/** Evaluates a form; what is a program, rather than data, is Guile's. */
+function evaluate({ source, scope }: Site, form: Form): Value {
   const { at, value } = form;
   const site = { source, at, scope };
-  if (typeof value === "symbol") return lookUp(site, value);
+  if (typeof value === "symbol") {
+    demand(site, value in scope);
+    return scope[value];
+  }
   if (!Array.isArray(value)) return value;
   source.depth++;
   spend(source, at, 1);
-  const result = evaluateList(site, value);
+  const [head, ...forms] = value;
+  const evaluateForm = typeof head?.value === "symbol"
+    ? expressions[head.value]
+    : machinesOfGuixSystem;
+  demand(site, evaluateForm);
+  const result = evaluateForm(site, forms, head!);
   source.depth--;
   return result;
-}
-
-/** Evaluates a special form or a call. */
-function evaluateList(site: Site, list: Form[]): Value {
-  const name = list[0]?.value;
-  if (typeof name === "symbol" && !(name in site.scope)) {
-    const special = specialForms[name];
-    if (special) return special(site, list.slice(1));
-  }
-  const values = list.map((part) => evaluate(site, part));
-  return call(site, values[0], values.slice(1));
-}
-
-/** Evaluates forms in order; the value is that of the last. */
-function evaluateAll(site: Site, forms: Form[]): Value {
-  return forms.reduce<Value>((_, form) => evaluate(site, form), undefined);
-}
-
-/** Makes `and`, which goes on while true, or `or`, the other way. */
-function connective(goesOn: boolean): Procedure<Form> {
-  return (site, forms) => {
-    let value: Value = goesOn;
-    site.source.hasBranches = true;
-    for (const form of forms) {
-      if ((value !== false) === goesOn) value = evaluate(site, form);
-    }
-    return value;
-  };
-}
-
-/** Goes to where names are bound to values, too. */
-function bind(site: Site, names: symbol[], values: Value[]): Site {
-  const { source, at } = site;
-  const scope: Scope = Object.create(site.scope);
-  names.forEach((name, i) => scope[name] = values[i]);
-  return { source, at, scope };
-}
-
-/** Makes a procedure. */
-function lambda(site: Site, parameters: Form[], body: Form[]): Procedure {
-  const names = parameters.map((form) => symbolIn(site, form));
-  demand(site, new Set(names).size === names.length);
-  site.source.hasBranches = true;
-  return (caller, args) => {
-    demand(caller, args.length === names.length);
-    return evaluateAll(bind(site, names, args), body);
-  };
-}
-
-/** Evaluates `let`. */
-function evaluateLet(site: Site, [bindings, ...body]: Form[]): Value {
-  const pairs = formsIn(site, bindings).map((pair) => formsIn(site, pair, 2));
-  const values = pairs.map(([, form]) => evaluate(site, form));
-  return lambda(site, pairs.map(([name]) => name!), body)(site, values);
-}
-
-/** Evaluates `let*`, whose bindings see those before them. */
-function evaluateLetInOrder(site: Site, [bindings, ...body]: Form[]): Value {
-  let inner = site;
-  for (const pair of formsIn(site, bindings)) {
-    const [name, form] = formsIn(site, pair, 2);
-    inner = bind(inner, [symbolIn(site, name)], [evaluate(inner, form)]);
-  }
-  return evaluateAll(inner, body);
 }
 
 /** The value of a quoted form. */
@@ -817,65 +652,53 @@ function datumOf({ value }: Form): Value {
   return Array.isArray(value) ? value.map(datumOf) : value;
 }
 
-/** The value of a quasiquoted form. */
-function fillTemplate(site: Site, form: Form): Value {
-  const { value } = form;
-  const unquoted = operandOf("unquote", form);
-  if (unquoted) return evaluate(site, unquoted);
-  if (!Array.isArray(value)) return value;
-  demand(site, !operandOf("quasiquote", form));
-  return value.flatMap((item) => {
-    const spliced = operandOf("unquote-splicing", item);
-    return spliced
-      ? listIn(site, evaluate(site, spliced))
-      : [fillTemplate(site, item)];
+/** Writes a form that holds but names. */
+function written({ value }: Form): string {
+  return Array.isArray(value)
+    ? `(${value.map(written).join(" ")})`
+    : typeof value === "symbol"
+    ? value.description ?? ""
+    : "#";
+}
+
+/** What Guix System writes before its machines (gnu/services/base.scm). */
+const GUIX_SYSTEM = [
+  "(@ (srfi srfi-1) append-map)",
+  "(lambda (entry) (if (build-machine? entry) (list entry) entry))",
+];
+
+/** Evaluates what Guix System writes: each machine may be a list of some. */
+function machinesOfGuixSystem(site: Site, forms: Form[], head: Form): Value[] {
+  const [procedure, list, ...others] = forms;
+  demand(site, procedure && list && others.length === 0);
+  const [first, second] = GUIX_SYSTEM;
+  demand(site, written(head) === first && written(procedure) === second);
+  const entries = evaluate(site, list);
+  demand(site, Array.isArray(entries));
+  return entries.flatMap((entry) => {
+    demand(site, Array.isArray(entry) || isBuildMachine(entry));
+    return entry;
   });
 }
 
-/** Evaluates a definition at the top level, where all of them are here. */
-function define(site: Site, [target, ...body]: Form[]): undefined {
-  const { globals, imports, depth } = site.source;
-  const call = Array.isArray(target?.value) ? target.value : undefined;
-  const name = symbolIn(site, call ? call[0] : target);
-  // Guile's way with code that has seen another binding is intricate.
-  demand(site, !(name in imports) && !(name in specialForms));
-  demand(site, depth === 1 && (call || body.length === 1));
-  globals[name] = call
-    ? lambda(site, call.slice(1), body)
-    : evaluate(site, body[0]);
+/** Evaluates a definition. */
+function define(site: Site, [target, form, ...others]: Form[]): undefined {
+  const name = symbolIn(site, target);
+  demand(site, form !== undefined && others.length === 0);
+  demand(site, !(name in expressions) && !(name in definitions));
+  site.source.globals[name] = evaluate(site, form);
 }
 
-/** What a module binds. */
-function moduleIn(site: Site, form: Form | undefined): Scope {
-  const names = formsIn(site, form).map((part) => symbolIn(site, part));
-  const module =
-    modules[`(${names.map((name) => name.description).join(" ")})`];
-  demand(site, module);
-  return module;
-}
+/** Modules that bind nothing by which what is evaluated here means more. */
+const MODULES = new Set([
+  ...["(guile)", "(guix gexp)", "(guix scripts offload)", "(ice-9 format)"],
+  ...["(ice-9 match)", "(ice-9 rdelim)", "(ice-9 textual-ports)"],
+  ...["(rnrs io ports)", "(srfi srfi-1)", "(srfi srfi-26)"],
+]);
 
-/** Makes visible what modules bind. */
+/** Takes note of modules that are used. */
 function useModules(site: Site, forms: Form[]): undefined {
-  demand(site, site.source.depth === 1);
-  for (const form of forms) {
-    Object.assign(site.source.imports, moduleIn(site, form));
-  }
-}
-
-/** Starts a module, where only what it uses is bound. */
-function defineModule(site: Site, [name, ...options]: Form[]): undefined {
-  const { source } = site;
-  demand(site, source.depth === 1 && formsIn(site, name).length > 0);
-  source.imports = { ...modules["(guile)"] };
-  source.globals = Object.create(source.imports);
-  for (let i = 0; i < options.length; i += 2) {
-    const { description } = symbolIn(site, options[i]);
-    const forms = formsIn(site, options[i + 1]);
-    if (description !== "#:export") {
-      demand(site, description === "#:use-module");
-      useModules(site, [{ at: site.at, value: forms }]);
-    }
-  }
+  demand(site, forms.every((form) => MODULES.has(written(form))));
 }
 
 /** Takes field specifiers apart, or objects to them as Guix does. */
@@ -913,58 +736,23 @@ function fieldsIn(site: Site, specifiers: Form[]) {
   throw failure(source, at, message);
 }
 
-/** Tells whether `build-machine` is bound, as only what comes with it shows. */
-function canMakeMachines({ source }: Site): boolean {
-  return Symbol.for("build-machine?") in source.imports;
-}
-
 /** Makes a build machine; its fields see those before them as variables. */
 function buildMachine(site: Site, specifiers: Form[]): BuildMachine {
   const { source, at } = site;
-  if (!canMakeMachines(site)) {
-    throw failure(source, at + 1, "Unbound variable: build-machine");
-  }
   const { fields, original } = fieldsIn(site, specifiers);
   const values: Record<string, Value> = {};
   let inner = site;
   for (const [name, form] of fields) {
     const value = evaluate(inner, form);
     values[name.description ?? ""] = value;
-    inner = bind(inner, [name], [value]);
+    inner = { source, at, scope: Object.create(inner.scope) };
+    inner.scope[name] = value;
   }
   const record = original
     ? evaluate(inner, original)
-    : { at, fields: defaultFields(source.host) };
+    : { at, fields: defaultFields(source.home) };
   demand(site, isBuildMachine(record));
   return { at, fields: { ...record.fields, ...values } };
-}
-
-/** Checks the build machines in a form, those in code that never runs, too. */
-function checkSyntax(site: Site, form: Form, quoted = false): void {
-  const { at, value } = form;
-  if (!Array.isArray(value)) return;
-  const [head, ...forms] = value;
-  const name = typeof head?.value === "symbol" ? head.value.description : "";
-  if (name === "quote") return;
-  const quotes = name === "quasiquote" || (quoted && !/^unquote/.test(name!));
-  if (name === "build-machine" && !quotes && canMakeMachines(site)) {
-    fieldsIn({ ...site, at }, forms);
-  }
-  for (const part of value) checkSyntax(site, part, quotes);
-}
-
-/** Evaluates a form of the top level. */
-function evaluateTop(site: Site, form: Form): Value {
-  let value: Value;
-  try {
-    value = evaluate(site, form);
-  } catch (error) {
-    // Guile finds errors of syntax first.
-    if (!(error instanceof NeedsGuile)) checkSyntax(site, form);
-    throw error;
-  }
-  if (site.source.hasBranches) checkSyntax(site, form);
-  return value;
 }
 
 /** Tells build machines. */
@@ -972,105 +760,45 @@ function isBuildMachine(value: Value): value is BuildMachine {
   return typeof value === "object" && "fields" in value;
 }
 
-/** Binds `NAME LEAST..MOST`; another number of arguments is for Guile. */
-function bindings<T>(table: Record<string, Procedure<T>>) {
-  const bound: { [name: symbol]: Procedure<T> } = {};
-  for (const [key, procedure] of Object.entries(table)) {
-    const [name = "", least, most = least] = key.split(/ |\.\./);
-    bound[Symbol.for(name)] = (site, args) => {
-      const { length } = args;
-      demand(site, length >= Number(least));
-      demand(site, length <= Number(most || Infinity));
-      return procedure(site, args);
-    };
-  }
-  return bound;
-}
-
-/** The special forms that are evaluated here. */
-const specialForms = bindings<Form>({
-  "quote 1": (_, [form]) => datumOf(form!),
-  "quasiquote 1": (site, [form]) => fillTemplate(site, form!),
-  "if 2..3": (site, [test, yes, no]) => {
-    site.source.hasBranches = true;
-    return evaluate(site, evaluate(site, test) === false ? no : yes);
+/** The forms that are evaluated here, wherever they are. */
+const expressions: Record<
+  symbol,
+  ((site: Site, forms: Form[], head: Form) => Value) | undefined
+> = {
+  [Symbol.for("quote")]: (site, [form, ...others]) => {
+    demand(site, form && others.length === 0);
+    return datumOf(form);
   },
-  "and 0..": connective(true),
-  "or 0..": connective(false),
-  "begin 1..": evaluateAll,
-  "lambda 2..": (site, [names, ...body]) =>
-    lambda(site, formsIn(site, names), body),
-  "let 2..": evaluateLet,
-  "let* 2..": evaluateLetInOrder,
-  "define 2..": define,
-  "define-public 2..": define,
-  "use-modules 0..": useModules,
-  "define-module 1..": defineModule,
-  "@ 2": (site, [module, name]) =>
-    lookUp({ ...site, scope: moduleIn(site, module) }, symbolIn(site, name)),
-  "build-machine 0..": buildMachine,
-});
-
-/** What modules bind, as far as machine files use it. */
-const modules: Record<string, Scope> = {
-  "(guile)": bindings<Value>({
-    "list 0..": (_, args) => args,
-    "cons 2": (site, [item, list]) => [item, ...listIn(site, list)],
-    "car 1": (site, [list]) => elementOf(site, list, 0),
-    "cadr 1": (site, [list]) => elementOf(site, list, 1),
-    "append 0..": (site, lists) => lists.flatMap((it) => listIn(site, it)),
-    "null? 1": (_, [value]) => Array.isArray(value) && value.length === 0,
-    "not 1": (_, [value]) => value === false,
-    "equal? 2": (site, [a, b]) => {
-      demand(site, !Array.isArray(a) || !Array.isArray(b));
-      return a === b;
-    },
-    "string=? 2": (site, [a, b]) => textIn(site, a) === textIn(site, b),
-    "string-append 0..": (site, args) =>
-      args.map((text) => textIn(site, text)).join(""),
-    "string-trim-right 1": (site, [text]) => textIn(site, text).trimEnd(),
-    "string-trim-both 1": (site, [text]) => textIn(site, text).trim(),
-    "map 2..": map,
-    "filter 2": (site, [holds, list]) =>
-      listIn(site, list).filter((it) => call(site, holds, [it]) !== false),
-    "apply 2..": (site, [procedure, ...args]) =>
-      call(site, procedure, args.concat(listIn(site, args.pop()))),
-    "getenv 1": getenv,
-    "gethostname 0": (site) => site.source.host.hostname(),
-    "call-with-input-file 2": callWithInputFile,
-  }),
-  "(srfi srfi-1)": bindings<Value>({
-    "append-map 2..": (site, args) =>
-      map(site, args).flatMap((list) => listIn(site, list)),
-    "fold 3": (site, [combine, first, list]) =>
-      listIn(site, list).reduce<Value>(
-        (result, item) => call(site, combine, [item, result]),
-        first,
-      ),
-    "first 1": (site, [list]) => elementOf(site, list, 0),
-    "second 1": (site, [list]) => elementOf(site, list, 1),
-  }),
-  "(ice-9 rdelim)": bindings<Value>({
-    "read-line 1": (site, [port]) =>
-      readPort(site, port, /^(?=[^])([^\n]*)\n?/),
-  }),
-  "(ice-9 textual-ports)": bindings<Value>({ "get-string-all 1": readAll }),
-  "(rnrs io ports)": bindings<Value>({ "get-string-all 1": readAll }),
-  "(guix scripts offload)": bindings<Value>({
-    "build-machine? 1": (_, [value]) => isBuildMachine(value),
-  }),
-  // To use these is no reason for Guile, to use what they bind is one.
-  "(guix gexp)": {},
-  "(ice-9 format)": {},
-  "(ice-9 match)": {},
-  "(srfi srfi-26)": {},
+  [Symbol.for("list")]: (site, forms) =>
+    forms.map((form) => evaluate(site, form)),
+  [Symbol.for("build-machine")]: buildMachine,
 };
+
+/** Those that stand alone, of the top level. */
+const definitions: Record<
+  symbol,
+  ((site: Site, forms: Form[]) => undefined) | undefined
+> = {
+  [Symbol.for("define")]: define,
+  [Symbol.for("define-public")]: define,
+  [Symbol.for("use-modules")]: useModules,
+};
+
+/** Evaluates a form of the top level. */
+function evaluateTop(source: Source, { at, value }: Form): Value {
+  const site = { source, at, scope: source.globals };
+  const [head, ...forms] = Array.isArray(value) ? value : [];
+  const definition = typeof head?.value === "symbol"
+    ? definitions[head.value]
+    : undefined;
+  return definition ? definition(site, forms) : evaluate(site, { at, value });
+}
 
 /** The socket of a daemon where nothing names another. */
 const DAEMON_SOCKET = "/var/guix/daemon-socket/socket";
 
 /** The fields of a build machine that have a default. */
-function defaultFields({ home }: MachineFileHost): Record<string, Value> {
+function defaultFields(home: string | undefined): Record<string, Value> {
   return {
     port: 22n,
     systems: false,
@@ -1248,8 +976,9 @@ export function machineToJson(machine: Machine): Record<string, unknown> {
 }
 
 /** Turns a value into plain data. */
-function plain(value: Value): unknown {
-  if (Array.isArray(value)) return value.map(plain);
+function plain(source: Source, at: number, value: Value): unknown {
+  spend(source, at, 1);
+  if (Array.isArray(value)) return value.map((it) => plain(source, at, it));
   if (typeof value === "bigint") return Number(value);
   return typeof value === "object" || typeof value === "symbol" ? {} : value;
 }
@@ -1260,7 +989,7 @@ function machinesFrom(source: Source, records: BuildMachine[]) {
   const problems: Problem[] = [];
   for (const { at, fields: values } of records) {
     const fields: Record<string, unknown> = {};
-    for (const name in values) fields[name] = plain(values[name]);
+    for (const name in values) fields[name] = plain(source, at, values[name]);
     if (fields.systems === false && fields.system !== false) {
       fields.systems = [fields.system];
       const where = place(source, at);
@@ -1277,47 +1006,37 @@ function machinesFrom(source: Source, records: BuildMachine[]) {
 
 /** Evaluates all forms of a file; the value is that of the last. */
 function evaluateForms(source: Source): Value {
-  const site = { source, at: 0, scope: source.globals };
+  const start = { source, at: 0, scope: {} };
   const [, coding = "utf-8"] = /^;.*coding[:=]\s*([-\w]+)/m.exec(
     source.text.slice(0, 500),
   ) ?? [];
-  demand(site, /^utf-?8$/i.test(coding) && !source.text.includes("\ufffd"));
+  demand(start, /^utf-?8$/i.test(coding) && !source.text.includes("\ufffd"));
   let value: Value;
   for (let token = nextToken(source); token; token = nextToken(source)) {
     const form = readForm(source, "", token);
-    value = evaluateTop({ ...site, scope: source.globals }, form);
+    value = evaluateTop(source, form);
   }
   return value;
 }
 
 /**
- * Evaluates a machine file. What can't surely be evaluated as Guile does it is
- * left to Guile; where Guile would find an error as well, it is thrown.
+ * Evaluates a machine file that holds data: machines, definitions of constants
+ * and of machines, what Guix System writes. A program is left to Guile; where
+ * Guile would find an error in what comes before, it is thrown. HOME is the
+ * user's home directory in the password database, as the reference sets it.
  */
 export function evaluateMachineFile(
   content: string | Uint8Array,
   file: string,
-  host: MachineFileHost,
+  home: string | undefined,
 ): MachineFile {
   const text = typeof content === "string"
     ? content.replace(/^\ufeff/, "")
     : new TextDecoder().decode(content);
-  // The reference, too, loads the file in a module that uses these two.
-  const imports = {
-    ...modules["(guile)"],
-    ...modules["(guix scripts offload)"],
-  };
-  const globals: Scope = Object.create(imports);
-  const located = { at: 0, line: 1, column: 0 };
-  const progress = { position: 0, depth: 0, steps: 0, hasBranches: false };
-  const source = {
-    file,
-    text,
-    host,
-    imports,
-    globals,
-    located,
-    ...progress,
+  const source: Source = {
+    ...{ file, text, home, globals: {} },
+    ...{ position: 0, depth: 0, steps: 0 },
+    located: { at: 0, line: 1, column: 0 },
   };
   const nothing = { file, machines: [], problems: [] };
   try {
@@ -7521,18 +7240,8 @@ function parseHookArguments(
   };
 }
 
-/** What a machine file sees of this host. */
-export function machineFileHost(environment: Variables): MachineFileHost {
-  return {
-    getenv: (name) => environment[name],
-    hostname,
-    readFile: (name) => readFileSync(name, "utf8"),
-    home: userInfo().homedir,
-  };
-}
-
 /** Evaluates a machine file; a missing one lists no machines. */
-function readMachineFile(file: string, environment: Variables): MachineFile {
+function readMachineFile(file: string): MachineFile {
   let content;
   try {
     content = readFileSync(file);
@@ -7543,7 +7252,7 @@ function readMachineFile(file: string, environment: Variables): MachineFile {
     const message = `failed to open machine file '${file}': ${reason(cause)}`;
     throw new OffloadError(message, { cause });
   }
-  return evaluateMachineFile(content, file, machineFileHost(environment));
+  return evaluateMachineFile(content, file, userInfo().homedir);
 }
 
 /** Where plugins and settings are. */
@@ -7601,7 +7310,7 @@ export async function makeContext(
     guix: environment.OFFLOAD_GUIX ?? "guix",
     asOwner,
     writable: writableDirectory,
-    machineFile: () => readMachineFile(machines, environment),
+    machineFile: () => readMachineFile(machines),
     machineFromFields,
     problems,
     report,

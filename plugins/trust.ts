@@ -6,7 +6,7 @@
 
 import { Buffer } from "node:buffer";
 import { existsSync, readFileSync } from "node:fs";
-import { hostname, machine as architecture } from "node:os";
+import { hostname, machine as architecture, userInfo } from "node:os";
 import { resolve } from "node:path";
 import { ssh2 } from "../deps.ts";
 import type {
@@ -22,7 +22,6 @@ import {
   isDefault,
   isWithin,
   listMachines,
-  machineFileHost,
   machineId,
   makeSession,
   OffloadError,
@@ -39,7 +38,6 @@ import type {
   Context,
   Facts,
   Machine,
-  MachineFileHost,
   Plugin,
   Screen,
   Session,
@@ -225,16 +223,16 @@ export function addToMachineFile(
   text: string,
   form: string,
   file: string,
-  host: MachineFileHost,
+  home: string,
 ): string | undefined {
   const indented = ` ${form.replaceAll("\n", "\n ")}`;
   if (text.trim() === "") return `(list\n${indented})\n`;
   const evaluate = (text: string) => {
-    const { machines, problems } = evaluateMachineFile(text, file, host);
+    const { machines, problems } = evaluateMachineFile(text, file, home);
     return JSON.stringify([machines, problems.length]);
   };
   const [machines, problems] = JSON.parse(evaluate(text));
-  const [added] = evaluateMachineFile(`(list ${form})`, "", host).machines;
+  const [added] = evaluateMachineFile(`(list ${form})`, "", home).machines;
   const wanted = JSON.stringify([[...machines, added], problems]);
   // What it evaluates to shows whether that was the end of the list.
   let end = text.length;
@@ -262,11 +260,10 @@ function parseTarget(text: string): Pick<Machine, "user" | "name" | "port"> {
 }
 
 /** Makes the machine that is to be trusted, by what else is known of it. */
-function makeMachine(fields: Partial<Machine>, context: Context): Machine {
-  const host = machineFileHost(context.environment);
+function makeMachine(fields: Partial<Machine>): Machine {
   const form = machineForm(fields);
   const { machines: [machine], problems: [problem] } = evaluateMachineFile(
-    ...[`(list ${form})`, "", host] as const,
+    ...[`(list ${form})`, "", userInfo().homedir] as const,
   );
   if (machine !== undefined) return machine;
   throw usageError(problem!.message.replace(/^.*?: /, ""), "trust");
@@ -295,8 +292,7 @@ async function findMachine(
 function addMachine(machine: Machine, file: string, context: Context): string {
   const text = existsSync(file) ? readFileSync(file, "utf8") : "";
   const form = machineForm(machine);
-  const host = machineFileHost(context.environment);
-  const changed = addToMachineFile(text, form, file, host);
+  const changed = addToMachineFile(text, form, file, userInfo().homedir);
   const name = machineId(machine);
   if (changed === undefined) {
     context.log.warn(`'${file}' does not end in a list: add to it yourself`);
@@ -324,7 +320,7 @@ async function introduce(
   const systems = [systemOf(architecture())];
   const fields = { ...target, hostKey, privateKey, systems };
   const machine = known === undefined
-    ? makeMachine(fields, context)
+    ? makeMachine(fields)
     : { ...known, privateKey };
   await ensureSigningKey(context);
   const session = await logIn(machine, context);

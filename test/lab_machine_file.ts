@@ -10,7 +10,6 @@ import { fileURLToPath } from "node:url";
 import {
   evaluateMachineFile,
   type MachineFile,
-  type MachineFileHost,
   machineFromFields,
   machineToJson,
   type Problem,
@@ -60,24 +59,15 @@ export function recorded(): Record<string, Expected> {
   return JSON.parse(readFileSync(join(corpus, "expected.json"), "utf8"));
 }
 
-/** The lab's host 'head', played here. */
-export const playedHead: MachineFileHost = {
-  home: "/root",
-  hostname: () => "head",
-  getenv: (name) => name === "OFFLOAD_CORPUS" ? "set" : undefined,
-  readFile: (file) =>
-    readFileSync(
-      file.replace(new RegExp(`^${corpusInLab}/`), `${corpus}/`),
-      "utf8",
-    ),
-};
+/** Home of root, on the lab's host 'head'. */
+export const HOME = "/root";
 
 /** Evaluates a machine file of the corpus without Guile. */
 export function find(name: string): Found {
   const text = readFileSync(join(corpus, `${name}.scm`));
   const file = `${corpusInLab}/${name}.scm`;
   try {
-    const found = evaluateMachineFile(text, file, playedHead);
+    const found = evaluateMachineFile(text, file, HOME);
     return { ...found, machines: found.machines.map(machineToJson) };
   } catch (error) {
     return { machines: [], problems: [], error: (error as Error).message };
@@ -184,18 +174,12 @@ export function differences(expected: Expected, found: Found): string[] {
 
 /** Evaluates a file as on a real host, with Guile where it is needed. */
 async function findWithGuile(file: string): Promise<Found> {
-  const host: MachineFileHost = {
-    home: process.env.HOME,
-    hostname: () => readFileSync("/proc/sys/kernel/hostname", "utf8").trim(),
-    getenv: (name) => process.env[name],
-    readFile: (name) => readFileSync(name, "utf8"),
-  };
   const problems: Problem[] = [];
   try {
     const inline: MachineFile = evaluateMachineFile(
       readFileSync(file),
       file,
-      host,
+      process.env.HOME,
     );
     problems.push(...inline.problems);
     const { context } = makeContext({
