@@ -230,22 +230,6 @@ export async function within<T>(
   }
 }
 
-/** Settles as `work` does, or fails when the signal comes. */
-export async function unlessAborted<T>(
-  signal: AbortSignal,
-  work: Promise<T>,
-): Promise<T> {
-  const aborted = Promise.withResolvers<never>();
-  const abort = () => aborted.reject(signal.reason);
-  signal.addEventListener("abort", abort);
-  if (signal.aborted) abort();
-  try {
-    return await Promise.race([work, aborted.promise]);
-  } finally {
-    signal.removeEventListener("abort", abort);
-  }
-}
-
 /** Cleans up, each step whatever became of the one before. */
 function cleanUp(log: Log, ...steps: readonly (() => unknown)[]): void {
   for (const step of steps) {
@@ -1185,38 +1169,6 @@ export const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
     description: "further built-in plugins, and the options of plugins",
   },
 };
-
-/** The JSON Schema of an object of settings. */
-function objectSchema(table: Readonly<Record<string, Setting>>) {
-  const properties = Object.entries(table).map(([name, setting]) =>
-    [name, { type: typeof setting.default, ...setting }] as const
-  );
-  return {
-    type: "object",
-    additionalProperties: false,
-    properties: Object.fromEntries(properties),
-  };
-}
-
-/** The JSON Schema of settings.json, with the options of plugins. */
-export function settingsSchema(
-  plugins: readonly Plugin[],
-): Record<string, unknown> {
-  const { properties, ...schema } = objectSchema(SETTINGS);
-  const options = plugins.map(({ name, options = {} }) =>
-    [name, objectSchema(options)] as const
-  );
-  return {
-    $schema: "https://json-schema.org/draft/2020-12/schema",
-    title: "Settings of Offload: settings.json beside its plugins",
-    ...schema,
-    properties: {
-      $schema: { type: "string" },
-      ...properties,
-      use: { ...properties.use, properties: Object.fromEntries(options) },
-    },
-  };
-}
 
 /** The environment variable that overrides a setting. */
 function settingVariable(name: string): string {
@@ -2354,7 +2306,7 @@ const PROTOCOL_VERSION = 0x164;
 /** Guix 0.9 of 2015: what came before counts the arguments differently. */
 const OLDEST_MINOR = 0x61;
 
-const OPERATION = {
+export const OPERATION = {
   addToStore: 7,
   addTextToStore: 8,
   buildThings: 9,
@@ -2656,20 +2608,6 @@ async function queryDerivationOutputs(
   return outputs;
 }
 
-/** Protects items from garbage collection while the connection is open. */
-export async function addTempRoots(
-  store: StoreConnection,
-  paths: Iterable<string>,
-): Promise<void> {
-  const calls = function* () {
-    for (const path of paths) {
-      const request = encode(OPERATION.addTempRoot, path);
-      yield { request, result: (reader: ByteReader) => reader.number() };
-    }
-  };
-  await operateAll(store, calls());
-}
-
 /** The request that adds a text to the store. */
 export function addTextRequest(
   name: string,
@@ -2677,16 +2615,6 @@ export function addTextRequest(
   references: readonly string[],
 ): Buffer {
   return encode(OPERATION.addTextToStore, name, text, references);
-}
-
-/** The request that adds a nar, or the file that it is, to the store. */
-export function addNarRequest(
-  name: string,
-  recursive: boolean,
-  nar: Buffer,
-): Buffer {
-  const request = [OPERATION.addToStore, name, true, recursive, "sha256"];
-  return Buffer.concat([encode(...request), nar]);
 }
 
 /** Adds an item to the store and hands on its path, which follows from it. */

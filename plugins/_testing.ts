@@ -32,7 +32,6 @@ import {
   sshCommand,
   takeUpTo,
   THIS_MACHINE,
-  unlessAborted,
   within,
 } from "../mod.ts";
 import type {
@@ -47,7 +46,7 @@ import type {
   Style,
 } from "../mod.ts";
 import { withTimeout } from "./_machines.ts";
-import { formatTable, inOneLine } from "./_screen.ts";
+import { formatTable, inOneLine, unlessAborted } from "./_screen.ts";
 
 /** A step of a test, and what came of it. */
 export interface Step {

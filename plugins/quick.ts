@@ -20,8 +20,6 @@ import {
 } from "node:zlib";
 import {
   addCall,
-  addNarRequest,
-  addTempRoots,
   addTextRequest,
   bounded,
   BULK,
@@ -39,6 +37,7 @@ import {
   Noise,
   OffloadError,
   operateAll,
+  OPERATION,
   queryValidPaths,
   quoteWord,
   READ_SIZE,
@@ -529,6 +528,30 @@ function daemonTransport(context: TransportContext): Transport {
 
 async function discard(chunks: AsyncIterable<unknown>): Promise<void> {
   for await (const _ of chunks);
+}
+
+/** Protects items from garbage collection while the connection is open. */
+export async function addTempRoots(
+  store: StoreConnection,
+  paths: Iterable<string>,
+): Promise<void> {
+  const calls = function* () {
+    for (const path of paths) {
+      const request = encode(OPERATION.addTempRoot, path);
+      yield { request, result: (reader: ByteReader) => reader.number() };
+    }
+  };
+  await operateAll(store, calls());
+}
+
+/** The request that adds a nar, or the file that it is, to the store. */
+export function addNarRequest(
+  name: string,
+  recursive: boolean,
+  nar: Buffer,
+): Buffer {
+  const request = [OPERATION.addToStore, name, true, recursive, "sha256"];
+  return Buffer.concat([encode(...request), nar]);
 }
 
 const plugin = {

@@ -19,7 +19,6 @@ import {
   reason,
   takenSlots,
   THIS_MACHINE,
-  unlessAborted,
   within,
 } from "../mod.ts";
 import type {
@@ -44,7 +43,13 @@ import {
   WHICH_MACHINES,
   withTimeout,
 } from "./_machines.ts";
-import { awaitAll, formatTable, inOneLine, redraw } from "./_screen.ts";
+import {
+  awaitAll,
+  formatTable,
+  inOneLine,
+  redraw,
+  unlessAborted,
+} from "./_screen.ts";
 
 /** How a machine is, as `offload status` shows it. */
 interface MachineStatus {

@@ -30,7 +30,6 @@ import {
   readPrivateKey,
   reason,
   sshKeyType,
-  unlessAborted,
 } from "../mod.ts";
 import type {
   CommandOptions,
@@ -53,7 +52,7 @@ import {
   tellChange,
 } from "./_authorization.ts";
 import { hasErrors, systemOf, TIMEOUT_OPTION, timeoutOf } from "./_machines.ts";
-import { inOneLine } from "./_screen.ts";
+import { inOneLine, unlessAborted } from "./_screen.ts";
 import {
   formatReports,
   makeSample,

@@ -5,9 +5,9 @@
  * @module
  */
 
-import { settingsSchema } from "../mod.ts";
 import { EXIT_CODES, loadCommands } from "../plugins/_commands.ts";
 import type { NamedCommand } from "../plugins/_commands.ts";
+import { settingsSchema } from "../plugins/_settings.ts";
 
 const COMMANDS = await loadCommands();
 

@@ -3,7 +3,6 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTempRoots,
   addTextToStore,
   buildThings,
   ByteReader,
@@ -16,6 +15,7 @@ import {
   setBuildOptions,
 } from "../mod.ts";
 import type { PathInfo, StoreConnection } from "../mod.ts";
+import { addTempRoots } from "../plugins/quick.ts";
 import {
   chunks,
   daemons,

@@ -12,7 +12,6 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTempRoots,
   addTextToStore,
   buildThings,
   ByteReader,
@@ -33,6 +32,7 @@ import {
   setBuildOptions,
 } from "../mod.ts";
 import type { StoreConnection } from "../mod.ts";
+import { addTempRoots } from "../plugins/quick.ts";
 import {
   aclOf,
   chunks,

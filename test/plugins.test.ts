@@ -5,8 +5,6 @@ import {
   chmodSync,
   globSync,
   mkdtempSync,
-  readdirSync,
-  readFileSync,
   rmSync,
   writeFileSync,
 } from "node:fs";
@@ -135,28 +133,6 @@ test("a plugin is type-checked against mod.ts", () => {
   );
   assert.throws(() => check(plugin("scor: () => 1")), /scor/);
   assert.throws(() => check(plugin('score: () => "1"')), /string/);
-});
-
-test("built-in plugins are short, and read mod.ts for its types alone", () => {
-  const read = (file: string) => readFileSync(`${root}plugins/${file}`, "utf8");
-  const listed = builtinPlugins.map(({ name }) =>
-    `${name.replaceAll("-", "_")}.ts`
-  );
-  assert.ok(listed.length > 10);
-  for (const file of listed) {
-    const lines = read(file).trimEnd().split("\n").length;
-    assert.ok(lines <= 150, `plugins/${file} has ${lines} lines`);
-  }
-  // What plugins share, too; the contract's tests do use it.
-  const types = /^import type [^;]* from "\.\.\/mod\.ts";$/gm;
-  const commands =
-    /^(test|status|trust|explain|machines|completion|_(testing|authorization|machines|screen))\.ts$/;
-  for (const file of readdirSync(`${root}plugins`)) {
-    if (!file.endsWith(".ts") || file === "_contract.ts") continue;
-    if (commands.test(file)) continue;
-    const rest = read(file).replace(types, "");
-    assert.not.match(rest, /["'`]\.\.\/mod\.ts["'`]/, `plugins/${file}`);
-  }
 });
 
 /** Scores of three machines, as the plugins give them. */

@@ -10,12 +10,8 @@ import {
 import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import {
-  loadBuiltins,
-  OffloadError,
-  readSettings,
-  settingsSchema,
-} from "../mod.ts";
+import { loadBuiltins, OffloadError, readSettings } from "../mod.ts";
+import { settingsSchema } from "../plugins/_settings.ts";
 import { throws, withDirectory } from "./helpers.ts";
 
 const test = suite("settings");

@@ -4,7 +4,6 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTempRoots,
   addTextToStore,
   ByteReader,
   encode,
@@ -16,6 +15,7 @@ import {
 } from "../mod.ts";
 import type { StoreConnection, WireValue } from "../mod.ts";
 import { chunks, Peer, rejects } from "./helpers.ts";
+import { addTempRoots } from "../plugins/quick.ts";
 
 const test = suite("wire");
 

@@ -1,0 +1,95 @@
+/** Keeps the house: how large its rooms are, and which doors they have. */
+
+import { readdirSync, readFileSync } from "node:fs";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { builtinNames, loadBuiltin } from "../mod.ts";
+import { ROOT } from "./helpers.ts";
+
+const test = suite("house");
+
+/** How many lines a file may have. */
+const LINES = { "mod.ts": 7400, others: 600 } as const;
+
+const PLUGINS = readdirSync(`${ROOT}/plugins`)
+  .filter((file) => file.endsWith(".ts")).map((file) => `plugins/${file}`);
+
+/** Of which files the house is made. */
+const ROOMS = ["deps.ts", "mod.ts", ...PLUGINS];
+
+function read(file: string): string {
+  return readFileSync(`${ROOT}/${file}`, "utf8");
+}
+
+/** What a file imports: from where, and whether more than types. */
+function importsOf(file: string): { from: string; isType: boolean }[] {
+  const pattern =
+    /^(?:import|export)( type)? (?:[\w*{][^"';]*? from )?"([^"]+)";$/gm;
+  return [...read(file).matchAll(pattern)].map(([, type, from]) => ({
+    from: from!.startsWith(".")
+      ? new URL(from!, `file:///${file}`).pathname.slice(1)
+      : from!,
+    isType: type !== undefined,
+  }));
+}
+
+test("no room is too large: what is no part of it goes into another", () => {
+  for (const file of ROOMS) {
+    const most = file === "mod.ts" ? LINES[file] : LINES.others;
+    const lines = read(file).trimEnd().split("\n").length;
+    assert.ok(lines <= most, `${file} has ${lines} lines, of ${most} at most`);
+  }
+});
+
+test("mod.ts and deps.ts stand without plugins/", () => {
+  for (const file of ["deps.ts", "mod.ts"]) {
+    const doors = importsOf(file).filter(({ from }) => /^plugins/.test(from));
+    assert.equal(doors, [], `${file}: load it by its name, when it is needed`);
+  }
+});
+
+test("packages are named in deps.ts alone", () => {
+  for (const file of ROOMS.filter((file) => file !== "deps.ts")) {
+    const packages = importsOf(file).map(({ from }) => from)
+      .filter((from) => !from.startsWith("node:") && !ROOMS.includes(from));
+    assert.equal(packages, [], `${file}: have deps.ts hand it on`);
+  }
+});
+
+test("no room leads back to itself", () => {
+  const seen = new Map<string, "open" | "done">();
+  const visit = (file: string, way: readonly string[]) => {
+    if (seen.get(file) === "done") return;
+    const text = `${[...way, file].join(" -> ")}: move what both need`;
+    assert.is.not(seen.get(file), "open", text);
+    seen.set(file, "open");
+    for (const { from, isType } of importsOf(file)) {
+      if (!isType && ROOMS.includes(from)) visit(from, [...way, file]);
+    }
+    seen.set(file, "done");
+  };
+  for (const file of ROOMS) visit(file, []);
+});
+
+test("files are called as their plugins, and say what they are for", async () => {
+  for (const file of ROOMS) {
+    assert.match(read(file), /^\/\*\*\n \* \S[^]*?\n \* @module\n \*\//, file);
+  }
+  for (const name of builtinNames()) {
+    assert.is((await loadBuiltin(name))?.name, name);
+  }
+});
+
+test("a plugin that is no command asks mod.ts for types alone", async () => {
+  for (const name of builtinNames()) {
+    const file = `plugins/${name.replaceAll("-", "_")}.ts`;
+    const { command, transport } = (await loadBuiltin(name))!;
+    if (command || transport) continue; // these are built of what it has
+    const values = importsOf(file).filter(({ from, isType }) =>
+      from === "mod.ts" && !isType
+    );
+    assert.equal(values, [], `${file}: the hook's context has what it needs`);
+  }
+});
+
+test.run();
