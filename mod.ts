@@ -4532,26 +4532,45 @@ function daemonMethods(link: Link, machine: Machine) {
   };
 }
 
-/** Makes a session of a connection. */
-export function makeSession(
-  machine: Machine,
+function makeLink(
+  { name, daemonSocket: socket }: Machine,
   connection: Connection,
-  { log, signal, settings: { connectTimeout } }: Pick<
-    PluginContext,
-    "log" | "signal" | "settings"
-  >,
-): Session {
-  const { name } = machine;
+  connectTimeout: number,
+): Link {
   const { pieceSize = 0 } = connection;
-  const { daemonSocket: socket } = machine;
-  const link: Link = {
+  return {
     ...{ name, connection, connectTimeout, pieceSize, socket },
     hasSocket: socket !== DAEMON_SOCKET,
     used: performance.now(),
   };
+}
+
+/** The part of a session that is about how long nothing may pass. */
+function patienceMethods(link: Link) {
+  let patient = 0;
+  return {
+    idle: () => performance.now() - link.used,
+    patiently: <T>(work: () => Promise<T>) => {
+      patient++;
+      return work().finally(() => {
+        patient--;
+        link.used = performance.now();
+      });
+    },
+    isPatient: () => patient > 0,
+  };
+}
+
+/** Makes a session of a connection. */
+export function makeSession(
+  machine: Machine,
+  connection: Connection,
+  context: Pick<PluginContext, "log" | "signal" | "settings">,
+): Session {
+  const { log, signal, settings: { connectTimeout } } = context;
+  const link = makeLink(machine, connection, connectTimeout);
   const lost = Promise.withResolvers<never>();
   lost.promise.catch(() => {});
-  let patient = 0;
   let isClosed = false;
   let problem: Error | undefined;
   const failure = () => problem ?? connection.failure();
@@ -4567,19 +4586,11 @@ export function makeSession(
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
   if (signal.aborted) abort();
+  const exec: Session["exec"] = (...args) => executeThere(link, ...args);
   return {
-    ...{ machine, failure, fail, lost: lost.promise },
-    idle: () => performance.now() - link.used,
-    patiently: (work) => {
-      patient++;
-      return work().finally(() => {
-        patient--;
-        link.used = performance.now();
-      });
-    },
-    isPatient: () => patient > 0,
+    ...{ machine, failure, fail, exec, lost: lost.promise },
+    ...patienceMethods(link),
     ...daemonMethods(link, machine),
-    exec: (command, isShort) => executeThere(link, command, isShort),
     close: () => {
       signal.removeEventListener("abort", abort);
       if (!isClosed) cleanUp(log, () => connection.close());
@@ -4614,6 +4625,18 @@ const CROWDED = {
   delay: 100, // milliseconds, growing and with jitter
 } as const;
 
+/** Tells how far a client has come. */
+function tellReached(client: Client, reached: (what: Reached) => void): void {
+  client.on("connect", () => {
+    reached("connect");
+    // ssh2 has no event of its own for it.
+    const { _sock: socket } = client as { _sock?: Duplex };
+    socket?.once("data", () => reached("greeting"));
+  });
+  // Its first message after the host key was found to be right.
+  client.on("handshake", () => reached("host key"));
+}
+
 /** Connects to a machine over SSH, logged in unless `others` say how. */
 export async function connect(
   machine: Machine,
@@ -4625,28 +4648,18 @@ export async function connect(
   const client = new ssh2.Client();
   const ended = Promise.withResolvers<void>();
   let failure: Error | undefined;
-  const note = (error: Error) => {
-    failure ??= error;
-  };
+  const note = (error: Error) => void (failure ??= error);
   const fail = (error: Error) => {
     note(error);
-    client.destroy();
+    client.destroy(); // else it would wait for the other side to close
   };
   const options = sshOptions(machine, settings, note);
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
   await new Promise<void>((resolve, reject) => {
-    client.on("connect", () => {
-      client.setNoDelay(true);
-      reached?.("connect");
-      // ssh2 has no event of its own for it.
-      const { _sock: socket } = client as { _sock?: Duplex };
-      socket?.once("data", () => reached?.("greeting"));
-    });
-    // Its first message after the host key was found to be right.
-    client.on("handshake", () => reached?.("host key"));
+    client.on("connect", () => client.setNoDelay(true));
+    if (reached !== undefined) tellReached(client, reached);
     client.on("ready", resolve);
-    // Left to itself, it would wait for the other side to close.
     client.on("error", fail);
     client.on("close", () => {
       signal.removeEventListener("abort", abort);
@@ -5081,12 +5094,8 @@ echo "clock $(date +%s.%N)"
 `;
 }
 
-/** Reads the facts from what the probe printed. */
-export function parseFacts(
-  text: string,
-  time: number,
-  roundTrip: number,
-): Facts {
+/** Reads numbers from lines `NAME WORD…`: by their name and the word. */
+function readAnswers(text: string) {
   const answers = new Map<string, string[]>();
   for (const line of text.split("\n")) {
     const [name = "", ...words] = line.trim().split(/\s+/);
@@ -5096,38 +5105,53 @@ export function parseFacts(
     const value = parseFloat(answers.get(name)?.at(index) ?? "") * unit;
     return Number.isFinite(value) ? value : undefined;
   };
-  // Of df's line, the fourth word is what is available.
-  const space = (name: string): FreeSpace | undefined => {
-    const bytes = number(`${name}-bytes`, 3, 1024);
-    // Some file systems, such as btrfs, have no number of them: "0 0 0 -".
-    const limited = number(`${name}-inodes`, 1) !== 0;
-    const free = limited ? number(`${name}-inodes`, 3) : undefined;
-    const inodes = free ?? Infinity;
-    return bytes === undefined ? undefined : { bytes, inodes };
-  };
-  // Not every kernel tells.
-  const stalled = answers.get("memory-stall")?.[1] !== undefined;
-  const pressure = (name: string) =>
-    parseFloat(answers.get(`${name}-stall`)?.[1]?.slice(6) ?? "0") || 0;
+  const words = (name: string) => answers.get(name)?.join(" ");
+  return { number, words };
+}
+
+type Answers = ReturnType<typeof readAnswers>;
+
+/** What df says is free: of its line the fourth word, in KiB. */
+function freeSpace({ number }: Answers, name: string): FreeSpace | undefined {
+  const bytes = number(`${name}-bytes`, 3, 1024);
+  // Some file systems, such as btrfs, have no number of them: "0 0 0 -".
+  const limited = number(`${name}-inodes`, 1) !== 0;
+  const free = limited ? number(`${name}-inodes`, 3) : undefined;
+  return bytes === undefined ? undefined : { bytes, inodes: free ?? Infinity };
+}
+
+/** What the kernel's pressure stall information says; not every one tells. */
+function pressureIn({ words }: Answers): Facts["pressure"] {
+  const share = (name: string) =>
+    parseFloat(/avg10=(\S+)/.exec(words(`${name}-stall`) ?? "")?.[1] ?? "0") ||
+    0;
+  return words("memory-stall")
+    ? { cpu: share("cpu"), io: share("io"), memory: share("memory") }
+    : undefined;
+}
+
+/** Reads the facts from what the probe printed. */
+export function parseFacts(
+  text: string,
+  time: number,
+  roundTrip: number,
+): Facts {
+  const answers = readAnswers(text);
+  const { number, words } = answers;
   const clock = number("clock", 0);
+  const socket = words("socket");
   return {
     time,
     roundTrip,
     load: number("load", 0),
     cores: number("cores", 0),
     memory: number("memory", 1, 1024),
-    pressure: stalled
-      ? {
-        cpu: pressure("cpu"),
-        io: pressure("io"),
-        memory: pressure("memory"),
-      }
-      : undefined,
-    store: space("store"),
-    build: space("build"),
+    pressure: pressureIn(answers),
+    store: freeSpace(answers, "store"),
+    build: freeSpace(answers, "build"),
     clock: clock === undefined ? undefined : clock - time / 1000,
-    ...(answers.has("socket") && { socket: answers.get("socket")!.join(" ") }),
-    uname: answers.get("uname")?.join(" ").replace(/\p{Cc}/gu, ""),
+    ...(socket !== undefined && { socket }),
+    uname: words("uname")?.replace(/\p{Cc}/gu, ""),
   };
 }
 
@@ -6357,6 +6381,28 @@ interface Built {
 }
 
 /**
+ * Says how a build failed there. What kills a builder is short of memory, or
+ * ends the daemon there. The status says nothing of it, but the last piece of
+ * the log is the daemon's own.
+ */
+function buildFailure(
+  derivation: string,
+  { name }: Machine,
+  cause: DaemonError,
+  last: Buffer | undefined,
+): OffloadError {
+  const { message, status } = cause;
+  const killing = `builder for \`${derivation}' failed due to signal 9`;
+  const isOver = status === EXIT.timedOut ||
+    (status === EXIT.buildFailed && last?.indexOf(killing) !== 0);
+  const wasKilled = !isOver && status === EXIT.buildFailed;
+  return new (wasKilled ? Killed : OffloadError)(
+    `derivation '${derivation}' offloaded to '${name}' failed: ${message}`,
+    { cause, exitCode: isOver ? status : undefined },
+  );
+}
+
+/**
  * Builds on the other side, all in a message; what fails there is told in its
  * exit code.
  */
@@ -6395,18 +6441,7 @@ async function buildRemotely(
     return { seconds: (performance.now() - start) / 1000, size };
   } catch (cause) {
     if (!(cause instanceof DaemonError)) throw cause;
-    const { message, status } = cause;
-    // What kills is short of memory, or ends the daemon there. The status says
-    // nothing of it, but the last piece of the log is the daemon's own.
-    const killing = `builder for \`${derivation}' failed due to signal 9`;
-    const isOver = status === EXIT.timedOut ||
-      (status === EXIT.buildFailed && last?.indexOf(killing) !== 0);
-    const wasKilled = !isOver && status === EXIT.buildFailed;
-    throw new (wasKilled ? Killed : OffloadError)(
-      `derivation '${derivation}' offloaded to '${machine.name}' failed: ` +
-        message,
-      { cause, exitCode: isOver ? status : undefined },
-    );
+    throw buildFailure(derivation, machine, cause, last);
   }
 }
 
@@ -6451,6 +6486,35 @@ async function sendAndBuild(
   }
 }
 
+/** Connects the stores of both sides, and tells what their connection is like. */
+async function connectStores(
+  session: Session,
+  local: Promise<StoreConnection>,
+  derivation: string,
+  context: Context,
+): Promise<TransportContext & Context> {
+  const { machine, openDaemon, exec, patiently } = session;
+  const { buildOptions, observations, settings } = context;
+  const remote = await openDaemon();
+  // It may not have been asked, or not to the end.
+  if (await isThisMachine(machine, remote, derivation, context)) {
+    throw new OffloadError(`'${machine.name}': ${THIS_MACHINE.why}`);
+  }
+  const before = performance.now();
+  await setBuildOptions(remote, buildOptions, settings.substitutes);
+  const took = performance.now() - before;
+  // Of two looks at a busy machine, the shorter one says how far it is.
+  const id = machineId(machine);
+  const { facts } = observations.machines(id).get(id) ?? {};
+  const roundTrip = Math.min(took, facts?.roundTrip ?? took);
+  return {
+    ...contextFor(guixPlugin, context),
+    ...{ machine, remote, roundTrip, local: await local },
+    ...{ openDaemon, exec, patiently },
+    exportBundle: (paths) => exportFromHere(paths, context),
+  };
+}
+
 /** Sends the inputs, builds, and retrieves the outputs. */
 async function transferAndOffload(
   work: Work,
@@ -6464,28 +6528,9 @@ async function transferAndOffload(
   const local = openLocalDaemon(context);
   local.catch(() => {}); // it is told below
   try {
-    const remote = await session.openDaemon();
-    // It may not have been asked, or not to the end.
-    if (await isThisMachine(machine, remote, derivation, context)) {
-      throw new OffloadError(`'${machine.name}': ${THIS_MACHINE.why}`);
-    }
-    const before = performance.now();
-    const { buildOptions, settings } = context;
-    await setBuildOptions(remote, buildOptions, settings.substitutes);
-    const took = performance.now() - before;
-    // Of two looks at a busy machine, the shorter one says how far it is.
-    const id = machineId(machine);
-    const { facts } = context.observations.machines(id).get(id) ?? {};
-    const roundTrip = Math.min(took, facts?.roundTrip ?? took);
-    const store = await local;
-    const connections: TransportContext & Context = {
-      ...contextFor(guixPlugin, context),
-      ...{ machine, remote, roundTrip, local: store },
-      openDaemon: session.openDaemon,
-      exec: session.exec,
-      patiently: session.patiently,
-      exportBundle: (paths) => exportFromHere(paths, context),
-    };
+    const connections = await connectStores(
+      ...[session, local, derivation, context] as const,
+    );
     if (!isAdmitted) await admit(connections);
     const transport = await chooseTransport(connections);
     const { seconds, size } = await sendAndBuild(
@@ -6530,25 +6575,37 @@ function watchSession(session: Session, settings: Settings): () => void {
   return () => clearInterval(timer);
 }
 
+/** Says that the connection was lost, where an error came of that. */
+function lossOf(
+  error: unknown,
+  { machine, session }: Prospect,
+  { signal }: Context,
+): unknown {
+  signal.throwIfAborted();
+  const cause = session?.failure();
+  if (cause === undefined || isFinal(error)) return error;
+  const message = `lost connection to '${machine.name}': ${reason(cause)}`;
+  return new OffloadError(message, { cause });
+}
+
 /** Runs the build on the machine that took it, and lets go of that. */
 async function attempt(
   work: Work,
   { prospect, slot }: Assignment,
   context: Context,
 ): Promise<void> {
-  const { observations } = context;
+  const { log, observations } = context;
   // What is given up must not go on beside the next attempt.
   const over = new AbortController();
   const signal = AbortSignal.any([context.signal, over.signal]);
-  const { log } = context;
   let unwatch = () => {};
   try {
     await clearLeftovers(slot, work.derivation, context);
     observations.useSlot(prospect.id, slot, work.derivation);
-    const { machine, opening } = prospect;
-    const connect = () => opening ?? openSession(machine, context);
+    const { name } = prospect.machine;
     const session = prospect.session ??= await remind(
-      ...[`connecting to '${machine.name}'`, log, connect] as const,
+      ...[`connecting to '${name}'`, log] as const,
+      () => prospect.opening ?? openSession(prospect.machine, context),
     );
     session.useSocket(prospect.facts?.socket);
     unwatch = watchSession(session, context.settings);
@@ -6562,11 +6619,7 @@ async function attempt(
     });
     await Promise.race([done, session.lost]);
   } catch (error) {
-    context.signal.throwIfAborted();
-    const cause = prospect.session?.failure();
-    if (cause === undefined || isFinal(error)) throw error;
-    const message = `lost connection to '${prospect.machine.name}'`;
-    throw new OffloadError(`${message}: ${reason(cause)}`, { cause });
+    throw lossOf(error, prospect, context);
   } finally {
     cleanUp(
       ...[log, unwatch, () => over.abort()] as const,
@@ -7194,6 +7247,36 @@ export function configDirectory(environment: Variables): string {
   return environment.GUIX_CONFIGURATION_DIRECTORY ?? "/etc/guix";
 }
 
+/** Where Guix has what, as its own variables say. */
+function placesOf(
+  environment: Variables,
+): Pick<
+  Context,
+  "configDirectory" | "stateDirectory" | "storeDirectory" | "daemonSocket"
+> {
+  const stateDirectory = environment.GUIX_STATE_DIRECTORY ?? "/var/guix";
+  const socket = environment.GUIX_DAEMON_SOCKET ??
+    `${stateDirectory}/daemon-socket/socket`;
+  return {
+    configDirectory: configDirectory(environment),
+    stateDirectory,
+    storeDirectory: environment.NIX_STORE ?? "/gnu/store",
+    daemonSocket: socket.replace(/^unix:(\/\/)?/, ""),
+  };
+}
+
+/** Makes what notes problems, and tells them. */
+function makeReport(log: Log): Pick<Context, "problems" | "report"> {
+  const problems: Problem[] = [];
+  const report = (problem: Problem) => {
+    problems.push(problem);
+    const { severity, message, hint, toldAs = severity } = problem;
+    const error = new OffloadError(message, { hint });
+    log[toldAs === "error" ? "error" : "warn"](error);
+  };
+  return { problems, report };
+}
+
 /** Makes what is the same for all requests of a process. */
 export async function makeContext(
   hook: HookArguments,
@@ -7202,20 +7285,12 @@ export async function makeContext(
   signal: AbortSignal,
   machineFile?: string,
 ): Promise<Context> {
-  const stateDirectory = environment.GUIX_STATE_DIRECTORY ?? "/var/guix";
-  const socket = environment.GUIX_DAEMON_SOCKET ??
-    `${stateDirectory}/daemon-socket/socket`;
+  const places = placesOf(environment);
+  const { configDirectory, stateDirectory } = places;
   const plugins = pluginDirectory(environment);
   const settings = readSettings(plugins, environment);
-  const machines = machineFile ??
-    `${configDirectory(environment)}/machines.scm`;
-  const problems: Problem[] = [];
-  const report = (problem: Problem) => {
-    problems.push(problem);
-    const { severity, message, hint, toldAs = severity } = problem;
-    const error = new OffloadError(message, { hint });
-    log[toldAs === "error" ? "error" : "warn"](error);
-  };
+  const machines = machineFile ?? `${configDirectory}/machines.scm`;
+  const { problems, report } = makeReport(log);
   // A plugin that does not load may have listed machines.
   const warn = (problem: unknown) =>
     report({
@@ -7230,10 +7305,7 @@ export async function makeContext(
     settings,
     options: {}, // each plugin gets its own
     environment,
-    configDirectory: configDirectory(environment),
-    stateDirectory,
-    storeDirectory: environment.NIX_STORE ?? "/gnu/store",
-    daemonSocket: socket.replace(/^unix:(\/\/)?/, ""),
+    ...places,
     buildLog: openBuildLog(),
     guix: environment.OFFLOAD_GUIX ?? "guix",
     asOwner,

@@ -199,6 +199,16 @@ export async function findSshKey(
       hint: `run 'chown ${uid}:${gid} ${file}'`,
     });
   }
+  await makeSshKey(file, { uid, gid }, context);
+  return file;
+}
+
+/** Makes an SSH key for the account that the hook runs as. */
+async function makeSshKey(
+  file: string,
+  owner: { readonly uid: number; readonly gid: number },
+  context: Context,
+): Promise<void> {
   const comment = `offload@${hostname()}`;
   const pair = [file, `${file}.pub`];
   // Not where it is to be: who owns that directory could lead root by links.
@@ -210,8 +220,8 @@ export async function findSshKey(
     const [secret, shown] = [made, `${made}.pub`].map((it) => readFileSync(it));
     asOwner(file, () => {
       removeFile(pair[1]!); // of a key that is gone
-      writeNew(pair[1]!, shown!, 0o644, { uid, gid });
-      writeNew(file, secret!, 0o600, { uid, gid });
+      writeNew(pair[1]!, shown!, 0o644, owner);
+      writeNew(file, secret!, 0o600, owner);
     });
   } catch (cause) {
     if (cause instanceof OffloadError) throw cause;
@@ -223,7 +233,6 @@ export async function findSshKey(
   }
   const made = `made the SSH key '${file}' for guix-daemon to log in with`;
   tellChange(context, made, `rm ${pair.join(" ")}`);
-  return file;
 }
 
 /** Makes the key that signs what is sent, where there is none. */

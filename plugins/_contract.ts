@@ -32,6 +32,7 @@ import {
 import type {
   Awaitable,
   Candidate,
+  Connection,
   Facts,
   Machine,
   Options,
@@ -250,6 +251,16 @@ export async function checkConnect(
     () => plugin.connect!(machine, context),
   );
   demand(connection, "connect: no connection");
+  await checkExec(connection);
+  await checkOpenSocket(connection, machine, connectTimeout);
+  const waiting = await connection.exec("cat");
+  waiting.channel.on("error", () => {}).resume();
+  connection.close();
+  await within(connectTimeout, "the end, after close", () => waiting.ended);
+}
+
+/** Demands that commands get their input, and give their output back. */
+async function checkExec(connection: Connection): Promise<void> {
   const said = await connection.exec("echo said; echo wrong >&2; exit 3");
   demand(await text(said.channel) === "said\n", "exec: standard output");
   const { code, errors } = await said.ended;
@@ -260,6 +271,14 @@ export async function checkConnect(
   const back = buffer(echo.channel);
   echo.channel.end(sent);
   demand(sent.equals(await back), "exec: standard input");
+}
+
+/** Demands that there is a way to the daemon's socket, and none to nothing. */
+async function checkOpenSocket(
+  connection: Connection,
+  machine: Machine,
+  connectTimeout: number,
+): Promise<void> {
   const stream = await connection.openSocket(machine.daemonSocket);
   await within(
     ...[connectTimeout, "openSocket"] as const,
@@ -270,10 +289,6 @@ export async function checkConnect(
     async () => openStore(await connection.openSocket("/nonexistent"), "none"),
   ).then(() => false, () => true);
   demand(none, "openSocket: connected to a socket that is not there");
-  const waiting = await connection.exec("cat");
-  waiting.channel.on("error", () => {}).resume();
-  connection.close();
-  await within(connectTimeout, "the end, after close", () => waiting.ended);
 }
 
 /** Connects to the daemon here. */

@@ -415,14 +415,10 @@ function runGuile(
   input: string,
 ): Promise<string | undefined> {
   return new Promise((resolve, reject) => {
-    const child = spawn(context.guix, ["repl", "-t", "machine"], {
-      // A process group of its own, to be killed with all that is in it.
-      detached: true,
-      env: {
-        ...context.environment,
-        GUILE_AUTO_COMPILE: "0",
-      } as NodeJS.ProcessEnv,
-    });
+    const env = { ...context.environment, GUILE_AUTO_COMPILE: "0" };
+    // A process group of its own, to be killed with all that is in it.
+    const options = { detached: true, env: env as NodeJS.ProcessEnv };
+    const child = spawn(context.guix, ["repl", "-t", "machine"], options);
     let output = "";
     let errors = "";
     const finish = (end: () => void) => {

@@ -135,6 +135,42 @@ function isReachable({ name, port }: Machine): Promise<boolean> {
   });
 }
 
+/** What the keeper of a machine and its hooks tell each other, in files. */
+function powerOf(
+  machine: Machine,
+  demand: Demand,
+  { stateDirectory, asOwner, writable }: PluginContext,
+) {
+  const id = `${machine.name}:${machine.port}`;
+  const slots = `${stateDirectory}/offload/${id}`;
+  const directory = writable(slots);
+  const asIts = <T>(action: () => T) => asOwner(directory, action);
+  return {
+    log: `${directory}/log`,
+    read: () => asIts(() => readWords(`${directory}/power`)),
+    write: (word: string) => {
+      const seconds = Math.floor(Date.now() / 1000);
+      const file = `${directory}/power.${process.pid}`;
+      asIts(() => {
+        writeFileSync(file, `${word} ${seconds}\n`);
+        renameSync(file, `${directory}/power`);
+      });
+    },
+    isKept: () => asIts(() => isKept(directory)),
+    keep: (mode: "start" | "watch") => {
+      const { start, stop, "boot-timeout": boot, "idle-time": idle } = demand;
+      const limits = [String(boot), String(idle)];
+      const args = [directory, mode, start, stop, ...limits, slots, id];
+      const [uid, gid] = asIts(() => [process.geteuid!(), process.getegid!()]);
+      const isOther = uid !== process.geteuid!();
+      // Root's environment is not for others to read.
+      const env = { PATH: process.env.PATH };
+      runDetached(KEEPER, args, isOther ? { uid, gid, env } : {});
+    },
+    forgetLog: () => asIts(() => rmSync(`${directory}/log`, { force: true })),
+  };
+}
+
 /**
  * Excludes a machine while it is off, and lets it be started, where it has
  * demands, by NAME:PORT. It is no use to ask it then, but builds should wait.
@@ -142,53 +178,33 @@ function isReachable({ name, port }: Machine): Promise<boolean> {
 export async function excludeOff(
   machine: Machine,
   demands: ReadonlyMap<string, Demand>,
-  { stateDirectory, asOwner, writable }: PluginContext,
+  context: PluginContext,
 ): Promise<Exclusion | undefined> {
   const id = `${machine.name}:${machine.port}`;
   const demand = demands.get(id);
   if (demand === undefined) return undefined;
-  const slots = `${stateDirectory}/offload/${id}`;
-  const directory = writable(slots);
-  const asIts = <T>(action: () => T) => asOwner(directory, action);
-  const [word = "off", time] = asIts(() => readWords(`${directory}/power`));
-  const write = (word: string) => {
-    const seconds = Math.floor(Date.now() / 1000);
-    const file = `${directory}/power.${process.pid}`;
-    asIts(() => {
-      writeFileSync(file, `${word} ${seconds}\n`);
-      renameSync(file, `${directory}/power`);
-    });
-  };
-  const keep = (mode: "start" | "watch") => {
-    const { start, stop, "boot-timeout": boot, "idle-time": idle } = demand;
-    const limits = [String(boot), String(idle)];
-    const args = [directory, mode, start, stop, ...limits, slots, id];
-    const [uid, gid] = asIts(() => [process.geteuid!(), process.getegid!()]);
-    const isOther = uid !== process.geteuid!();
-    // Root's environment is not for others to read.
-    const env = { PATH: process.env.PATH };
-    runDetached(KEEPER, args, isOther ? { uid, gid, env } : {});
-  };
-  const kept = asIts(() => isKept(directory));
+  const power = powerOf(machine, demand, context);
+  const [word = "off", time] = power.read();
+  const kept = power.isKept();
   if (word === "failed" && isRecent(Number(time) * 1000, RETRY)) {
-    return { why: `failed to start: see ${directory}/log`, isBusy: false };
+    return { why: `failed to start: see ${power.log}`, isBusy: false };
   }
   if (word === "booting" && kept) {
     if (!await isReachable(machine)) {
       return { why: "starting", isBusy: true, isStarting: true };
     }
-    write("up");
+    power.write("up");
     return undefined;
   }
   if (word === "stopping" && kept) return { why: "stopping", isBusy: true };
   if (word === "up") {
-    if (!kept) keep("watch"); // this master was restarted
+    if (!kept) power.keep("watch"); // this master was restarted
     return undefined;
   }
   const start = () => {
-    asIts(() => rmSync(`${directory}/log`, { force: true }));
-    write("booting");
-    keep("start");
+    power.forgetLog();
+    power.write("booting");
+    power.keep("start");
   };
   return { why: "off, until a build needs it", isBusy: true, start };
 }

@@ -355,6 +355,28 @@ async function testExport(
   return path;
 }
 
+/** Sends an item there and brings one back, unless it is this machine. */
+async function testTransfers(
+  trial: Trial,
+  remote: StoreConnection,
+  prepare: () => Promise<Sample>,
+  context: Context,
+): Promise<void> {
+  const isThis = await unlessAborted(
+    context.signal,
+    prepare().then(({ path }) => isOurStore(remote, path, context)),
+  ).catch(() => false); // the import tells what is wrong
+  if (isThis) {
+    const hint = "one machine file for a whole farm is fine; else remove it";
+    return trial.end("import", "warning", THIS_MACHINE.why, hint);
+  }
+  const itself = (path: string) => path;
+  const send = async () => testImport(remote, await prepare());
+  await trial.run("import", send, itself);
+  const bring = () => testExport(remote, trial.machine, context);
+  await trial.run("export", bring, itself);
+}
+
 /** Tests a machine. */
 export async function testMachine(
   machine: Machine,
@@ -379,20 +401,8 @@ export async function testMachine(
         ({ minor }) => `protocol 1.${minor}`,
       );
       await testPrograms(trial, session);
-      const isThis = remote && await unlessAborted(
-        signal,
-        prepare().then(({ path }) => isOurStore(remote, path, context)),
-      ).catch(() => false); // the import tells what is wrong
-      if (isThis) {
-        const hint =
-          "one machine file for a whole farm is fine; else remove it";
-        trial.end("import", "warning", THIS_MACHINE.why, hint);
-      } else if (remote !== undefined) {
-        const itself = (path: string) => path;
-        const send = async () => testImport(remote, await prepare());
-        await trial.run("import", send, itself);
-        const bring = () => testExport(remote, machine, context);
-        await trial.run("export", bring, itself);
+      if (remote !== undefined) {
+        await testTransfers(trial, remote, prepare, { ...context, signal });
       }
       testClock(trial, await facts);
       return trial.report();

@@ -20,17 +20,9 @@ const DIRECTORY = "/run/guix-offload";
 /** How many tenths of a second one of its leases is waited for. */
 const TRIES = 20;
 
-/**
- * Takes a lease, says so, and holds it until its standard input ends, as it
- * does with the connection.
- *
- * What others than the account and root could write to or read is refused: a
- * link there would lead this anywhere, and a lock of theirs would stop all
- * builds. The default is root's own; other accounts have one at home.
- */
-function leaseCommand(directory: string, leases: number): string {
-  const numbers = Array.from({ length: leases }, (_, number) => number);
-  const guile = `
+/** Takes a lease where there is no flock: with Guile. */
+function guileLease(numbers: readonly number[]): string {
+  return `
 (define (take)
   (let loop ((numbers '(${numbers.join(" ")})))
     (and (pair? numbers)
@@ -48,6 +40,18 @@ function leaseCommand(directory: string, leases: number): string {
     (unless (eof-object? (read-char)) (loop))))
 (primitive-exit 0)
 `;
+}
+
+/**
+ * Takes a lease, says so, and holds it until its standard input ends, as it
+ * does with the connection.
+ *
+ * What others than the account and root could write to or read is refused: a
+ * link there would lead this anywhere, and a lock of theirs would stop all
+ * builds. The default is root's own; other accounts have one at home.
+ */
+function leaseCommand(directory: string, leases: number): string {
+  const numbers = Array.from({ length: leases }, (_, number) => number);
   return `
 user=$(id -u)
 directory=${quote(directory)}
@@ -66,7 +70,7 @@ for lease in ${numbers.join(" ")}; do
     [ -e $lease ] || : >$lease || exit
 done
 command -v flock >/dev/null || exec guix repl -- /dev/fd/3 3<<'END'
-${guile}
+${guileLease(numbers)}
 END
 for try in ${Array(TRIES).fill("0.1").join(" ")}; do
     for lease in ${numbers.join(" ")}; do

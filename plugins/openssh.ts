@@ -87,15 +87,17 @@ async function connect(
   });
   reached?.("connect");
   reached?.("host key");
+  return connectionBy(args, path, signal);
+}
+
+/** What runs over a master connection. */
+function connectionBy(
+  args: readonly string[],
+  path: string,
+  signal: AbortSignal,
+): Connection {
   const children = new Set<ChildProcess>();
   const streams = new Set<Duplex>();
-  const close = (error?: unknown) => {
-    // Other builds may go on over it, but no further one should share it.
-    const stop = control(path, "stop");
-    if (error instanceof Error) spawn("ssh", stop, { stdio: "ignore" }).unref();
-    for (const child of children) child.kill();
-    for (const stream of streams) stream.destroy();
-  };
   return {
     // The process that keeps the connection takes its socket away at its end.
     failure: () => existsSync(path) ? undefined : new Error("it was closed"),
@@ -113,7 +115,13 @@ async function connect(
       streams.add(process.channel);
       return Promise.resolve(process);
     },
-    close,
+    close(error) {
+      // Other builds may go on over it, but no further one should share it.
+      const stop = control(path, "stop");
+      if (error !== undefined) spawn("ssh", stop, { stdio: "ignore" }).unref();
+      for (const child of children) child.kill();
+      for (const stream of streams) stream.destroy();
+    },
   };
 }
 

@@ -470,6 +470,31 @@ async function* readArchive(
 /** Round trips until a further connection to a daemon has signed something. */
 const EXPORTER_TRIPS = 3;
 
+/** Sends items: by their contents where that is worth it, else signed. */
+async function send(
+  items: ReadonlyMap<string, PathInfo>,
+  context: TransportContext,
+): Promise<void> {
+  const { remote, roundTrip } = context;
+  const addresses = new Map<string, ContentAddress>();
+  for (const [path, item] of items) {
+    const address = contentAddress(path, item);
+    if (address !== undefined) addresses.set(path, address);
+  }
+  const addressed = [...addresses.keys()].map((path) => items.get(path)!);
+  const others = items.size - addressed.length;
+  if (!worthAddressing(addressed, others, roundTrip, remote)) addresses.clear();
+  const references = new Map(
+    [...items].map(([path, item]) => [path, item.references]),
+  );
+  const batches = makeBatches(references, (path) => addresses.has(path));
+  for (const { addressed, paths } of batches) {
+    const size = paths.reduce((n, path) => n + items.get(path)!.narSize, 0);
+    if (!addressed) await sendSigned(paths, size, context);
+    else await sendAddressed(paths, items, addresses, context);
+  }
+}
+
 /** Over connections to the daemon, but for bulk. */
 function daemonTransport(context: TransportContext): Transport {
   const { remote, roundTrip, openDaemon, signal } = context;
@@ -480,27 +505,7 @@ function daemonTransport(context: TransportContext): Transport {
       const valid = new Set(await queryValidPaths(remote, paths));
       return paths.filter((path) => !valid.has(path));
     },
-    send: async (items) => {
-      const addresses = new Map<string, ContentAddress>();
-      for (const [path, item] of items) {
-        const address = contentAddress(path, item);
-        if (address !== undefined) addresses.set(path, address);
-      }
-      const addressed = [...addresses.keys()].map((path) => items.get(path)!);
-      const others = items.size - addressed.length;
-      if (!worthAddressing(addressed, others, roundTrip, remote)) {
-        addresses.clear();
-      }
-      const references = new Map(
-        [...items].map(([path, item]) => [path, item.references]),
-      );
-      const batches = makeBatches(references, (path) => addresses.has(path));
-      for (const { addressed, paths } of batches) {
-        const size = paths.reduce((n, path) => n + items.get(path)!.narSize, 0);
-        if (!addressed) await sendSigned(paths, size, context);
-        else await sendAddressed(paths, items, addresses, context);
-      }
-    },
+    send: (items) => send(items, context),
     prepare: (derivation) => {
       // Signing takes a while to start, and the build takes a while anyway.
       exporter = openDaemon().then(async (store) => {

@@ -321,6 +321,18 @@ async function watchMachines(
   }
 }
 
+/** Warns of clocks that are behind, as the reference does. */
+function warnOfClocks(
+  statuses: readonly MachineStatus[],
+  { log }: Context,
+): void {
+  for (const { machine, timeDifference = 0 } of statuses) {
+    if (timeDifference >= 0) continue;
+    const name = machine.replace(/:22$/, "");
+    log.warn(`machine '${name}' is ${-timeDifference} seconds behind`);
+  }
+}
+
 /** `offload status [FILE [REGEXP]]`. */
 export async function statusCommand(
   args: readonly string[],
@@ -351,12 +363,7 @@ export async function statusCommand(
     }
     const looks = machines.map(look);
     const statuses = await awaitAll("asking machines", looks, screen);
-    for (const { machine, timeDifference = 0 } of statuses) {
-      if (timeDifference >= 0) continue;
-      const name = machine.replace(/:22$/, "");
-      const behind = `${-timeDifference} seconds behind`;
-      context.log.warn(`machine '${name}' is ${behind}`);
-    }
+    warnOfClocks(statuses, context);
     const failed = statuses.some(({ reachable }) => !reachable) ||
       hasErrors(context);
     return { output: describe(statuses), exitCode: failed ? 1 : 0 };

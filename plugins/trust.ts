@@ -118,17 +118,16 @@ async function confirmHostKey(
   );
 }
 
-/** Logs in as the administrator does: by the agent, or by a password. */
-async function connectAsAdministrator(
-  machine: Machine,
+/** Logs in by the agent's keys, or the password, which is asked for. */
+function authenticateByAny(
+  { user: username, name }: Machine,
   context: Context,
-): Promise<Session> {
-  const { user: username, name } = machine;
+  fail: (error: unknown) => void,
+): ConnectConfig["authHandler"] {
   const agent = context.environment.SSH_AUTH_SOCK;
   const question = `Password of ${username}@${name}: `;
   let tries = 0;
-  let problem: unknown;
-  const authHandler: ConnectConfig["authHandler"] = (left, _, next) => {
+  return (left, _, next) => {
     if (tries++ === 0) {
       return next(agent ? { type: "agent", username, agent } : "none");
     }
@@ -146,11 +145,23 @@ async function connectAsAdministrator(
           },
         ),
       (error) => {
-        problem = error;
+        fail(error);
         next(false as never);
       },
     );
   };
+}
+
+/** Logs in as the administrator does: by the agent, or by a password. */
+async function connectAsAdministrator(
+  machine: Machine,
+  context: Context,
+): Promise<Session> {
+  const { user: username, name } = machine;
+  let problem: unknown;
+  const authHandler = authenticateByAny(machine, context, (error) => {
+    problem = error;
+  });
   const options = { authHandler, readyTimeout: 0 };
   return await connect(machine, context, undefined, options).then(
     (connection) => makeSession(machine, connection, context),
@@ -164,7 +175,6 @@ async function connectAsAdministrator(
     },
   );
 }
-
 /** Logs in with our key, which is made known there where it is not. */
 async function logIn(machine: Machine, context: Context): Promise<Session> {
   const { user, name, privateKey } = machine;

@@ -142,7 +142,10 @@ function suiteUnder(runtime: Runtime): void {
     useMachines("head", ["w1"], (text) => `(append ${text})`);
     const [derivation] = makeWork("head");
     await waitFor(derivation!, /machines.scm:\d+:\d+: \(append …: only Guile/);
-    await waitFor(derivation!, /hint: have Offload's plugins\/ beside mod.ts, /);
+    await waitFor(
+      derivation!,
+      /hint: have Offload's plugins\/ beside mod.ts, /,
+    );
     use("OFFLOAD_TRANSPORT=archive-command");
     await waitFor(
       derivation!,
