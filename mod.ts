@@ -720,6 +720,13 @@ function fieldsIn(site: Site, specifiers: Form[]) {
   throw failure(source, at, message);
 }
 
+/** What a build machine has where nothing is said. */
+function usualFields(home: string | undefined): Record<string, Value> {
+  const entries = Object.keys(machineFields)
+    .map((name) => [name, usualValue(name, home) ?? false] as const);
+  return { ...Object.fromEntries(entries), system: false };
+}
+
 /** Makes a build machine; its fields see those before them as variables. */
 function buildMachine(site: Site, specifiers: Form[]): BuildMachine {
   const { source, at } = site;
@@ -734,7 +741,7 @@ function buildMachine(site: Site, specifiers: Form[]): BuildMachine {
   }
   const record = original
     ? evaluate(inner, original)
-    : { at, fields: defaultFields(source.home) };
+    : { at, fields: usualFields(source.home) };
   demand(site, isBuildMachine(record));
   return { at, fields: { ...record.fields, ...values } };
 }
@@ -780,23 +787,6 @@ function evaluateTop(source: Source, { at, value }: Form): Value {
 
 /** The socket of a daemon where nothing names another. */
 const DAEMON_SOCKET = "/var/guix/daemon-socket/socket";
-
-/** The fields of a build machine that have a default. */
-function defaultFields(home: string | undefined): Record<string, Value> {
-  return {
-    port: 22n,
-    systems: false,
-    system: false,
-    "private-key": home === undefined ? false : `${home}/.ssh/id_rsa`,
-    compression: "zlib@openssh.com,zlib",
-    "compression-level": 3n,
-    "daemon-socket": DAEMON_SOCKET,
-    "overload-threshold": 0.8,
-    "parallel-builds": 1n,
-    speed: 1,
-    features: [],
-  };
-}
 
 /** What a field must be, whether a value is, and what it is taken for. */
 type FieldRule = [
@@ -879,40 +869,67 @@ const NO_COMPRESSION = /^no(ne)?(,|$)/;
 /** More slots than any machine has; the files of all are looked at. */
 const MOST_SLOTS = 9999;
 
+/** The key of ssh, unless a machine names one; HOME is the user's. */
+function usualKey(home: string | undefined): string | false {
+  return home === undefined ? false : `${home}/.ssh/id_rsa`;
+}
+
 /**
- * The fields of a machine. What the reference works with is taken, if for
- * another value; `#f` is what libssh has without the option.
+ * The fields of a machine, and what they are where they are left out. What the
+ * reference works with is taken, if for another value; `#f` is what libssh has
+ * without the option.
  */
-const machineFields: Record<string, FieldRule> = {
-  name: stringRule("a host name", /^[^\s/]+$/),
-  port: integerRule(1, 65535),
-  systems: listRule("a list of systems like x86_64-linux", /^\w+-[\w-]+$/),
-  user: optional(
+const machineFields: Record<
+  string,
+  readonly [
+    rule: FieldRule,
+    usual?: string | number | string[] | ((home?: string) => string | false),
+  ]
+> = {
+  name: [stringRule("a host name", /^[^\s/]+$/)],
+  port: [integerRule(1, 65535), 22],
+  systems: [listRule("a list of systems like x86_64-linux", /^\w+-[\w-]+$/)],
+  user: [optional(
     stringRule("an account name", /^\P{Cc}+$/u),
     () => userInfo().username,
-  ),
-  "private-key": stringRule("a file name", /^[^\0]+$/),
-  "host-key": ["a key like 'ssh-ed25519 AAAAC3…'", isHostKey],
-  compression: optional(
-    taken(
-      stringRule("a list of methods", /./),
-      (it) => NO_COMPRESSION.test(String(it)) ? "none" : it,
+  )],
+  "private-key": [stringRule("a file name", /^[^\0]+$/), usualKey],
+  "host-key": [["a key like 'ssh-ed25519 AAAAC3…'", isHostKey]],
+  compression: [
+    optional(
+      taken(
+        stringRule("a list of methods", /./),
+        (it) => NO_COMPRESSION.test(String(it)) ? "none" : it,
+      ),
+      () => "none",
     ),
-    () => "none",
-  ),
-  "compression-level": optional(integerRule(1, 9), () => 7),
-  "daemon-socket": taken(
-    stringRule("a file name", /^[^\0]+$/),
-    (it) => String(it).replace(/^(file|unix):\/\/(?=\/)/, ""),
-  ),
-  "overload-threshold": optional(numberRule("a number"), () => false),
-  "parallel-builds": taken(
-    integerRule(0, Infinity),
-    (it) => Math.min(Number(it), MOST_SLOTS),
-  ),
-  speed: numberRule("a number"),
-  features: optional(listRule("a list of strings", /^/), () => []),
+    "zlib@openssh.com,zlib",
+  ],
+  "compression-level": [optional(integerRule(1, 9), () => 7), 3],
+  "daemon-socket": [
+    taken(
+      stringRule("a file name", /^[^\0]+$/),
+      (it) => String(it).replace(/^(file|unix):\/\/(?=\/)/, ""),
+    ),
+    DAEMON_SOCKET,
+  ],
+  "overload-threshold": [optional(numberRule("a number"), () => false), 0.8],
+  "parallel-builds": [
+    taken(integerRule(0, Infinity), (it) => Math.min(Number(it), MOST_SLOTS)),
+    1,
+  ],
+  speed: [numberRule("a number"), 1],
+  features: [optional(listRule("a list of strings", /^/), () => []), []],
 };
+
+/** The value of a field that is left out. */
+function usualValue(
+  name: string,
+  home?: string,
+): string | number | false | string[] | undefined {
+  const [, usual] = machineFields[name]!;
+  return typeof usual === "function" ? usual(home) : usual;
+}
 
 /** All fields that a `<build-machine>` record has. */
 const fieldNames = [...Object.keys(machineFields), "system", "location"];
@@ -927,17 +944,20 @@ const properties = Object.keys(machineFields).map((name) =>
 
 /**
  * Makes a machine of fields, or says what is wrong with them. The names are
- * those of {@linkcode machineToJson}; WHERE is where they stand, if anywhere.
+ * those of {@linkcode machineToJson}; those that have a default may be left out.
+ * WHERE is where they stand, if anywhere.
  */
 export function machineFromFields(
   fields: Record<string, unknown>,
   where: string,
 ): Machine | Problem {
   const machine: Record<string, unknown> = {};
-  const reasons: string[] = [];
+  const reasons = Object.keys(fields).filter((it) => !fieldNames.includes(it))
+    .map((name) => `unknown field '${name}'`);
   for (const [name, property] of properties) {
-    const [expected, accepts, take = (it) => it] = machineFields[name]!;
-    const value = fields[name];
+    const [rule] = machineFields[name]!;
+    const [expected, accepts, take = (it: unknown) => it] = rule;
+    const value = fields[name] ?? usualValue(name, userInfo().homedir);
     if (accepts(value)) {
       machine[property] = take(value);
       continue;
@@ -6602,9 +6622,8 @@ async function attempt(
   try {
     await clearLeftovers(slot, work.derivation, context);
     observations.useSlot(prospect.id, slot, work.derivation);
-    const { name } = prospect.machine;
     const session = prospect.session ??= await remind(
-      ...[`connecting to '${name}'`, log] as const,
+      ...[`connecting to '${prospect.machine.name}'`, log] as const,
       () => prospect.opening ?? openSession(prospect.machine, context),
     );
     session.useSocket(prospect.facts?.socket);

@@ -4,23 +4,8 @@
  * @module
  */
 
-import { userInfo } from "node:os";
 import type { Machine, PluginContext } from "../mod.ts";
 import type { Demand } from "./_on_demand.ts";
-
-/** What a list may leave out, as in the machine file. */
-const DEFAULTS: Readonly<Record<string, unknown>> = {
-  port: 22,
-  compression: "zlib@openssh.com,zlib",
-  "compression-level": 3,
-  "daemon-socket": "/var/guix/daemon-socket/socket",
-  "overload-threshold": 0.8,
-  "parallel-builds": 1,
-  speed: 1,
-  features: [],
-};
-
-const REQUIRED = ["name", "systems", "user", "private-key", "host-key"];
 
 /** What makes it a machine on demand. */
 const DEMAND: Readonly<Record<keyof Demand, string | number>> = {
@@ -51,11 +36,6 @@ export function machinesFrom(
   context: PluginContext,
   demands: Map<string, Demand>,
 ): Machine[] {
-  const defaults = {
-    ...DEFAULTS,
-    "private-key": `${userInfo().homedir}/.ssh/id_rsa`,
-  };
-  const known = [...REQUIRED, ...Object.keys({ ...DEFAULTS, ...DEMAND })];
   return list.flatMap((entry, index) => {
     const own = Object(entry) as Record<string, unknown>;
     const report = (problem: string) => {
@@ -65,9 +45,10 @@ export function machinesFrom(
       return [];
     };
     if (entry?.constructor !== Object) return report("expected an object");
-    const unknown = Object.keys(own).find((key) => !known.includes(key));
-    if (unknown) return report(`unknown field '${unknown}'`);
-    const machine = context.machineFromFields({ ...defaults, ...own }, where);
+    const fields = Object.entries(own).filter(([name]) => !(name in DEMAND));
+    const machine = context.machineFromFields(
+      ...[Object.fromEntries(fields), where] as const,
+    );
     if ("severity" in machine) return context.report(machine), [];
     const id = `${machine.name}:${machine.port}`;
     demands.delete(id);
