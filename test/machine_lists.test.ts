@@ -21,16 +21,20 @@ import {
   asOwner,
   contextFor,
   listMachines,
+  loadBuiltins,
   machineToJson,
   writableDirectory as writable,
 } from "../mod.ts";
 import type { Plugin, Settings } from "../mod.ts";
-import command from "../plugins/command.ts";
-import jsonMachines from "../plugins/json_machines.ts";
 import { parseMachines } from "../plugins/_machine_list.ts";
 import { privateDirectory } from "../plugins/_programs.ts";
 import { HOST_KEY, machine, makeContext } from "./context.ts";
 import { until } from "./helpers.ts";
+
+const [command, jsonMachines] = await loadBuiltins([
+  "command",
+  "json-machines",
+]) as [Plugin, Plugin];
 
 const test = suite("machine lists");
 let directory = "";
