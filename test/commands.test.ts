@@ -2,6 +2,7 @@
 
 import { Buffer } from "node:buffer";
 import {
+  existsSync,
   mkdirSync,
   readdirSync,
   readFileSync,
@@ -17,6 +18,9 @@ import {
   parseSexp,
 } from "../mod.ts";
 import { addToAcl, replaceFile } from "../plugins/_authorization.ts";
+import { EXIT_CODES, loadCommands } from "../plugins/_commands.ts";
+import { drain, undrain } from "../plugins/_drain.ts";
+import { progressBar } from "../plugins/_screen.ts";
 import { completion } from "../plugins/completion.ts";
 import { formatJunit } from "../plugins/test.ts";
 import { addToMachineFile } from "../plugins/trust.ts";
@@ -26,14 +30,13 @@ import {
   hash,
   keys,
   ownRuntime,
+  rejects,
   ROOT,
   run,
   settled,
   throws,
   withDirectory,
 } from "./helpers.ts";
-import { EXIT_CODES, loadCommands } from "../plugins/_commands.ts";
-import { progressBar } from "../plugins/_screen.ts";
 
 const test = suite("commands");
 const COMMANDS = await loadCommands();
@@ -388,6 +391,29 @@ test("addToMachineFile adds a form and leaves all else as it is", () => {
   for (const text of ["'()", ...programs]) {
     assert.is(add(text), undefined, text);
   }
+});
+
+test("drain and undrain edit the list", async () => {
+  await withDirectory(async (directory) => {
+    const file = `${directory}/drain`;
+    const listing = {
+      name: "list",
+      machines: () => [machine({ name: "w1" }), machine({ name: "w2" })],
+    };
+    const { context } = makeContext({ plugins: [listing] });
+    const use = { drain: { file } };
+    const used = { ...context, settings: { ...context.settings, use } };
+    await rejects(drain("w1", "", context), /'drain' is not in use$/);
+    await rejects(drain("w3", "", used), /no machine 'w3', only w1:22, w2:22$/);
+    assert.is(existsSync(file), false);
+    await drain("w1", " new\n disk ", used);
+    await drain("w2:22", undefined, used);
+    await drain("w1", "still", used);
+    assert.is(readFileSync(file, "utf8"), "w2:22\nw1 # still\n");
+    await rejects(undrain("w2", used), /^'w2' is not in '.*drain'$/);
+    await undrain("w2:22", used);
+    assert.is(readFileSync(file, "utf8"), "w1 # still\n");
+  });
 });
 
 test("replaceFile() leaves nothing beside what it can't replace", async () => {
