@@ -215,7 +215,7 @@ export async function loadCommands(
 ): Promise<NamedCommand[]> {
   const builtins = await Promise.all(builtinNames().map(loadBuiltin));
   const order = ({ order = Infinity }: NamedCommand) => order;
-  return [...site, ...builtins]
+  return [...new Set([...site, ...builtins])]
     .map((plugin) => plugin && commandOf(plugin))
     .filter((command) => command !== undefined)
     .sort((a, b) =>

@@ -85,8 +85,11 @@ const plugin = {
     examples: [
       ["source <(offload completion bash)", "completes in this bash"],
     ],
-    async run([shell]) {
-      return { output: completion(shell!, await loadCommands()), exitCode: 0 };
+    async run([shell], _options, makeContext) {
+      // A site's, too, where its settings can be read.
+      const context = await makeContext().catch(() => undefined);
+      const commands = await loadCommands(context?.plugins);
+      return { output: completion(shell!, commands), exitCode: 0 };
     },
   },
 } satisfies Plugin;

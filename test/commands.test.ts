@@ -114,6 +114,8 @@ test("a site's command is found, listed and run", async () => {
     assert.match(own.stdout, /^ {2}--loud +Shout$/m);
     const wrong = await offloadIn(directory, "hello");
     assert.is(wrong.code, 2);
+    const completed = await offloadIn(directory, "completion", "bash");
+    assert.match(completed.stdout, /\bhello\b[^]*--loud/);
   });
 });
 
