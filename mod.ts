@@ -2,7 +2,26 @@
  * Offload: a drop-in replacement for `guix offload`, the build hook with which
  * GNU Guix's guix-daemon sends builds to other machines over SSH.
  *
- * The file reads from top to bottom as a build passes through it.
+ * With deps.ts it is a complete offloader of plain machine files; plugins/ has
+ * all else, found by its name when it is needed. The file reads from top to
+ * bottom, callees first, and so does a build's way through its sections:
+ *
+ *     Types
+ *     Errors and log
+ *     Machine file      evaluateMachineFile(), machineFromFields()
+ *     Plugins           readSettings(), loadPlugins(), listMachines()
+ *     Wire              openStore(), queryPathInfos(), operateAll()
+ *     Archives          exportBundle(), restoreItem(), checkSignature()
+ *     Synchronization   acquireBuildSlot(), Observations
+ *     Sessions          openSession(), openRemoteDaemon()
+ *     Scheduling        parseRequest(), survey(), rank(), chooseBuildMachine()
+ *     Offloading        clearLeftovers(), sendAndBuild(), retrieveOutputs(),
+ *                       attempt(), offload(), processRequest()
+ *     Commands          what plugins/_commands.ts runs
+ *     Entry             runHook(), main()
+ *
+ * A request comes in at the end: runHook() reads it, processRequest() answers
+ * it and has offload() do the build, by as many attempt()s as it takes.
  *
  * @module
  */
