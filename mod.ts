@@ -3832,8 +3832,16 @@ const OBSERVATIONS_STATE = `
     WHERE type NOT IN ('table', 'index')) AS code
   FROM pragma_user_version`;
 
-const LATEST_ROWS = "SELECT (SELECT max(rowid) FROM build) AS build, " +
-  "(SELECT max(rowid) FROM held) AS held";
+/** What is noted of a build that succeeded. */
+const NOTES_OF_BUILD = [
+  "INSERT INTO build VALUES (?, ?, ?, ?)",
+  `INSERT INTO held (machine, item, time)
+   SELECT ?1, value, ?2 FROM json_each(?3) WHERE true
+   ON CONFLICT DO UPDATE SET time = ?2
+   WHERE time NOT BETWEEN ?2 - ?4 AND ?2`,
+  "UPDATE machine SET failures = 0, until = 0 WHERE id = ?",
+  "DELETE FROM doubt WHERE machine = ?",
+] as const;
 
 /** Names a file that has a name, so that another by that name is noticed. */
 function inodeOf(file: string): string {
@@ -4078,31 +4086,26 @@ export class Observations {
     items: readonly string[],
   ): void {
     const now = Date.now();
-    const grown = this.#use((database) => {
-      const note = (sql: string, ...values: SQLInputValue[]) =>
-        database.prepare(sql).run(...values);
-      const latest = () => database.prepare(LATEST_ROWS).get() as Row;
+    const results = this.#use((database) => {
+      // What is prepared beforehand makes nobody wait.
+      const [build, held, failures, doubts] = NOTES_OF_BUILD
+        .map((sql) => database.prepare(sql));
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
-      const before = latest();
-      note("UPDATE machine SET failures = 0, until = 0 WHERE id = ?", id);
-      note("DELETE FROM doubt WHERE machine = ?", id);
-      note("INSERT INTO build VALUES (?, ?, ?, ?)", name, id, seconds, now);
-      note(
-        `INSERT INTO held (machine, item, time)
-         SELECT ?1, value, ?2 FROM json_each(?3) WHERE true
-         ON CONFLICT DO UPDATE SET time = ?2
-         WHERE time NOT BETWEEN ?2 - ?4 AND ?2`,
-        ...[id, now, JSON.stringify(items), HELD_FRESHNESS],
-      );
-      const after = latest();
+      const results = {
+        build: build!.run(name, id, seconds, now),
+        held: held!.run(id, now, JSON.stringify(items), HELD_FRESHNESS),
+      };
+      failures!.run(id);
+      doubts!.run(id);
       database.exec("COMMIT");
-      return (["build", "held"] as const).filter((table) => {
-        const blocks = (row: Row) =>
-          Math.floor(Number(row[table] ?? 0) / PRUNED_ROWS);
-        return blocks(after) !== blocks(before);
-      });
+      return results;
     });
-    for (const table of grown) this.#prune(table);
+    for (const table of ["build", "held"] as const) {
+      const last = Number(results[table].lastInsertRowid);
+      const before = last - Number(results[table].changes);
+      const blocks = (rows: number) => Math.floor(rows / PRUNED_ROWS);
+      if (blocks(last) !== blocks(before)) this.#prune(table);
+    }
   }
 
   /** Drops the oldest rows of a table; with builds, what outlived its use. */
