@@ -10,7 +10,6 @@ import process from "node:process";
 import {
   asOwner,
   machineFromFields,
-  Observations,
   readSettings,
   writableDirectory,
 } from "../mod.ts";
@@ -21,6 +20,7 @@ import type {
   Machine,
   ScoredRequest,
 } from "../mod.ts";
+import { SharedObservations } from "../plugins/_observations.ts";
 
 /** A host key that is well-formed. */
 export const HOST_KEY =
@@ -129,7 +129,7 @@ export function makeContext(
     }),
     machineFromFields,
     plugins: [],
-    observations: new Observations(stateDirectory, log),
+    observations: new SharedObservations(stateDirectory, log),
     ...parts,
   };
   return { context, warnings };

@@ -9,7 +9,7 @@ import { ROOT } from "./helpers.ts";
 const test = suite("house");
 
 /** How many lines a file may have. */
-const LINES = { "mod.ts": 7520, others: 600 } as const;
+const LINES = { "mod.ts": 7142, others: 600 } as const;
 
 const PLUGINS = readdirSync(`${ROOT}/plugins`)
   .filter((file) => file.endsWith(".ts")).map((file) => `plugins/${file}`);

@@ -19,11 +19,11 @@ import {
   acquireBuildSlot,
   chooseBuildMachine,
   normalizedLoad,
-  Observations,
   parseFacts,
   readDerivation,
 } from "../mod.ts";
 import type { Context, Machine, Plugin } from "../mod.ts";
+import { SharedObservations } from "../plugins/_observations.ts";
 import { machine, makeContext, request } from "./context.ts";
 import { processorTime, until } from "./helpers.ts";
 
@@ -353,7 +353,7 @@ test("Observations keep so many rows and no more, the latest", () => {
 test("Observations are claimed by one process at a time", () => {
   const { context } = makeContext();
   const { observations, log, stateDirectory } = context;
-  const other = new Observations(stateDirectory, log);
+  const other = new SharedObservations(stateDirectory, log);
   assert.ok(observations.claim("a:22", 60));
   assert.not(other.claim("a:22", 60));
   assert.ok(other.claim("a:22", 0 - 1), "one that took too long is void");
@@ -365,7 +365,7 @@ test("Observations survive a database that is none", () => {
   const directory = mkdtempSync(`${tmpdir()}/offload-`);
   writeFileSync(`${directory}/observations.sqlite`, "garbage ".repeat(1000));
   const { context } = makeContext();
-  const observations = new Observations(directory, context.log);
+  const observations = new SharedObservations(directory, context.log);
   observations.saveBuild("a:22", "hello", 3, []);
   assert.is(observations.history("hello").length, 1);
   rmSync(directory, { recursive: true });
@@ -417,14 +417,16 @@ for (const [what, damage] of Object.entries(DAMAGE)) {
     const { context, warnings } = makeContext();
     const { observations, log, stateDirectory, settings } = context;
     const file = `${stateDirectory}/observations.sqlite`;
-    const other = new Observations(stateDirectory, log);
+    const other = new SharedObservations(stateDirectory, log);
     for (const it of [observations, other]) {
       it.saveFailure(machine({ name: "a" }), "gone", settings);
     }
     know(context, machine({ name: "a" }));
     damage(file);
     // What was open may have parts of it in memory.
-    for (const it of [observations, new Observations(stateDirectory, log)]) {
+    for (
+      const it of [observations, new SharedObservations(stateDirectory, log)]
+    ) {
       it.machines();
       it.machines("a:22");
     }
@@ -447,7 +449,7 @@ test("Observations are replaced once, not by all who find them damaged", () => {
   const { log, stateDirectory } = context;
   const all = Array.from(
     { length: 5 },
-    () => new Observations(stateDirectory, log),
+    () => new SharedObservations(stateDirectory, log),
   );
   all.forEach((it, index) => it.saveBuild("a:22", `b${index}`, 1, []));
   DAMAGE["it is something else"]!(`${stateDirectory}/observations.sqlite`);
@@ -471,7 +473,7 @@ test("Observations of slots that are of another kind are damage", () => {
   ) {
     observations.slots();
     execute(file, `INSERT INTO slot VALUES (${values})`);
-    const another = new Observations(stateDirectory, context.log);
+    const another = new SharedObservations(stateDirectory, context.log);
     assert.equal(another.slots(), []);
     assert.is(warnings.length, index + 1);
   }
@@ -479,7 +481,7 @@ test("Observations of slots that are of another kind are damage", () => {
 
 test("Observations keep in mind whose slots are while the file is locked", async () => {
   const { context: { observations, stateDirectory, log } } = makeContext();
-  const slots = () => new Observations(stateDirectory, log).slots();
+  const slots = () => new SharedObservations(stateDirectory, log).slots();
   const slot = { file: `${stateDirectory}/0`, inode: "1:2" };
   observations.useSlot("a:22", { ...slot, file: "/gone" }, "/gone.drv");
   const locked = new DatabaseSync(`${stateDirectory}/observations.sqlite`);
@@ -532,7 +534,7 @@ test("Observations remove what is in the way", () => {
     rmSync(file);
     make();
     observations.saveBuild("a:22", "hello", 3, []);
-    const another = new Observations(stateDirectory, log);
+    const another = new SharedObservations(stateDirectory, log);
     assert.is(another.history("hello").length, 1);
   }
   assert.equal(warnings, []);

@@ -19,8 +19,9 @@ import process from "node:process";
 import { createInterface } from "node:readline";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { acquireBuildSlot, clearLeftovers, Observations } from "../mod.ts";
+import { acquireBuildSlot, clearLeftovers } from "../mod.ts";
 import type { Slot, UsedSlot } from "../mod.ts";
+import { SharedObservations } from "../plugins/_observations.ts";
 import { makeContext } from "./context.ts";
 import {
   FCNTL,
@@ -319,7 +320,10 @@ function nameOf(file: string): Pick<Slot, "file" | "inode"> {
 /** A context whose database is in a directory. */
 function contextIn(directory: string) {
   const { context } = makeContext();
-  const observations = new Observations(`${directory}/offload`, context.log);
+  const observations = new SharedObservations(
+    `${directory}/offload`,
+    context.log,
+  );
   return { ...context, observations };
 }
 
@@ -361,7 +365,7 @@ test("clearLeftovers() spares a build that began since it looked", async () => {
     const begun = makeLeftovers(directory, "begun");
 
     /** As slow as it takes for another hook to begin after each look. */
-    class Slow extends Observations {
+    class Slow extends SharedObservations {
       override slots(): UsedSlot[] {
         const slots = super.slots();
         super.useSlot("w1:22", theirs, begun.derivation);

@@ -1,0 +1,593 @@
+/**
+ * Observations that all our processes share, in a small database beside the
+ * slots.
+ *
+ * @module
+ */
+
+import { rmSync } from "node:fs";
+import { dirname } from "node:path";
+import { DatabaseSync } from "node:sqlite";
+import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
+import {
+  afterFailure,
+  asOwner,
+  clearWay,
+  definitionOf,
+  inodeOf,
+  isWithin,
+  machineId,
+  makePrivate,
+  makeStateDirectory,
+  reason,
+  UNANSWERED,
+} from "../mod.ts";
+import type {
+  Facts,
+  Log,
+  Machine,
+  MachineRecord,
+  Observations,
+  PastBuild,
+  Settings,
+  Slot,
+  UsedSlot,
+} from "../mod.ts";
+
+/** Undoes that JSON has null where a number of inodes is infinite. */
+function restoreInfinity(key: string, value: unknown): unknown {
+  return key === "inodes" ? value ?? Infinity : value;
+}
+
+/** The latest time that there is, in milliseconds since 1970. */
+const LATEST_TIME = 8.64e15;
+
+/** Types of values, by name; a time is a number of milliseconds since 1970. */
+type Types = Readonly<Record<string, "string" | "number" | "object" | "time">>;
+
+/**
+ * Sees that what somebody else wrote has those types, where it is not null.
+ *
+ * @throws {SyntaxError} where it has not, which is damage as well.
+ */
+function checkTypes<T extends object>(
+  value: object,
+  types: Types,
+): T {
+  for (const [name, type] of Object.entries(types)) {
+    const it = (value as Record<string, unknown>)[name] ?? undefined;
+    if (it === undefined) continue;
+    const expected = type === "time" ? "number" : type;
+    const isNoTime = type === "time" &&
+      !isWithin(it, -LATEST_TIME, LATEST_TIME);
+    if (typeof it !== expected || isNoTime) {
+      throw new SyntaxError(`'${name}' is no ${type}`);
+    }
+  }
+  return value as T;
+}
+
+const FACTS_TYPES: Types = {
+  time: "time",
+  roundTrip: "number",
+  login: "number",
+  load: "number",
+  cores: "number",
+  memory: "number",
+  clock: "number",
+  uname: "string",
+  socket: "string",
+  pressure: "object",
+  store: "object",
+  build: "object",
+};
+
+const FACTS_PARTS: Types = {
+  cpu: "number",
+  io: "number",
+  memory: "number",
+  bytes: "number",
+  inodes: "number",
+};
+
+function toFacts(text: string): Facts {
+  const facts: Facts = JSON.parse(text, restoreInfinity);
+  checkTypes({ facts }, { facts: "object" });
+  checkTypes(facts, FACTS_TYPES);
+  for (const part of [facts.pressure, facts.store, facts.build]) {
+    checkTypes(part ?? {}, FACTS_PARTS);
+  }
+  return facts;
+}
+
+const RECORD_TYPES: Types = {
+  id: "string",
+  facts: "string",
+  problem: "string",
+  definition: "string",
+  failures: "number",
+  until: "time",
+  asked: "time",
+  bandwidth: "number",
+  doubts: "number",
+};
+
+const SLOT_TYPES: Types = {
+  file: "string",
+  derivation: "string",
+  time: "time",
+  inode: "string",
+};
+
+/** When a machine last began a build. */
+type Use = { readonly machine: string; readonly time: number };
+
+const USE_TYPES: Types = { machine: "string", time: "time" };
+
+function toRecord(row: Row): MachineRecord {
+  checkTypes(row, RECORD_TYPES);
+  const { id: _, facts, bandwidth, ...record } = row;
+  return {
+    ...record as unknown as MachineRecord,
+    bandwidth: bandwidth as number | null ?? undefined,
+    facts: facts === null ? undefined : toFacts(`${facts}`),
+  };
+}
+
+/** For how long a machine is believed to be this one or another, in ms. */
+const IDENTITY_LIFETIME = 86_400_000;
+
+/** For how long an item is believed to be on a machine, in ms. */
+const HELD_LIFETIME = 30 * 86_400_000;
+
+/** How old what a machine holds may become before it is noted anew, in ms. */
+const HELD_FRESHNESS = 86_400_000;
+
+/** How many rows are kept, the latest ones, of what each build adds to. */
+const KEPT_ROWS = { build: 100_000, held: 500_000 } as const;
+
+/** How many new rows there are before old ones go. */
+const PRUNED_ROWS = 1000;
+
+/** For how long a build speaks against its machine, in ms. */
+const DOUBT_LIFETIME = 3_600_000;
+
+/** For how long observations are kept in memory, in ms, before another try. */
+const OBSERVATIONS_RETRY = { locked: 1000, other: 10_000 } as const;
+
+/** Of what is wrong with a database that is sound. */
+const UNUSABLE =
+  /locked|full|readonly|read-only|I\/O|open|permission|^E[A-Z]+:/i;
+
+// The journal is in memory: whatever file lay beside the database would be of
+// the next one, too, when that is replaced, and what is mapped can be cut off.
+const OBSERVATIONS_PRAGMAS = `
+  PRAGMA journal_mode = MEMORY;
+  PRAGMA synchronous = OFF;
+`;
+
+/** Another number here makes the tables anew that changed. */
+const OBSERVATIONS_VERSION = 1;
+
+const OBSERVATIONS_SCHEMA = `
+  BEGIN IMMEDIATE;
+  CREATE TABLE IF NOT EXISTS machine (
+    id TEXT PRIMARY KEY, facts TEXT, failures INTEGER NOT NULL DEFAULT 0,
+    until REAL NOT NULL DEFAULT 0, problem TEXT NOT NULL DEFAULT '',
+    definition TEXT NOT NULL DEFAULT '',
+    asked REAL NOT NULL DEFAULT 0, bandwidth REAL);
+  CREATE TABLE IF NOT EXISTS build (
+    name TEXT, machine TEXT, seconds REAL, time REAL);
+  CREATE INDEX IF NOT EXISTS build_name ON build (name, time);
+  DROP TABLE IF EXISTS held;
+  DROP TABLE IF EXISTS slot;
+  CREATE TABLE held (
+    id INTEGER PRIMARY KEY, machine TEXT, item TEXT, time REAL,
+    UNIQUE (machine, item));
+  CREATE TABLE slot (
+    file TEXT PRIMARY KEY, derivation TEXT, time REAL, inode TEXT);
+  CREATE TABLE IF NOT EXISTS own (
+    definition TEXT PRIMARY KEY, own INTEGER NOT NULL, time REAL NOT NULL);
+  CREATE TABLE IF NOT EXISTS doubt (
+    machine TEXT, derivation TEXT, time REAL, PRIMARY KEY (machine, derivation))
+    WITHOUT ROWID;
+  CREATE TABLE IF NOT EXISTS used (machine TEXT PRIMARY KEY, time REAL);
+  CREATE TABLE IF NOT EXISTS wait (
+    id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
+  INSERT OR IGNORE INTO wait VALUES (0, 0, 0);
+  PRAGMA user_version = ${OBSERVATIONS_VERSION};
+  COMMIT;
+`;
+
+/** Views and triggers are not ours: what reads and writes would run them. */
+const OBSERVATIONS_STATE = `
+  SELECT user_version AS version, (SELECT count(*) FROM sqlite_schema
+    WHERE type NOT IN ('table', 'index')) AS code
+  FROM pragma_user_version`;
+
+/** What is noted of a build that succeeded. */
+const NOTES_OF_BUILD = [
+  "INSERT INTO build VALUES (?, ?, ?, ?)",
+  `INSERT INTO held (machine, item, time)
+   SELECT ?1, value, ?2 FROM json_each(?3) WHERE true
+   ON CONFLICT DO UPDATE SET time = ?2
+   WHERE time NOT BETWEEN ?2 - ?4 AND ?2`,
+  "UPDATE machine SET failures = 0, until = 0 WHERE id = ?",
+  "DELETE FROM doubt WHERE machine = ?",
+] as const;
+
+/**
+ * What our processes see of machines and builds, shared in a small database
+ * beside the slots. Losing it loses nothing but speed, so no method throws: one
+ * that is damaged is replaced, and memory used for a while where none can be.
+ */
+export class SharedObservations implements Observations {
+  readonly #file: string;
+  readonly #log: Log;
+  readonly #told = new Set<string>();
+  #database: DatabaseSync | undefined;
+  #inode = "";
+  #retry = 0;
+  /** What went to memory, and others must learn, or take a build for dead. */
+  readonly #unwritten: ((database: DatabaseSync) => void)[] = [];
+
+  /** Keeps the database in `directory`, made when first needed, or memory. */
+  constructor(directory: string, log: Log) {
+    this.#file = `${directory}/observations.sqlite`;
+    this.#log = log;
+  }
+
+  /** The database, or the one in memory until it is tried again. */
+  #open(): DatabaseSync {
+    const isMemory = performance.now() < this.#retry;
+    const inode = isMemory ? "memory" : inodeOf(this.#file);
+    // Another process may have replaced it, or somebody removed it.
+    if (this.#database !== undefined && inode === this.#inode) {
+      return this.#database;
+    }
+    this.#close();
+    this.#inode = inode;
+    if (!isMemory) {
+      makeStateDirectory(dirname(this.#file));
+      clearWay(this.#file, "isFile");
+      makePrivate(this.#file);
+    }
+    const name = isMemory ? ":memory:" : this.#file;
+    this.#inode = isMemory ? inode : inodeOf(name);
+    this.#database = new DatabaseSync(name, { timeout: 250 });
+    this.#database.exec(OBSERVATIONS_PRAGMAS);
+    const [row] = this.#database.prepare(OBSERVATIONS_STATE).all();
+    if (row!.code !== 0) throw new SyntaxError("it holds what would be run");
+    // Who only opens it writes nothing, and so waits for nobody.
+    if (row!.version !== OBSERVATIONS_VERSION) {
+      this.#database.exec(OBSERVATIONS_SCHEMA);
+    }
+    if (!isMemory) {
+      for (const notes = this.#unwritten; notes.length > 0; notes.shift()) {
+        notes[0]!(this.#database); // where that fails, it is left
+      }
+    }
+    return this.#database;
+  }
+
+  #close(): void {
+    const database = this.#database;
+    this.#database = undefined;
+    if (database?.isOpen !== false) database?.close();
+  }
+
+  /** Notes what a slot is used for, also where that is to be noted later. */
+  #noteSlot(sql: string, ...values: SQLInputValue[]): void {
+    const note = (database: DatabaseSync) =>
+      void database.prepare(sql).run(...values);
+    this.#use(note);
+    if (this.#inode === "memory") this.#unwritten.push(note);
+  }
+
+  /** Says what is wrong: all once, and what an account may not not at all. */
+  #tell(what: string, error: unknown): void {
+    const text = `${what} '${this.#file}': ${reason(error)}`;
+    const { code } = error as NodeJS.ErrnoException;
+    const isQuiet = code === "EACCES" || code === "EPERM" ||
+      /locked/.test(reason(error)) || this.#told.has(what);
+    if (isQuiet) return this.#log.debug(text);
+    this.#told.add(what);
+    this.#log.warn(text);
+  }
+
+  /** Sees to it that the next try does better. */
+  #recover(error: unknown, canReplace: boolean): void {
+    const inode = this.#inode;
+    this.#close();
+    const isDamaged = error instanceof SyntaxError || // of JSON
+      !UNUSABLE.test(reason(error));
+    if (canReplace && isDamaged) {
+      this.#tell("replacing the damaged", error);
+      try {
+        if (inodeOf(this.#file) === inode) rmSync(this.#file);
+        return;
+      } catch (cause) {
+        error = cause;
+      }
+    }
+    this.#tell("keeping observations in memory instead of", error);
+    const { locked, other } = OBSERVATIONS_RETRY;
+    const isLocked = /locked/.test(reason(error));
+    this.#retry = performance.now() + (isLocked ? locked : other);
+  }
+
+  /** Does some work with the database, whatever is wrong with that. */
+  #use<T>(work: (database: DatabaseSync) => T): T {
+    return asOwner(this.#file, () => this.#try(work));
+  }
+
+  #try<T>(work: (database: DatabaseSync) => T): T {
+    for (let attempts = 1;; attempts++) {
+      try {
+        return work(this.#open());
+      } catch (error) {
+        if (attempts === 3) throw error;
+        this.#recover(error, attempts === 1);
+      }
+    }
+  }
+
+  #query(sql: string, ...values: SQLInputValue[]): Row[] {
+    return this.#use((it) => it.prepare(sql).all(...values) as Row[]);
+  }
+
+  #read<T extends object>(
+    types: Types,
+    sql: string,
+    ...values: SQLInputValue[]
+  ): T[] {
+    return this.#use((database) =>
+      database.prepare(sql).all(...values)
+        .map((row) => checkTypes<T>(row, types))
+    );
+  }
+
+  /** All that is known of machines, or of one, by NAME:PORT. */
+  machines(id?: string): Map<string, MachineRecord> {
+    const all = `SELECT *, (SELECT count(*) FROM doubt WHERE machine = id
+      AND time BETWEEN ? AND ?) AS doubts FROM machine`;
+    const now = Date.now();
+    const times = [now - DOUBT_LIFETIME, now];
+    return this.#use((database) => {
+      const rows = id === undefined
+        ? database.prepare(all).all(...times)
+        : database.prepare(`${all} WHERE id = ?`).all(...times, id);
+      // A value that is cut is damage as well.
+      return new Map(
+        (rows as Row[]).map((row) => [`${row.id}`, toRecord(row)]),
+      );
+    });
+  }
+
+  /** Claims the right to ask a machine; false where another process does. */
+  claim(id: string, seconds: number): boolean {
+    const now = Date.now();
+    return this.#query(
+      `INSERT INTO machine (id, asked) VALUES (?, ?)
+       ON CONFLICT DO UPDATE SET asked = excluded.asked
+       WHERE asked NOT BETWEEN ? AND excluded.asked RETURNING id`,
+      id,
+      now,
+      now - seconds * 1000,
+    ).length > 0;
+  }
+
+  /** Notes what a machine said of itself: it can be reached again. */
+  saveFacts(id: string, facts: Facts): void {
+    this.#query(
+      `INSERT INTO machine (id, facts) VALUES (?1, ?2) ON CONFLICT DO UPDATE
+       SET facts = excluded.facts, asked = 0,
+       until = iif(problem = ?3, 0, until),
+       failures = iif(problem = ?3, 0, failures)`,
+      id,
+      JSON.stringify(facts),
+      UNANSWERED,
+    );
+  }
+
+  /** Notes that a machine failed. */
+  saveFailure(machine: Machine, problem: string, settings: Settings): void {
+    const id = machineId(machine);
+    this.#use((database) => {
+      database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
+      const [row] = database.prepare("SELECT * FROM machine WHERE id = ?")
+        .all(id);
+      const record = row && toRecord(row);
+      const after = afterFailure(machine, record, problem, settings);
+      if (after !== record) {
+        database.prepare(
+          `INSERT INTO machine (id, failures, until, problem, definition)
+           VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO UPDATE
+           SET failures = ?2, until = ?3, problem = ?4, definition = ?5,
+           asked = 0, facts = NULL`,
+        ).run(id, after.failures, after.until, problem, after.definition);
+      }
+      database.exec("COMMIT");
+    });
+  }
+
+  /** Notes that a build failed on a machine and did well on another one. */
+  saveDoubt(id: string, derivation: string): void {
+    const now = Date.now();
+    this.#query(
+      "DELETE FROM doubt WHERE time NOT BETWEEN ? AND ?",
+      now - DOUBT_LIFETIME,
+      now,
+    );
+    this.#query(
+      "INSERT OR REPLACE INTO doubt VALUES (?, ?, ?)",
+      id,
+      derivation,
+      now,
+    );
+  }
+
+  /** Notes whether a machine is this one; another definition may not be. */
+  saveIdentity(machine: Machine, isThis: boolean): void {
+    this.#query(
+      "INSERT OR REPLACE INTO own VALUES (?, ?, ?)",
+      definitionOf(machine),
+      Number(isThis),
+      Date.now(),
+    );
+  }
+
+  /** Whether a machine is this one, as far as is known. */
+  identity(machine: Machine): boolean | undefined {
+    const now = Date.now();
+    const [row] = this.#query(
+      "SELECT own FROM own WHERE definition = ? AND time BETWEEN ? AND ?",
+      definitionOf(machine),
+      now - IDENTITY_LIFETIME,
+      now,
+    );
+    return row && row.own === 1;
+  }
+
+  /** The definitions of this machine that are known. */
+  ownDefinitions(): Set<string> {
+    const now = Date.now();
+    const rows = this.#query(
+      "SELECT definition FROM own WHERE own = 1 AND time BETWEEN ? AND ?",
+      now - IDENTITY_LIFETIME,
+      now,
+    );
+    return new Set(rows.map(({ definition }) => definition as string));
+  }
+
+  /** Notes a build that succeeded, and what its machine holds now. */
+  saveBuild(
+    id: string,
+    name: string,
+    seconds: number,
+    items: readonly string[],
+  ): void {
+    const now = Date.now();
+    const results = this.#use((database) => {
+      // What is prepared beforehand makes nobody wait.
+      const [build, held, failures, doubts] = NOTES_OF_BUILD
+        .map((sql) => database.prepare(sql));
+      database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
+      const results = {
+        build: build!.run(name, id, seconds, now),
+        held: held!.run(id, now, JSON.stringify(items), HELD_FRESHNESS),
+      };
+      failures!.run(id);
+      doubts!.run(id);
+      database.exec("COMMIT");
+      return results;
+    });
+    for (const table of ["build", "held"] as const) {
+      const last = Number(results[table].lastInsertRowid);
+      const before = last - Number(results[table].changes);
+      const blocks = (rows: number) => Math.floor(rows / PRUNED_ROWS);
+      if (blocks(last) !== blocks(before)) this.#prune(table);
+    }
+  }
+
+  /** Drops the oldest rows of a table; with builds, what outlived its use. */
+  #prune(table: keyof typeof KEPT_ROWS): void {
+    this.#query(
+      `DELETE FROM ${table}
+       WHERE rowid <= (SELECT max(rowid) FROM ${table}) - ?`,
+      KEPT_ROWS[table],
+    );
+    if (table !== "build") return;
+    const now = Date.now();
+    const day = now - IDENTITY_LIFETIME;
+    this.#query("DELETE FROM own WHERE time NOT BETWEEN ? AND ?", day, now);
+    const month = now - HELD_LIFETIME;
+    this.#query("DELETE FROM used WHERE time NOT BETWEEN ? AND ?", month, now);
+    this.#query(
+      `DELETE FROM machine WHERE until < ? AND asked < ?1
+       AND id NOT IN (SELECT machine FROM used)`,
+      month,
+    );
+  }
+
+  /** Earlier builds of a name, the latest first. */
+  history(name: string): PastBuild[] {
+    return this.#read<PastBuild>(
+      { machine: "string", seconds: "number" },
+      `SELECT machine, seconds FROM build WHERE name = ?
+       ORDER BY time DESC LIMIT 20`,
+      name,
+    );
+  }
+
+  /** Those of `paths` that a machine was seen to hold. */
+  held(id: string, paths: readonly string[]): string[] {
+    return this.#query(
+      `SELECT item FROM held WHERE machine = ?
+       AND item IN (SELECT value FROM json_each(?)) AND time > ?`,
+      id,
+      JSON.stringify(paths),
+      Date.now() - HELD_LIFETIME,
+    ).map(({ item }) => item as string);
+  }
+
+  /** Notes how fast a machine received a lot, in bytes a second. */
+  saveBandwidth(id: string, bandwidth: number): void {
+    this.#query(
+      `UPDATE machine SET bandwidth = coalesce((bandwidth + ?1) / 2, ?1)
+       WHERE id = ?2`,
+      bandwidth,
+      id,
+    );
+  }
+
+  /** What slots were used for last, unless that was noted to have ended. */
+  slots(): UsedSlot[] {
+    return this.#read(SLOT_TYPES, "SELECT * FROM slot");
+  }
+
+  /** Notes what a machine's slot is used for from now on. */
+  useSlot(
+    id: string,
+    { file, inode }: Pick<Slot, "file" | "inode">,
+    derivation: string,
+  ): void {
+    this.#noteSlot(
+      "INSERT OR REPLACE INTO slot VALUES (?, ?, ?, ?)",
+      file,
+      derivation,
+      Date.now(),
+      inode,
+    );
+    this.#query("INSERT OR REPLACE INTO used VALUES (?, ?)", id, Date.now());
+  }
+
+  /** When machines last began a build, by NAME:PORT. */
+  lastUsed(): Map<string, number> {
+    const rows = this.#read<Use>(USE_TYPES, "SELECT * FROM used");
+    return new Map(rows.map(({ machine, time }) => [machine, time]));
+  }
+
+  /** Notes that a slot is no longer used for a derivation. */
+  releaseSlot(file: string, derivation: string): void {
+    this.#noteSlot(
+      "DELETE FROM slot WHERE file = ? AND derivation = ?",
+      file,
+      derivation,
+    );
+    this.#query("UPDATE wait SET released = vain");
+  }
+
+  /** Whether waiting for a slot was not in vain since the last was freed. */
+  mayWait(): boolean {
+    return this.#query("SELECT 1 FROM wait WHERE vain <= released").length > 0;
+  }
+
+  /** Notes that waiting for a slot was in vain. */
+  saveVainWait(): void {
+    this.#query("UPDATE wait SET vain = released + 1");
+  }
+}
+
+/** A row of the database. */
+type Row = Record<string, SQLOutputValue>;
