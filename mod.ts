@@ -804,7 +804,7 @@ function evaluateTop(source: Source, { at, value }: Form): Value {
 }
 
 /** The socket of a daemon where nothing names another. */
-const DAEMON_SOCKET = "/var/guix/daemon-socket/socket";
+export const DAEMON_SOCKET = "/var/guix/daemon-socket/socket";
 
 /** What a field must be, whether a value is, and what it is taken for. */
 type FieldRule = [
@@ -4177,25 +4177,25 @@ function checkConnection(
 }
 
 /** The part of a session that is about the guix-daemon at the other end. */
-function daemonMethods(link: Link, machine: Machine) {
+function daemonMethods(link: Link) {
   let greeted: Promise<StoreConnection> | undefined;
   return {
     ping: async () => {
       const another = { ...link }; // it is no use of the session
-      const daemon = openRemoteDaemon(another, machine);
+      const daemon = openRemoteDaemon(another);
       await daemon.then(({ stream }) => stream.destroy(), (error) => {
         // Who refuses, as where no second session may be opened, is alive.
         if (error.cause instanceof Late) throw error;
       });
     },
     openDaemon: () => {
-      const daemon = greeted ?? openRemoteDaemon(link, machine);
+      const daemon = greeted ?? openRemoteDaemon(link);
       greeted = undefined;
       return daemon;
     },
     greetDaemon: () => {
       greeted?.then(({ stream }) => stream.destroy(), () => {});
-      return greeted = openRemoteDaemon(link, machine);
+      return greeted = openRemoteDaemon(link);
     },
     askOneByOne: () => void (link.pieceSize = 0),
     useSocket: (socket: string | undefined) => {
@@ -4207,15 +4207,18 @@ function daemonMethods(link: Link, machine: Machine) {
 }
 
 function makeLink(
-  { name, daemonSocket: socket }: Machine,
+  machine: Machine,
   connection: Connection,
   connectTimeout: number,
 ): Link {
-  const { pieceSize = 0 } = connection;
   return {
-    ...{ name, connection, connectTimeout, pieceSize, socket },
-    hasSocket: socket !== DAEMON_SOCKET,
+    machine,
+    connection,
+    connectTimeout,
     used: performance.now(),
+    socket: machine.daemonSocket,
+    hasSocket: machine.daemonSocket !== DAEMON_SOCKET,
+    pieceSize: connection.pieceSize ?? 0,
   };
 }
 
@@ -4260,11 +4263,12 @@ export function makeSession(
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
   if (signal.aborted) abort();
-  const exec: Session["exec"] = (...args) => executeThere(link, ...args);
+  const exec: Session["exec"] = async (...args) =>
+    (await requireRemote(machine)).executeThere(link, ...args);
   return {
     ...{ machine, failure, fail, exec, lost: lost.promise },
     ...patienceMethods(link),
-    ...daemonMethods(link, machine),
+    ...daemonMethods(link),
     close: () => {
       signal.removeEventListener("abort", abort);
       if (!isClosed) cleanUp(log, () => connection.close());
@@ -4348,7 +4352,8 @@ export async function connect(
     ended: ended.promise,
     openSocket: (file) => openSocket(client, file),
     pieceSize: pieceSizeOf(client),
-    exec: (command) => execute(client, command),
+    exec: async (command) =>
+      (await requireRemote(machine)).execute(client, command),
     close: (error) => error === undefined ? client.end() : fail(error),
   };
 }
@@ -4357,12 +4362,14 @@ export async function connect(
 const LOST_DELAY = 1000;
 
 /** A connection, and when something last passed over one of its channels. */
-interface Link {
-  /** The machine's name. */
-  readonly name: string;
+export interface Link {
+  /** The machine at the other end. */
+  readonly machine: Machine;
+  /** What leads there. */
   readonly connection: Connection;
   /** Seconds that an answer may take. */
   readonly connectTimeout: number;
+  /** When something last passed, by `performance.now()`. */
   used: number;
   /** The socket of the daemon there: a file name or, as Guix takes it, a URI. */
   socket: string;
@@ -4375,7 +4382,7 @@ interface Link {
 }
 
 /** Takes note of what passes over a channel, either way. */
-function noteUse<T extends Duplex>(channel: T, link: Link): T {
+export function noteUse<T extends Duplex>(channel: T, link: Link): T {
   for (const name of ["push", "write"] as const) {
     const pass = channel[name] as (...args: unknown[]) => boolean;
     const noted = (...args: unknown[]) => {
@@ -4387,151 +4394,42 @@ function noteUse<T extends Duplex>(channel: T, link: Link): T {
   return channel;
 }
 
-/** Quotes a word for a POSIX shell. */
-export function quoteWord(word: string): string {
-  return `'${word.replaceAll("'", "'\\''")}'`;
-}
-
-/** Where programs are that a shell which is no login shell does not find. */
-const REMOTE_PATH = "PATH=$PATH:/run/current-system/profile/bin" +
-  ":/var/guix/profiles/per-user/root/current-guix/bin" +
-  ":$HOME/.config/guix/current/bin:/usr/local/bin:/usr/bin:/bin";
-
-/**
- * Writes a command for /bin/sh in such a way that any account's own shell, which
- * may be none of POSIX's, hands it on as it is: without what csh and fish take
- * for their own even between single quotes, such as the end of a line.
- */
-export function shellLine(command: string): string {
-  const octal = (byte: number) => `\\0${byte.toString(8).padStart(3, "0")}`;
-  const plain = command.replace(
-    /[!'\\]|[^ -~]/gu,
-    (it) => Array.from(Buffer.from(it), octal).join(""),
-  );
-  return `exec /bin/sh -c 'eval "$(printf %b "$1")"' /bin/sh '${plain}'`;
-}
-
 /** A command that has been started on a machine. */
 export interface StartedProcess extends RemoteProcess {
   /** When the server told of it, by `performance.now()`. */
   readonly started: number;
 }
 
-/** The output of a command is not to be found in what is printed. */
-export class Noise extends OffloadError {}
-
-/** How much may be printed before the output of a command, in bytes. */
-const LONGEST_NOISE = 65536;
-
-/**
- * Skips what the start-up files of an account's shell print before `marker`.
- *
- * @throws {Error} where that does not come in time, with what came instead.
- */
-function skipNoise(
-  channel: Duplex,
-  marker: string,
-  seconds: number,
-): Promise<void> {
-  let noise = Buffer.alloc(0);
-  const { promise, resolve, reject } = Promise.withResolvers<void>();
-  const stop = (error?: Error) => {
-    clearTimeout(timer);
-    channel.off("readable", read).off("end", end).off("close", end);
-    error === undefined ? resolve() : reject(error);
-  };
-  const end = () => {
-    const [said] = noise.toString().trim().split("\n");
-    stop(new Error(said && `'${said.slice(0, 80)}' was printed instead`));
-  };
-  const read = () => {
-    for (let chunk; (chunk = channel.read()) !== null;) {
-      noise = Buffer.concat([noise, chunk]);
-    }
-    const at = noise.indexOf(marker);
-    if (at < 0) {
-      return noise.length > LONGEST_NOISE ? stop(tooMuch()) : undefined;
-    }
-    stop();
-    const rest = noise.subarray(at + marker.length);
-    if (rest.length > 0) channel.unshift(rest);
-  };
-  const late = () => stop(noise.length > 0 ? tooMuch() : new Late("no answer"));
-  const timer = setTimeout(late, seconds * 1000);
-  channel.on("readable", read).on("end", end).on("close", end);
-  return promise;
+/** What runs commands on build machines: `plugins/_remote.ts`. */
+export interface RemoteCommands {
+  /** Runs a command by an SSH client. */
+  execute(client: Client, command: string): Promise<RemoteProcess>;
+  /** Runs a command, which finds programs; see `Session`. */
+  executeThere(
+    link: Link,
+    command: string,
+    isShort?: boolean,
+  ): Promise<StartedProcess>;
+  /** Connects to the daemon there by a program; `direct`: why not without. */
+  openRelay(link: Link, direct: unknown): Promise<StoreConnection>;
+  /** Asks a machine for its facts. */
+  probe(session: Session, context: Context): Promise<Facts>;
 }
 
-function tooMuch(): Noise {
-  return new Noise("the account's shell start-up files print too much", {
-    hint: "have them print nothing unless the shell is interactive, as by " +
-      "'case $- in *i*) … esac'",
+/** Loads what runs commands on build machines, if it is there. */
+async function loadRemote(): Promise<RemoteCommands | undefined> {
+  const found = await importFromPlugins<{ default: RemoteCommands }>("_remote");
+  return found?.default;
+}
+
+/** Loads it for what can't be done without. */
+async function requireRemote({ name }: Machine): Promise<RemoteCommands> {
+  const remote = await loadRemote();
+  if (remote !== undefined) return remote;
+  throw new OffloadError(`nothing here runs commands on '${name}'`, {
+    code: "command",
+    hint: "have Offload's plugins/ beside mod.ts",
   });
-}
-
-/** Has a command run; what is refused beside a short one, again after that. */
-async function startThere(
-  link: Link,
-  line: string,
-  isShort: boolean,
-): Promise<RemoteProcess> {
-  const starting = link.connection.exec(line);
-  if (isShort) {
-    link.short = starting.then(({ ended }) => ended).catch(() => {});
-    return starting;
-  }
-  return await starting.catch(async (error) => {
-    if (link.short === undefined) throw error;
-    await link.short; // a server may let one run at a time
-    return link.connection.exec(line);
-  });
-}
-
-/** Says why a command does not run there as it should. */
-async function commandError(
-  { name }: Link,
-  command: string,
-  cause: unknown,
-  process?: RemoteProcess,
-): Promise<OffloadError> {
-  const ended = await Promise.race([process?.ended, delay(1000)]);
-  const [complaint] = ended?.errors.trim().split("\n").slice(-1) ?? [];
-  const why = complaint || reason(cause) || `exit code ${ended?.code}`;
-  const { hint } = cause as Partial<OffloadError>;
-  const what = /^.{1,40}$/.test(command) ? `'${command}'` : "a command";
-  const message = `failed to run ${what} on '${name}': ${why}`;
-  const isNoise = cause instanceof Noise;
-  const options = { cause, hint, code: "command" } as const;
-  return new (isNoise ? Noise : OffloadError)(message, options);
-}
-
-/** Runs a command, which finds programs, on a machine. */
-async function executeThere(
-  link: Link,
-  command: string,
-  isShort = false,
-): Promise<StartedProcess> {
-  const { connectTimeout, hasSocket, socket } = link;
-  // The line may be printed as well: what is looked for is not in there.
-  const parts = [randomUUID(), randomUUID()];
-  const lines = [`printf '%s:%s\\n' ${parts.join(" ")}`, REMOTE_PATH, command];
-  const set = `export GUIX_DAEMON_SOCKET=${quoteWord(socket)}`;
-  const line = shellLine((hasSocket ? [set, ...lines] : lines).join("\n"));
-  const starting = startThere(link, line, isShort);
-  let process: RemoteProcess | undefined;
-  try {
-    process = await within(connectTimeout, starting, "no answer");
-    const started = performance.now();
-    // Who reads learns of it; unheard, it would end this process.
-    noteUse(process.channel, link).on("error", () => {});
-    if (isShort) process.channel.end(); // what runs instead may read
-    const marker = `${parts.join(":")}\n`;
-    await skipNoise(process.channel, marker, connectTimeout);
-    return { ...process, started };
-  } catch (cause) {
-    starting.then(({ channel }) => channel.destroy(), () => {});
-    throw await commandError(link, command, cause, process);
-  }
 }
 
 /** Connects to a Unix-domain socket there. */
@@ -4546,133 +4444,69 @@ function openSocket(client: Client, file: string): Promise<Duplex> {
   });
 }
 
-/** How much of a command's complaints is kept, in bytes. */
-const LONGEST_COMPLAINT = 4096;
-
-function execute(client: Client, command: string): Promise<RemoteProcess> {
-  return new Promise((resolve, reject) => {
-    client.exec(command, (cause, channel) => {
-      if (cause !== undefined) return reject(cause);
-      limitUnread(channel, client);
-      let errors = "";
-      // Unread, it would block the rest.
-      channel.stderr.on("data", (chunk) => {
-        if (errors.length < LONGEST_COMPLAINT) errors += chunk;
-      });
-      const ended = new Promise<{ code: number; errors: string }>((resolve) => {
-        let code = -1;
-        channel.on("exit", (status) => code = status ?? -1);
-        channel.on("close", () => resolve({ code, errors }));
-      });
-      resolve({ channel, ended });
-    });
-  });
-}
-
 /** The file of a socket, which Guix takes as a URI, too; others have none. */
 function socketFile(socket: string): string | undefined {
   const file = socket.replace(/^(unix|file):(\/\/)?/, "");
   return file.startsWith("/") ? file : undefined;
 }
 
-/** Connects standard input and output to the daemon there. */
-const RELAY_COMMAND = `socket=\${GUIX_DAEMON_SOCKET:-${DAEMON_SOCKET}}
-file=\${socket#unix:} file=\${file#file:}
-case $file in /*) ;; *) file= ;; esac
-if [ "$file" ] && command -v socat >/dev/null; then
-  exec socat - "UNIX-CONNECT:$file"
-fi
-exec guix repl -- /dev/fd/3 "$file" "$socket" 3<<'END'
-(use-modules (rnrs io ports) (ice-9 match))
-(define daemon
-  (match (cdr (command-line))
-    (("" uri) ((@@ (guix store) connect-to-daemon) uri))
-    ((file _)
-     (let ((daemon (socket PF_UNIX SOCK_STREAM 0)))
-       (connect daemon AF_UNIX file)
-       daemon))))
-(define input (current-input-port))
-(define output (current-output-port))
-(setvbuf input 'block 65536)
-(setvbuf daemon 'block 65536)
-(define (copy from to)
-  (let ((bytes (get-bytevector-some from)))
-    (when (eof-object? bytes) (primitive-exit 0))
-    (put-bytevector to bytes)
-    (force-output to)))
-(let loop ()
-  (let ((ready (car (select (list input daemon) '() '()))))
-    (when (memq input ready) (copy input daemon))
-    (when (memq daemon ready) (copy daemon output))
-    (loop)))
-END`;
-
-/** Says why there is no way to the daemon there, of the two that were tried. */
-async function remoteDaemonError(
-  { name, socket }: Link,
-  user: string,
-  direct: unknown,
-  relayed: unknown,
-  relay?: RemoteProcess,
-): Promise<OffloadError> {
-  const { cause: inner, hint } = relayed as OffloadError;
-  const cause = [relayed, inner].find((it) => it instanceof Late) ??
-    (relayed instanceof Noise ? relayed : direct);
-  const ended = await Promise.race([relay?.ended, delay(1000)]);
-  const why = ended?.errors.trim().split(": ").at(-1)?.toLowerCase();
+/** Says why there is no way to the daemon there, and what may help. */
+export function remoteDaemonError(
+  { machine: { name, user }, socket }: Link,
+  cause: unknown,
+  why: string = reason(cause),
+  otherwise = "",
+): OffloadError {
   const called = `guix-daemon on '${name}'`;
-  const message = `failed to connect to ${called}: ${why || reason(cause)}`;
-  return new OffloadError(message, {
+  return new OffloadError(`failed to connect to ${called}: ${why}`, {
     cause,
     code: "daemon",
-    hint: cause instanceof Noise
-      ? hint
-      : `check that guix-daemon runs there, if not run 'systemctl ` +
-        "start guix-daemon' ('herd start guix-daemon' on Guix System), " +
-        `and that '${user}' may use '${socket}'`,
+    hint: `check that guix-daemon runs there, if not run 'systemctl ` +
+      "start guix-daemon' ('herd start guix-daemon' on Guix System), " +
+      `and that '${user}' may use '${socket}'${otherwise}`,
   });
+}
+
+/** Shakes hands with the daemon at the other end of a channel. */
+export async function greetOver(
+  link: Link,
+  channel: Promise<Duplex>,
+  pieceSize: number,
+): Promise<StoreConnection> {
+  const open = channel.then((stream) => {
+    stream.on("error", () => {}); // who reads learns of it
+    const called = `guix-daemon on '${link.machine.name}'`;
+    return openStore(noteUse(stream, link), called, pieceSize);
+  });
+  try {
+    // The server may answer while the daemon behind it does not, or neither.
+    return await within(link.connectTimeout, open, "no answer");
+  } catch (error) {
+    // Of a channel, that looks like its end.
+    channel.then((stream) => stream.destroy(), () => {});
+    throw error;
+  }
 }
 
 /**
  * Connects to the socket of the daemon there: without a program's help, or by
  * a relay where the SSH server does not forward to such sockets.
  */
-async function openRemoteDaemon(
-  link: Link,
-  { name, user }: Machine,
-): Promise<StoreConnection> {
-  const called = `guix-daemon on '${name}'`;
-  // The server may answer while the daemon behind it does not, or neither.
-  const greet = async (stream: Promise<Duplex>, pieceSize = 0) => {
-    const open = stream.then((stream) => {
-      stream.on("error", () => {}); // who reads learns of it
-      return openStore(noteUse(stream, link), called, pieceSize);
-    });
-    try {
-      return await within(link.connectTimeout, open, "no answer");
-    } catch (error) {
-      // Of a channel, that looks like its end.
-      stream.then((stream) => stream.destroy(), () => {});
-      throw error;
-    }
-  };
-  let relay: RemoteProcess | undefined;
-  let cause: unknown;
+async function openRemoteDaemon(link: Link): Promise<StoreConnection> {
   try {
     const file = socketFile(link.socket);
     if (file === undefined) throw new Error("not forwarded to");
-    return await greet(link.connection.openSocket(file), link.pieceSize);
+    const channel = link.connection.openSocket(file);
+    return await greetOver(link, channel, link.pieceSize);
   } catch (error) {
-    cause = error;
-  }
-  try {
+    if (error instanceof Late) throw remoteDaemonError(link, error);
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
-    if (cause instanceof Late) throw cause;
-    relay = await executeThere(link, RELAY_COMMAND);
-    return await greet(Promise.resolve(relay.channel));
-  } catch (error) {
-    throw await remoteDaemonError(link, user, cause, error, relay);
+    const remote = await loadRemote();
+    if (remote !== undefined) return await remote.openRelay(link, error);
+    const otherwise = "; if its SSH server does not forward to sockets, have " +
+      "Offload's plugins/ beside mod.ts";
+    throw remoteDaemonError(link, error, reason(error), otherwise);
   }
 }
 
@@ -4747,119 +4581,11 @@ export function machineMatches(machine: Machine, request: Request): boolean {
     request.features.every((feature) => machine.features.includes(feature));
 }
 
-/** The questions, for any POSIX shell: a line `NAME ANSWER…` for each. */
-function probeCommand(storeDirectory: string): string {
-  return `
-exec 2>/dev/null
-space() {
-  echo "$1-bytes $(df -Pk "$2" | tail -n 1)"
-  echo "$1-inodes $(df -Pi "$2" | tail -n 1)"
-}
-echo "uname $(uname -snrm)"
-echo "cores $(nproc || grep -c ^processor /proc/cpuinfo)"
-echo "load $(cat /proc/loadavg)"
-echo "memory $(grep ^MemAvailable: /proc/meminfo)"
-for i in cpu io memory; do echo "$i-stall $(head -n 1 /proc/pressure/$i)"; done
-space store '${storeDirectory}'
-build=/var/guix/builds; [ -d $build ] || build=/tmp
-space build $build
-[ -z "$GUIX_DAEMON_SOCKET" ] || echo "socket $GUIX_DAEMON_SOCKET"
-echo "clock $(date +%s.%N)"
-`;
-}
-
-/** Reads numbers from lines `NAME WORD…`: by their name and the word. */
-function readAnswers(text: string) {
-  const answers = new Map<string, string[]>();
-  for (const line of text.split("\n")) {
-    const [name = "", ...words] = line.trim().split(/\s+/);
-    answers.set(name, words);
-  }
-  const number = (name: string, index: number, unit = 1) => {
-    const value = parseFloat(answers.get(name)?.at(index) ?? "") * unit;
-    return Number.isFinite(value) ? value : undefined;
-  };
-  const words = (name: string) => answers.get(name)?.join(" ");
-  return { number, words };
-}
-
-type Answers = ReturnType<typeof readAnswers>;
-
-/** What df says is free: of its line the fourth word, in KiB. */
-function freeSpace({ number }: Answers, name: string): FreeSpace | undefined {
-  const bytes = number(`${name}-bytes`, 3, 1024);
-  // Some file systems, such as btrfs, have no number of them: "0 0 0 -".
-  const limited = number(`${name}-inodes`, 1) !== 0;
-  const free = limited ? number(`${name}-inodes`, 3) : undefined;
-  return bytes === undefined ? undefined : { bytes, inodes: free ?? Infinity };
-}
-
-/** What the kernel's pressure stall information says; not every one tells. */
-function pressureIn({ words }: Answers): Facts["pressure"] {
-  const share = (name: string) =>
-    parseFloat(/avg10=(\S+)/.exec(words(`${name}-stall`) ?? "")?.[1] ?? "0") ||
-    0;
-  return words("memory-stall")
-    ? { cpu: share("cpu"), io: share("io"), memory: share("memory") }
-    : undefined;
-}
-
-/** Reads the facts from what the probe printed. */
-export function parseFacts(
-  text: string,
-  time: number,
-  roundTrip: number,
-): Facts {
-  const answers = readAnswers(text);
-  const { number, words } = answers;
-  const clock = number("clock", 0);
-  const socket = words("socket");
-  return {
-    time,
-    roundTrip,
-    load: number("load", 0),
-    cores: number("cores", 0),
-    memory: number("memory", 1, 1024),
-    pressure: pressureIn(answers),
-    store: freeSpace(answers, "store"),
-    build: freeSpace(answers, "build"),
-    clock: clock === undefined ? undefined : clock - time / 1000,
-    ...(socket !== undefined && { socket }),
-    uname: words("uname")?.replace(/\p{Cc}/gu, ""),
-  };
-}
-
 /** The load as the reference normalizes it: 0 to 1, by the processors. */
 export function normalizedLoad({ load, cores }: Facts): number | undefined {
   return load === undefined || cores === undefined
     ? undefined
     : Math.min(1, load / cores);
-}
-
-/** How much of what the probe prints is read, in characters. */
-const LONGEST_FACTS = 16384;
-
-/** Asks a machine for its facts, all by one command. */
-export async function probe(
-  session: Session,
-  context: Context,
-): Promise<Facts> {
-  const start = performance.now();
-  const command = probeCommand(context.storeDirectory);
-  const process = await session.exec(command, true).catch((error) => {
-    if (session.failure() || error.cause instanceof Late) throw error;
-    return undefined; // it says nothing of itself
-  });
-  const roundTrip = (process?.started ?? performance.now()) - start;
-  const channel = process?.channel ?? [];
-  let text = "";
-  let time = Date.now();
-  for await (const chunk of channel) {
-    text += chunk;
-    time = Date.now() - roundTrip / 2; // the clock is told last
-    if (text.length > LONGEST_FACTS) break; // and hear no more of it
-  }
-  return parseFacts(text, time, roundTrip);
 }
 
 /** Why a machine file that a farm shares is no trouble on its machines. */
@@ -5072,7 +4798,9 @@ async function meetDaemon(
   const greeted = session.greetDaemon();
   // An account may be unable to run commands, or something there hang, and the
   // machine still be of use.
-  const asked = known ?? probe(session, context).catch(() => undefined);
+  const asked = known ??
+    loadRemote().then((remote) => remote?.probe(session, context))
+      .catch(() => undefined);
   const [greeting] = await Promise.allSettled([greeted]);
   const answered = performance.now();
   const took = (answered - start) / 1000;

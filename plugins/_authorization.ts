@@ -35,7 +35,6 @@ import {
   ownerOf,
   parseAcl,
   parseSexp,
-  quoteWord,
   readPrivateKey,
   reason,
   removeFile,
@@ -45,6 +44,7 @@ import {
 import type { Context, Session, Sexp } from "../mod.ts";
 import { exportSample, outputOf, testImport } from "./_testing.ts";
 import type { Sample } from "./_testing.ts";
+import { quoteWord } from "./_remote.ts";
 
 /** Runs a program here and returns what it printed. */
 function runHere(

@@ -21,11 +21,6 @@ import {
 import process from "node:process";
 import type { PluginContext } from "../mod.ts";
 
-/** Quotes a word for the shell. */
-export function quote(word: string): string {
-  return `'${word.replaceAll("'", "'\\''")}'`;
-}
-
 /**
  * Runs a script that outlives the hook, as another account if need be. What it
  * would inherit is closed: the daemon waits until nobody has the log of the

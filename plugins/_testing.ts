@@ -23,7 +23,6 @@ import {
   openSession,
   parseHostKey,
   printable,
-  probe,
   queryValidPaths,
   readAcl,
   reason,
@@ -47,6 +46,7 @@ import type {
 } from "../mod.ts";
 import { withTimeout } from "./_machines.ts";
 import { formatTable, inOneLine, unlessAborted } from "./_screen.ts";
+import { probe } from "./_remote.ts";
 
 /** A step of a test, and what came of it. */
 export interface Step {

@@ -7,7 +7,7 @@
 
 import { pipeline } from "node:stream/promises";
 import type { Plugin, TransportContext } from "../mod.ts";
-import { quote } from "./_programs.ts";
+import { quoteWord } from "./_remote.ts";
 
 /** Runs `guix archive` there on `input`; returns what it prints. */
 async function* runArchive(
@@ -15,7 +15,7 @@ async function* runArchive(
   options: readonly string[],
   input: Iterable<string> | AsyncIterable<Uint8Array> = [],
 ): AsyncGenerator<Uint8Array, void> {
-  const command = `exec guix archive ${options.map(quote).join(" ")}`;
+  const command = `exec guix archive ${options.map(quoteWord).join(" ")}`;
   const { channel, ended } = await exec(command);
   let problem: { code?: unknown } | undefined;
   pipeline(input, channel).catch((error) => {

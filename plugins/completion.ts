@@ -4,7 +4,6 @@
  * @module
  */
 
-import { quoteWord } from "../mod.ts";
 import type { Plugin } from "../mod.ts";
 import {
   HELP_OPTION,
@@ -13,6 +12,7 @@ import {
   usageError,
 } from "./_commands.ts";
 import type { NamedCommand } from "./_commands.ts";
+import { quoteWord } from "./_remote.ts";
 
 /** The completion for bash; where nothing is listed, it completes files. */
 function bashCompletion(commands: readonly NamedCommand[]): string {

@@ -9,7 +9,8 @@
 
 import { writeFileSync } from "node:fs";
 import type { Machine, Plugin, PluginContext } from "../mod.ts";
-import { isFresh, quote } from "./_programs.ts";
+import { isFresh } from "./_programs.ts";
+import { quoteWord } from "./_remote.ts";
 
 /** For how many seconds a machine is left alone where all leases are taken. */
 const PATIENCE = 1;
@@ -54,7 +55,7 @@ function leaseCommand(directory: string, leases: number): string {
   const numbers = Array.from({ length: leases }, (_, number) => number);
   return `
 user=$(id -u)
-directory=${quote(directory)}
+directory=${quoteWord(directory)}
 [ "$directory" != ${DIRECTORY} ] || [ "$user" = 0 ] ||
     directory=\${XDG_STATE_HOME:-$HOME/.local/state}/guix-offload
 [ -e "$directory" ] || mkdir -p -m 700 "$directory"

@@ -34,12 +34,10 @@ import {
   itemName,
   LIMITS,
   makeProgress,
-  Noise,
   OffloadError,
   operateAll,
   OPERATION,
   queryValidPaths,
-  quoteWord,
   READ_SIZE,
   remind,
   withProgress,
@@ -343,7 +341,7 @@ function archiveCommand(
   options: readonly string[],
   level: number | undefined,
 ): string {
-  const archive = `guix archive ${options.map(quoteWord).join(" ")}`;
+  const archive = `guix archive ${options.join(" ")}`;
   const compressors = level === undefined ? [] : Object.keys(COMPRESSORS);
   return `
 command -v guix >/dev/null || exit 127
@@ -366,8 +364,10 @@ async function startArchive(
   level: number | undefined,
   context: TransportContext,
 ): Promise<RemoteArchive | undefined> {
+  // What runs commands there is not loaded before it is needed.
+  const { Noise, quoteWord } = await import("./_remote.ts");
   try {
-    const command = archiveCommand(way, options, level);
+    const command = archiveCommand(way, options.map(quoteWord), level);
     const { channel, ended } = await context.exec(command);
     const { name } = context.machine;
     const reader = new ByteReader(channel, `'guix archive' on '${name}'`);

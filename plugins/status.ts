@@ -15,7 +15,6 @@ import {
   machineId,
   normalizedLoad,
   openSession,
-  probe,
   reason,
   takenSlots,
   THIS_MACHINE,
@@ -50,6 +49,7 @@ import {
   redraw,
   unlessAborted,
 } from "./_screen.ts";
+import { probe } from "./_remote.ts";
 
 /** How a machine is, as `offload status` shows it. */
 interface MachineStatus {

@@ -26,7 +26,6 @@ import {
   makeSession,
   OffloadError,
   openSession,
-  probe,
   readPrivateKey,
   reason,
   sshKeyType,
@@ -62,6 +61,7 @@ import {
 } from "./_testing.ts";
 import type { Sample, Step } from "./_testing.ts";
 import { usageError } from "./_commands.ts";
+import { probe } from "./_remote.ts";
 
 /** Asks a server for its host key, one of the types, and leaves it. */
 function fetchHostKey(

@@ -22,7 +22,6 @@ import {
   OffloadError,
   openStore,
   parseAcl,
-  parseFacts,
   parseRequest,
   parseSexp,
   queryPathInfos,
@@ -50,6 +49,7 @@ import {
 import type { Random } from "./helpers.ts";
 import { directory, file, link, nar, pack, program } from "./nars.ts";
 import type { Bytes, Node } from "./nars.ts";
+import { parseFacts } from "../plugins/_remote.ts";
 
 const test = suite("fuzz");
 

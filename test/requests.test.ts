@@ -8,7 +8,6 @@ import {
   machineMatches,
   parseRequest,
   processRequest,
-  shellLine,
 } from "../mod.ts";
 import type { Plugin } from "../mod.ts";
 import { machine, makeContext, request } from "./context.ts";
@@ -26,6 +25,7 @@ import {
 } from "./helpers.ts";
 import { contentAddress, makeBatches } from "../plugins/quick.ts";
 import type { Batch } from "../plugins/quick.ts";
+import { shellLine } from "../plugins/_remote.ts";
 
 const test = suite("requests");
 

@@ -19,13 +19,13 @@ import {
   acquireBuildSlot,
   chooseBuildMachine,
   normalizedLoad,
-  parseFacts,
   readDerivation,
 } from "../mod.ts";
 import type { Context, Machine, Plugin } from "../mod.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
 import { machine, makeContext, request } from "./context.ts";
 import { processorTime, until } from "./helpers.ts";
+import { parseFacts } from "../plugins/_remote.ts";
 
 const test = suite("scheduling");
 const MEBIBYTE = 2 ** 20;
