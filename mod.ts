@@ -4403,7 +4403,10 @@ export interface StartedProcess extends RemoteProcess {
 /** What runs commands on build machines: `plugins/_remote.ts`. */
 export interface RemoteCommands {
   /** Runs a command by an SSH client. */
-  execute(client: Client, command: string): Promise<RemoteProcess>;
+  execute(
+    client: InstanceType<typeof ssh2.Client>,
+    command: string,
+  ): Promise<RemoteProcess>;
   /** Runs a command, which finds programs; see `Session`. */
   executeThere(
     link: Link,
@@ -4594,81 +4597,10 @@ export const THIS_MACHINE: Exclusion = {
   isBusy: false,
 };
 
-/** When a store got an item. */
-async function registeredIn(
-  store: StoreConnection,
-  path: string,
-): Promise<number | undefined> {
-  return (await queryPathInfos(store, [path])).get(path)?.registered;
-}
-
-/** When ours did, if that can be told. */
-async function registeredHere(
-  path: string,
-  context: Context,
-): Promise<number | undefined> {
-  let local: StoreConnection | undefined;
-  try {
-    local = await openLocalDaemon(context);
-    return await registeredIn(local, path);
-  } catch (error) { // that is nobody else's fault
-    context.log.debug(`'${path}': ${reason(error)}`);
-    return undefined;
-  } finally {
-    local?.stream.destroy();
-  }
-}
-
-/** Whether a store has got an item of ours at the very time we did. */
-async function hasSince(
-  remote: StoreConnection,
-  path: string,
-  context: Context,
-): Promise<boolean> {
-  const [valid] = await queryValidPaths(remote, [path]);
-  const ours = valid === path ? await registeredHere(path, context) : undefined;
-  return ours !== undefined && ours === await registeredIn(remote, path);
-}
-
-/** Makes a store item here that no other store has. */
-async function makeToken(context: Context): Promise<string> {
-  const local = await openLocalDaemon(context);
-  try {
-    const text = Buffer.from(randomUUID());
-    return await addTextToStore(local, "offload-identity", text, []);
-  } finally {
-    local.stream.destroy();
-  }
-}
-
-/** Whether a store holds an item, and not just any other as well. */
-async function holdsItem(
-  store: StoreConnection,
-  path: string,
-): Promise<boolean> {
-  const hash = basename(path).slice(0, HASH_PART_LENGTH);
-  const other = path.replace(hash, [...hash].reverse().join(""));
-  const valid = await queryValidPaths(store, [path, other]);
-  return valid.includes(path) && !valid.includes(other);
-}
-
-/**
- * Whether a store is ours, whatever way leads there. Of another one a look at
- * `path`, an item of ours, mostly shows it; only what looks like ours is asked
- * for an item that was made for that.
- */
-export async function isOurStore(
-  remote: StoreConnection,
-  path: string,
-  context: Context,
-): Promise<boolean> {
-  return await hasSince(remote, path, context) &&
-    await holdsItem(remote, await makeToken(context));
-}
-
 /**
  * Whether the guix-daemon that is reached is that of this machine: a build that
- * is sent to it would wait for its own lock.
+ * is sent to it would wait for its own lock. `path` is an item of ours. Without
+ * plugins/ none is taken for this one.
  */
 export async function isThisMachine(
   machine: Machine,
@@ -4676,16 +4608,11 @@ export async function isThisMachine(
   path: string,
   context: Context,
 ): Promise<boolean> {
-  const { log, observations, settings } = context;
-  const known = observations.identity(machine);
+  const known = context.observations.identity(machine);
   if (known !== undefined) return known;
-  const isThis = await within(
-    ...[settings.connectTimeout, isOurStore(remote, path, context)] as const,
-    `guix-daemon on '${machine.name}' or here: no answer`,
-  );
-  observations.saveIdentity(machine, isThis);
-  if (isThis) log.info(`leaving out '${machine.name}': ${THIS_MACHINE.why}`);
-  return isThis;
+  type OwnMachine = { default: typeof isThisMachine };
+  const own = await importFromPlugins<OwnMachine>("_own_machine");
+  return await own?.default(machine, remote, path, context) ?? false;
 }
 
 /** A machine that matches, and what is found out about it. */

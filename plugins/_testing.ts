@@ -15,7 +15,6 @@ import {
   exportBundle,
   fingerprint,
   importPaths,
-  isOurStore,
   LocalError,
   machineId,
   OffloadError,
@@ -47,6 +46,7 @@ import type {
 import { withTimeout } from "./_machines.ts";
 import { formatTable, inOneLine, unlessAborted } from "./_screen.ts";
 import { probe } from "./_remote.ts";
+import { isOurStore } from "./_own_machine.ts";
 
 /** A step of a test, and what came of it. */
 export interface Step {
