@@ -14,7 +14,8 @@
  *     Archives          exportBundle(), restoreItem(), checkSignature()
  *     Synchronization   acquireBuildSlot(), openObservations()
  *     Sessions          openSession(), openRemoteDaemon()
- *     Scheduling        parseRequest(), survey(), rank(), chooseBuildMachine()
+ *     Scheduling        parseRequest(), surveyMachines(), rank(),
+ *                       chooseBuildMachine()
  *     Offloading        clearLeftovers(), sendAndBuild(), retrieveOutputs(),
  *                       attempt(), offload(), processRequest()
  *     Commands          what plugins/_commands.ts runs
@@ -4789,7 +4790,7 @@ function noteFailure(
 }
 
 /** Connects to a machine and asks it; what is found out goes to `prospect`. */
-async function ask(prospect: Prospect, context: Context): Promise<void> {
+async function askMachine(prospect: Prospect, context: Context): Promise<void> {
   try {
     const session = await logInTo(prospect, context);
     if (prospect.dismissed || prospect.excluded) session.close();
@@ -4811,13 +4812,16 @@ function hasAnswer(prospect: Prospect, context: Context): boolean {
 }
 
 /** Finds out about a machine, or leaves that to another of our processes. */
-async function consult(prospect: Prospect, context: Context): Promise<void> {
+async function consultMachine(
+  prospect: Prospect,
+  context: Context,
+): Promise<void> {
   while (!prospect.dismissed) {
     // Whoever asked is gone, or slow, or has the answer now.
     const mine = context.observations.claim(prospect.id, CLAIM);
     if (hasAnswer(prospect, context)) break;
     if (mine) {
-      await ask(prospect, context);
+      await askMachine(prospect, context);
       break;
     }
     await delay(20);
@@ -4846,7 +4850,7 @@ interface Consultation {
 }
 
 /** Consults so many at a time, and goes on until one can take a build. */
-function consultSome(
+function startConsulting(
   prospects: readonly Prospect[],
   context: Context,
 ): Consultation {
@@ -4855,7 +4859,7 @@ function consultSome(
   const stop = () => unasked = unasked.concat(left.splice(0));
   const found = Promise.withResolvers<void>();
   const consultOne = async (prospect: Prospect) => {
-    await consult(prospect, context).catch(() => {});
+    await consultMachine(prospect, context).catch(() => {});
     if (!isFree(prospect, context)) return;
     stop();
     found.resolve();
@@ -4917,14 +4921,14 @@ type Alternative = "a free machine" | "something" | "nothing";
  * left, as all have where there is a free machine anyway; where there is
  * nothing else, those who have said something have more.
  */
-async function consultAll(
+async function consultMachines(
   prospects: readonly Prospect[],
   alternative: Alternative,
   context: Context,
 ): Promise<void> {
   const end = answerBy(context);
   const start = performance.now();
-  const { found, all, stop } = consultSome(prospects, context);
+  const { found, all, stop } = startConsulting(prospects, context);
   const foundAndGrace = found.then(() => {
     const grace = GRACE.factor * (performance.now() - start);
     return delay(Math.min(Math.max(grace, GRACE.least), GRACE.most));
@@ -4942,7 +4946,7 @@ async function consultAll(
 }
 
 /** Finds out about the machines, asking only those that nothing is known of. */
-export async function survey(
+export async function surveyMachines(
   machines: readonly Machine[],
   request: Request,
   context: Context,
@@ -4970,7 +4974,7 @@ export async function survey(
   if (unknown.length > 0) {
     const known = prospects.filter((prospect) => !unknown.includes(prospect));
     const alternative = alternativeTo(known, request, context);
-    await consultAll(unknown, alternative, context);
+    await consultMachines(unknown, alternative, context);
   }
   context.signal.throwIfAborted();
   return prospects;
@@ -5154,7 +5158,7 @@ export async function chooseBuildMachine(
   end: number = answerBy(context),
 ): Promise<Assignment | "busy" | "unreachable"> {
   for (;;) {
-    const prospects = await survey(machines, request, context);
+    const prospects = await surveyMachines(machines, request, context);
     let ranking: readonly Appraisal[] = [];
     let assignment: Assignment | undefined;
     try {

@@ -21,7 +21,7 @@ import {
   readDerivation,
   reason,
   scoredRequest,
-  survey,
+  surveyMachines,
 } from "../mod.ts";
 import type {
   CommandOptions,
@@ -86,7 +86,7 @@ async function explain(
   const matching = machines.filter((machine) =>
     never === undefined && machineMatches(machine, request)
   );
-  const prospects = await survey(matching, request, context);
+  const prospects = await surveyMachines(matching, request, context);
   const ranking = await rank(
     prospects,
     scoredRequest(request, context),
