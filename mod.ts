@@ -4009,14 +4009,17 @@ function negotiationError(
   cause: SshError,
 ): OffloadError {
   const [type] = hostKey.trim().split(/\s+/);
+  const isKey = lacking.startsWith("host key");
   const message = `failed to connect to '${name}': no common ${lacking}`;
-  const hint = lacking.startsWith("host key")
-    ? `it has no key of type '${type}': see 'ssh-keyscan -p ${port} ${name}' ` +
-      "and correct the machine's host-key"
-    : "set 'connect' to \"openssh\", and the system's ssh connects, which " +
-      "may know more, or have sshd there offer more";
-  const code = lacking.startsWith("host key") ? "host-key" : "connect";
-  return new OffloadError(message, { cause, hint, code });
+  return new OffloadError(message, {
+    cause,
+    code: isKey ? "host-key" : "connect",
+    hint: isKey
+      ? `it has no key of type '${type}': see 'ssh-keyscan -p ${port} ` +
+        `${name}' and correct the machine's host-key`
+      : "set 'connect' to \"openssh\", and the system's ssh connects, which " +
+        "may know more, or have sshd there offer more",
+  });
 }
 
 /** The server takes the key and still lets nobody in. */
@@ -4177,10 +4180,12 @@ function checkConnection(
   };
 }
 
-/** The part of a session that is about the guix-daemon at the other end. */
-function daemonMethods(link: Link) {
+/** The part of a session that is about what runs over it. */
+function channelMethods(link: Link) {
   let greeted: Promise<StoreConnection> | undefined;
   return {
+    exec: async (...args: [command: string, isShort?: boolean]) =>
+      (await requireRemote(link.machine)).executeThere(link, ...args),
     ping: async () => {
       const another = { ...link }; // it is no use of the session
       const daemon = openRemoteDaemon(another);
@@ -4264,12 +4269,13 @@ export function makeSession(
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
   if (signal.aborted) abort();
-  const exec: Session["exec"] = async (...args) =>
-    (await requireRemote(machine)).executeThere(link, ...args);
   return {
-    ...{ machine, failure, fail, exec, lost: lost.promise },
+    machine,
+    failure,
+    fail,
+    lost: lost.promise,
     ...patienceMethods(link),
-    ...daemonMethods(link),
+    ...channelMethods(link),
     close: () => {
       signal.removeEventListener("abort", abort);
       if (!isClosed) cleanUp(log, () => connection.close());
@@ -4625,15 +4631,15 @@ export interface Prospect extends Candidate {
   /** What is wrong here, so that it can't be reached. */
   obstacle?: Error;
   /** Why it is not even to be asked. */
-  excluded: Exclusion | undefined;
+  excluded?: Exclusion | undefined;
   /** Until when it is left alone, in milliseconds since 1970. */
   readonly until: number;
   /** Whether it only gets what no other machine can take. */
   readonly isDoubted: boolean;
   /** Kept for the build, where its guix-daemon has answered. */
-  session: Session | undefined;
+  session?: Session;
   /** The same, where the build was accepted before that. */
-  opening: Promise<Session> | undefined;
+  opening?: Promise<Session>;
   /** What it is asked about: who is to build that. */
   readonly derivation: string;
   /** Whether its server has said something. */
@@ -4672,29 +4678,37 @@ function isFresh(
   return age >= 0 && age < lifetime * 1000;
 }
 
-function makeProspect(
+/** What still counts of what was noted of a machine. */
+function recall(
   machine: Machine,
   record: MachineRecord | undefined,
   context: Context,
-  derivation: string,
-  lastUsed?: number,
-): Prospect {
-  const { observations, settings, stateDirectory } = context;
-  const { factsLifetime } = settings;
-  const id = machineId(machine);
+): Pick<Prospect, "facts" | "problem" | "until"> {
+  const { factsLifetime } = context.settings;
   const facts = record?.facts;
   const isSlow = 1000 * (facts?.login ?? 0) > GRACE.most;
   const lifetime = isSlow ? Math.max(REMEMBERED, factsLifetime) : factsLifetime;
-  const until = leftAloneUntil(machine, record, settings);
+  const until = leftAloneUntil(machine, record, context.settings);
   return {
-    machine,
-    id,
     facts: isFresh(facts, context, lifetime) ? facts : undefined,
     problem: until > Date.now() ? record?.problem : undefined,
-    excluded: undefined,
     until,
-    session: undefined,
-    opening: undefined,
+  };
+}
+
+function makeProspect(
+  machine: Machine,
+  derivation: string,
+  record: MachineRecord | undefined,
+  lastUsed: number | undefined,
+  context: Context,
+): Prospect {
+  const { observations, stateDirectory } = context;
+  const id = machineId(machine);
+  return {
+    ...recall(machine, record, context),
+    machine,
+    id,
     derivation,
     hasGreeted: false,
     awaited: `'${machine.name}'`,
@@ -4705,6 +4719,11 @@ function makeProspect(
     freeSlots: () => countFreeSlots(machine, stateDirectory),
     holds: (paths) => observations.held(id, paths),
   };
+}
+
+/** Whether a machine is to be asked, and nothing is known of it yet. */
+function isUnknown({ facts, problem, excluded }: Prospect): boolean {
+  return !facts && !problem && !excluded;
 }
 
 /**
@@ -4802,11 +4821,9 @@ async function askMachine(prospect: Prospect, context: Context): Promise<void> {
 
 /** Takes the answer that another of our processes has got meanwhile. */
 function hasAnswer(prospect: Prospect, context: Context): boolean {
-  const { id, machine, derivation } = prospect;
+  const { id, machine } = prospect;
   const record = context.observations.machines(id).get(id);
-  const { facts, problem } = makeProspect(
-    ...[machine, record, context, derivation] as const,
-  );
+  const { facts, problem } = recall(machine, record, context);
   Object.assign(prospect, { facts, problem });
   return facts !== undefined || problem !== undefined;
 }
@@ -4884,8 +4901,7 @@ async function awaitGreeted(
   context: Context,
 ): Promise<void> {
   const end = performance.now() + context.settings.connectTimeout * 1000;
-  const isComing = ({ facts, problem, excluded, hasGreeted }: Prospect) =>
-    hasGreeted && !facts && !problem && !excluded;
+  const isComing = (it: Prospect) => it.hasGreeted && isUnknown(it);
   while (timeUntil(end) > 0 && prospects.some(isComing)) {
     if (prospects.some((prospect) => isFree(prospect, context))) return;
     await delay(20);
@@ -4939,8 +4955,7 @@ async function consultMachines(
   await Promise.race([all, grace, delay(timeUntil(end))]);
   for (const prospect of stop()) prospect.problem = "not asked yet";
   if (alternative === "nothing") await awaitGreeted(prospects, context);
-  for (const prospect of prospects) {
-    if (prospect.facts || prospect.problem || prospect.excluded) continue;
+  for (const prospect of prospects.filter(isUnknown)) {
     noteUnanswered(prospect, context);
   }
 }
@@ -4955,10 +4970,12 @@ export async function surveyMachines(
   const lastUsed = context.observations.lastUsed();
   const prospects = machines.map((machine) => {
     const id = machineId(machine);
-    const { derivation } = request;
     return makeProspect(
-      ...[machine, records.get(id), context, derivation] as const,
+      machine,
+      request.derivation,
+      records.get(id),
       lastUsed.get(id),
+      context,
     );
   });
   const exclusions = await findExclusions(prospects, context);
@@ -4968,8 +4985,7 @@ export async function surveyMachines(
     it.excluded = isThis ? THIS_MACHINE : exclusions[index];
   });
   const unknown = prospects
-    .filter(({ facts, problem, excluded }) => !facts && !problem && !excluded)
-    .filter((prospect) => prospect.freeSlots() > 0)
+    .filter((prospect) => isUnknown(prospect) && prospect.freeSlots() > 0)
     .sort((a, b) => b.machine.speed - a.machine.speed);
   if (unknown.length > 0) {
     const known = prospects.filter((prospect) => !unknown.includes(prospect));
@@ -5190,7 +5206,9 @@ export async function chooseBuildMachine(
 function letGo({ slot, prospect }: Assignment, { log }: Context): void {
   const { session, opening } = prospect;
   cleanUp(
-    ...[log, () => slot.release(), () => session?.close()] as const,
+    log,
+    () => slot.release(),
+    () => session?.close(),
     () => opening?.then((late) => late.close(), () => {}),
   );
 }
