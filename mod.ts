@@ -1643,6 +1643,14 @@ async function importFromPlugins<T>(name: string): Promise<T | undefined> {
   return await import(`./plugins/${name}.ts`);
 }
 
+/** Imports one that can't be done without; `what` says what is lacking else. */
+async function demandFromPlugins<T>(name: string, what: string): Promise<T> {
+  const found = await importFromPlugins<T>(name);
+  if (found !== undefined) return found;
+  const hint = "have Offload's plugins/ beside mod.ts";
+  throw new OffloadError(what, { hint });
+}
+
 /** Loads the built-in plugin of a name; `undefined`: there is none. */
 export async function loadBuiltin(name: string): Promise<Plugin | undefined> {
   if (!/^[a-z][a-z0-9-]*$/.test(name)) return undefined;
@@ -2630,21 +2638,6 @@ export async function queryPathInfos(
   );
   await operateAll(store, calls);
   return infos;
-}
-
-/** Returns the outputs of all derivations. */
-async function queryDerivationOutputs(
-  store: StoreConnection,
-  derivations: readonly string[],
-): Promise<string[]> {
-  const outputs: string[] = [];
-  const calls = derivations.map((derivation) => ({
-    request: encode(OPERATION.queryDerivationOutputs, derivation),
-    result: async (reader: ByteReader) =>
-      outputs.push(...await reader.strings()),
-  }));
-  await operateAll(store, calls);
-  return outputs;
 }
 
 /** The request that adds a text to the store. */
@@ -4185,7 +4178,7 @@ function channelMethods(link: Link) {
   let greeted: Promise<StoreConnection> | undefined;
   return {
     exec: async (...args: [command: string, isShort?: boolean]) =>
-      (await requireRemote(link.machine)).executeThere(link, ...args),
+      (await demandRemote(link.machine)).executeThere(link, ...args),
     ping: async () => {
       const another = { ...link }; // it is no use of the session
       const daemon = openRemoteDaemon(another);
@@ -4344,8 +4337,7 @@ export async function connect(
   await new Promise<void>((resolve, reject) => {
     client.on("connect", () => client.setNoDelay(true));
     if (reached !== undefined) tellReached(client, reached);
-    client.on("ready", resolve);
-    client.on("error", fail);
+    client.on("ready", resolve).on("error", fail);
     client.on("close", () => {
       signal.removeEventListener("abort", abort);
       note(new Error("connection closed"));
@@ -4360,7 +4352,7 @@ export async function connect(
     openSocket: (file) => openSocket(client, file),
     pieceSize: pieceSizeOf(client),
     exec: async (command) =>
-      (await requireRemote(machine)).execute(client, command),
+      (await demandRemote(machine)).execute(client, command),
     close: (error) => error === undefined ? client.end() : fail(error),
   };
 }
@@ -4426,20 +4418,13 @@ export interface RemoteCommands {
   probe(session: Session, context: Context): Promise<Facts>;
 }
 
-/** Loads what runs commands on build machines, if it is there. */
-async function loadRemote(): Promise<RemoteCommands | undefined> {
-  const found = await importFromPlugins<{ default: RemoteCommands }>("_remote");
-  return found?.default;
-}
+/** How that file hands it out. */
+type RemoteModule = { readonly default: RemoteCommands };
 
 /** Loads it for what can't be done without. */
-async function requireRemote({ name }: Machine): Promise<RemoteCommands> {
-  const remote = await loadRemote();
-  if (remote !== undefined) return remote;
-  throw new OffloadError(`nothing here runs commands on '${name}'`, {
-    code: "command",
-    hint: "have Offload's plugins/ beside mod.ts",
-  });
+async function demandRemote({ name }: Machine): Promise<RemoteCommands> {
+  const what = `nothing here runs commands on '${name}'`;
+  return (await demandFromPlugins<RemoteModule>("_remote", what)).default;
 }
 
 /** Connects to a Unix-domain socket there. */
@@ -4512,8 +4497,8 @@ async function openRemoteDaemon(link: Link): Promise<StoreConnection> {
     if (error instanceof Late) throw remoteDaemonError(link, error);
     // A server that forwards to no such socket gives the same answer as one
     // on which nobody listens there.
-    const remote = await loadRemote();
-    if (remote !== undefined) return await remote.openRelay(link, error);
+    const remote = await importFromPlugins<RemoteModule>("_remote");
+    if (remote) return await remote.default.openRelay(link, error);
     const otherwise = "; if its SSH server does not forward to sockets, have " +
       "Offload's plugins/ beside mod.ts";
     throw remoteDaemonError(link, error, reason(error), otherwise);
@@ -4746,7 +4731,7 @@ async function meetDaemon(
   // An account may be unable to run commands, or something there hang, and the
   // machine still be of use.
   const asked = known ??
-    loadRemote().then((remote) => remote?.probe(session, context))
+    demandRemote(session.machine).then(({ probe }) => probe(session, context))
       .catch(() => undefined);
   const [greeting] = await Promise.allSettled([greeted]);
   const answered = performance.now();
@@ -4768,6 +4753,8 @@ async function meetDaemon(
 async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
   const { machine, id } = prospect;
   const start = performance.now();
+  // What asks for facts is to be loaded by the time that it is needed.
+  if (!isFresh(prospect.facts, context)) demandRemote(machine).catch(() => {});
   const session = await openSession(machine, context, (what) => {
     prospect.hasGreeted ||= what !== "connect";
   });
@@ -5278,31 +5265,15 @@ async function chooseReadyMachine(
   }
 }
 
-/** Finds out what a derivation needs, without the daemon's telling. */
+/** Finds out what a derivation needs, for a score that asks. */
 async function queryInputs(
   derivation: string,
   context: Context,
 ): Promise<InputItem[]> {
-  const store = await openLocalDaemon(context);
-  try {
-    const items = new Map<string, InputItem>();
-    const infos = await queryPathInfos(store, [derivation]);
-    const { references } = infos.get(derivation)!;
-    const derivations = references.filter((path) => path.endsWith(".drv"));
-    const outputs = await queryDerivationOutputs(store, derivations);
-    let paths = await queryValidPaths(store, [...references, ...outputs]);
-    while (paths.length > 0) {
-      const next = new Set<string>();
-      for (const [path, info] of await queryPathInfos(store, paths)) {
-        items.set(path, { path, size: info.narSize });
-        info.references.forEach((reference) => next.add(reference));
-      }
-      paths = [...next].filter((path) => !items.has(path));
-    }
-    return [...items.values()];
-  } finally {
-    store.stream.destroy();
-  }
+  type Module = { default: typeof queryInputs };
+  const what = `nothing here tells what '${derivation}' needs`;
+  const inputs = await demandFromPlugins<Module>("_inputs", what);
+  return await inputs.default(derivation, context);
 }
 
 /** A request as scores see it: with what is known of earlier builds. */

@@ -127,6 +127,27 @@ function suiteUnder(runtime: Runtime): void {
     assert.is(most, 1);
   });
 
+  test("a server that forwards to no socket is left out", () => {
+    lab("sshd", "w1", "-o", "AllowStreamLocalForwarding=no");
+    useMachines(
+      "head",
+      ["w1", "w2"],
+      (text) => text.replace('(name "w1")', "$& (speed 9.)"),
+    );
+    try {
+      const [derivation] = makeWork("head");
+      const result = build("head", derivation!);
+      assertOffloaded(derivation!, result, ["w2"]);
+      assert.match(result.stderr, "failed to connect to guix-daemon on 'w1'");
+      assert.match(
+        result.stderr,
+        "not forward to sockets, have Offload's plugins/ beside mod.ts",
+      );
+    } finally {
+      lab("sshd", "w1");
+    }
+  });
+
   test("what is lacking is told where it is asked for", async () => {
     const offload = (...args: string[]) =>
       run(
