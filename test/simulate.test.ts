@@ -7,8 +7,10 @@ import * as assert from "uvu/assert";
 import { readSettings } from "../mod.ts";
 import type { Candidate, Plugin } from "../mod.ts";
 import locality from "../plugins/locality.ts";
-import { Farm, synthesize } from "../scripts/simulate.ts";
-import type { Outcome, Workload } from "../scripts/simulate.ts";
+import { Farm } from "../scripts/_farm.ts";
+import type { Outcome } from "../scripts/_farm.ts";
+import { synthesize } from "../scripts/_workload.ts";
+import type { Workload } from "../scripts/_workload.ts";
 import { ROOT, run, throws, withDirectory } from "./helpers.ts";
 
 const test = suite("simulate");

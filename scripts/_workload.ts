@@ -1,0 +1,179 @@
+/**
+ * What a simulated farm is to do: read and checked, or made up.
+ *
+ * @module
+ */
+
+import { OffloadError } from "../mod.ts";
+
+/** A build machine of a workload. */
+export interface WorkloadMachine {
+  /** Host name; no other machine has it. */
+  readonly name: string;
+  /** System types that it builds for: x86_64-linux unless told. */
+  readonly systems?: readonly string[];
+  /** Features that builds may require: none unless told. */
+  readonly features?: readonly string[];
+  /** Relative speed: 1 unless told. */
+  readonly speed?: number;
+  /** Its slots: 1 unless told. */
+  readonly parallelBuilds?: number;
+  /** Logical processors, which its slots share: 4 unless told. */
+  readonly cores?: number;
+  /** Bytes a second, in each direction: 50 MB unless told. */
+  readonly bandwidth?: number;
+}
+
+/** A build of a workload. */
+export interface WorkloadBuild {
+  /** Name of the derivation, the same where a package is built again. */
+  readonly name: string;
+  /** Names it among the inputs of other builds: its name unless told. */
+  readonly id?: string;
+  /** How long it takes on a machine of speed 1, in seconds. */
+  readonly seconds: number;
+  /** System type: x86_64-linux unless told. */
+  readonly system?: string;
+  /** Features that it requires: none unless told. */
+  readonly features?: readonly string[];
+  /** What must be there: items, and the outputs of builds before it. */
+  readonly inputs?: readonly string[];
+  /** Size of its output, in bytes: 0 unless told. */
+  readonly output?: number;
+}
+
+/** What a workload file holds, as JSON. */
+export interface Workload {
+  /** The farm. */
+  readonly machines: readonly WorkloadMachine[];
+  /** Sizes of the store items that are there from the start, in bytes. */
+  readonly items?: Readonly<Record<string, number>>;
+  /** What is to be built, each behind those that it needs. */
+  readonly builds: readonly WorkloadBuild[];
+}
+
+/** What is assumed; "" and NaN must be told, and a field "" stands for any. */
+const MACHINE: Required<WorkloadMachine> = {
+  ...{ name: "", systems: ["x86_64-linux"], features: [], speed: 1 },
+  ...{ parallelBuilds: 1, cores: 4, bandwidth: 50e6 },
+};
+
+export const BUILD: Required<WorkloadBuild> = {
+  ...{ name: "", id: "its name", seconds: NaN, system: "x86_64-linux" },
+  ...{ features: [], inputs: [], output: 0 },
+};
+
+export const WORKLOAD = {
+  machines: [MACHINE],
+  items: { "": 0 },
+  builds: [BUILD],
+};
+
+export function fail(place: string, problem: string): never {
+  throw new OffloadError(`${place}: ${problem}`);
+}
+
+/** Says what a value should be, where it is not of the kind of `model`. */
+function mismatch(value: unknown, model: unknown): string | false {
+  if (Array.isArray(model)) return !Array.isArray(value) && "a list";
+  if (typeof model === "object") {
+    return value?.constructor !== Object && "an object";
+  }
+  if (typeof model === "string") {
+    return (typeof value !== "string" || value === "") && "a name";
+  }
+  const number = Number.isFinite(value) ? Number(value) : -1;
+  if (Number(model) > 0) return number <= 0 && "a number above 0";
+  return number < 0 && "a number, 0 or more";
+}
+
+/** Checks `told` against `model`, and takes from that what was not told. */
+export function complete<T>(told: unknown, model: T, place: string): T {
+  const required = Array.isArray(model) && typeof model[0] === "object";
+  const value = told === undefined && !required ? model : told;
+  const kind = mismatch(value, model);
+  const got = kind && (JSON.stringify(told)?.slice(0, 60) ?? "nothing");
+  if (kind) fail(place, `expected ${kind}, got ${got}`);
+  if (Array.isArray(value)) {
+    const part = (model as unknown[])[0] ?? "a name";
+    return value.map((v, i) => complete(v, part, `${place}[${i}]`)) as T;
+  }
+  if (typeof value !== "object") return value as T;
+  const values = value as Record<string, unknown>;
+  const models = model as Record<string, unknown>;
+  const names = Object.keys("" in models ? values : models);
+  const unknown = Object.keys(values).find((name) =>
+    !("" in models || names.includes(name))
+  );
+  if (unknown) {
+    fail(`${place}.${unknown}`, `the fields are ${names.join(", ")}`);
+  }
+  return Object.fromEntries(names.map((name) => {
+    const part = models[name] ?? models[""];
+    return [name, complete(values[name], part, `${place}.${name}`)];
+  })) as T;
+}
+
+/** Makes a generator of numbers from 0 to 1 (mulberry32). */
+export function makeRandom(seed: number): () => number {
+  let state = seed;
+  return () => {
+    state = state + 0x6d2b79f5 | 0;
+    let bits = Math.imul(state ^ state >>> 15, state | 1);
+    bits ^= bits + Math.imul(bits ^ bits >>> 7, bits | 61);
+    return ((bits ^ bits >>> 14) >>> 0) / 2 ** 32;
+  };
+}
+
+/**
+ * Makes a workload up: eight layers of builds, with heavy-tailed durations and
+ * sizes, that share inputs.
+ */
+export function synthesize(
+  machineCount: number,
+  buildCount: number,
+  seed: number,
+): Workload {
+  const random = makeRandom(seed);
+  // With a skew above 1, the first ones are chosen more often.
+  const pick = (length: number, skew = 1) =>
+    Math.floor(random() ** skew * length);
+  const heavyTailed = (median: number, sigma: number) => {
+    const radius = Math.sqrt(-2 * Math.log(1 - random()));
+    const normal = radius * Math.cos(2 * Math.PI * random());
+    return Math.ceil(median * Math.exp(sigma * normal));
+  };
+  const list = <T>(length: number, make: (index: number) => T) =>
+    Array.from({ length }, (_, index) => make(index));
+  // Every fourth machine and build is of another system.
+  const system = (index: number) =>
+    index % 4 === 3 && machineCount > 3 ? "aarch64-linux" : "x86_64-linux";
+  const machines = list(machineCount, (index) => ({
+    name: `machine-${index}`,
+    systems: [system(index)],
+    speed: [1, 1.5, 2, 3][pick(4)]!,
+    parallelBuilds: [1, 2, 4][pick(3)]!,
+    bandwidth: [1e7, 5e7, 1e8][pick(3)]!,
+  }));
+  const items: Record<string, number> = {};
+  const shared = Math.ceil(8 + Math.sqrt(buildCount));
+  for (let i = 0; i < shared; i++) items[`shared-${i}`] = heavyTailed(2e7, 1.2);
+  const packages = list(Math.ceil(buildCount / 4), (index) => {
+    items[`source-${index}`] = heavyTailed(1e6, 1.5);
+    return { seconds: heavyTailed(40, 0.9), output: heavyTailed(2e6, 1.5) };
+  });
+  const layer = Math.ceil(buildCount / 8);
+  const builds = list(buildCount, (index) => {
+    const number = pick(packages.length);
+    // Of every four builds in the layers below, one may be a parent.
+    const below = Math.floor((index - index % layer) / 4);
+    const parent = () => `build-${pick(below, 2) * 4 + index % 4}`;
+    const inputs = list(3, () => `shared-${pick(shared, 3)}`);
+    if (below > 0) inputs.push(...list(1 + pick(3), parent));
+    inputs.push(`source-${number}`);
+    const name = `package-${number}`;
+    const id = `build-${index}`;
+    return { id, name, system: system(index), inputs, ...packages[number]! };
+  });
+  return { machines, items, builds };
+}
