@@ -1703,8 +1703,8 @@ async function loadChosen(settings: Settings): Promise<Plugin[]> {
   return plugins;
 }
 
-/** Loads a site's plugin. */
-async function loadPlugin(
+/** Loads a site's plugin, in so many seconds; throws what is wrong with it. */
+export async function loadPlugin(
   file: string,
   taken: readonly string[],
   seconds: number,

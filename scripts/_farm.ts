@@ -11,7 +11,14 @@
  * @module
  */
 
-import { contextFor, machineFromFields, machineMatches } from "../mod.ts";
+import {
+  contextFor,
+  Late,
+  machineFromFields,
+  machineMatches,
+  reason,
+  within,
+} from "../mod.ts";
 import type {
   Candidate,
   Facts,
@@ -50,9 +57,18 @@ class Host implements Candidate {
     this.clock = clock;
     this.id = `${name}:22`;
     this.machine = {
-      ...{ name, systems, features, speed, parallelBuilds },
-      ...{ port: 22, user: "offload", privateKey: "", hostKey: "" },
-      ...{ compression: "none", compressionLevel: 3, overloadThreshold: false },
+      name,
+      systems,
+      features,
+      speed,
+      parallelBuilds,
+      port: 22,
+      user: "offload",
+      privateKey: "",
+      hostKey: "",
+      compression: "none",
+      compressionLevel: 3,
+      overloadThreshold: false,
       daemonSocket: "/var/guix/daemon-socket/socket",
     };
   }
@@ -150,9 +166,9 @@ export interface Outcome extends Work {
   readonly machines: Readonly<Record<string, Work>>;
 }
 
-export function reason(problem: unknown): string {
-  const message = problem instanceof Error ? problem.message : String(problem);
-  return message.replace(/^E[A-Z]+: (.*), \w+ '.*$/, "$1")
+/** Says in a few words what a problem is, as Guix begins them. */
+export function describe(problem: unknown): string {
+  return reason(problem)
     .replace(/^[A-Z](?=[a-z ])/, (letter) => letter.toLowerCase());
 }
 
@@ -182,7 +198,8 @@ function addScores(totals: Float64Array, scores: readonly unknown[]): void {
 /** The index of one of the highest scores, by chance; -1 where all veto. */
 function chooseBest(scores: Float64Array, random: () => number): number {
   let best = -1;
-  let [highest, equals] = [-Infinity, 0];
+  let highest = -Infinity;
+  let equals = 0;
   for (let index = 0; index < scores.length; index++) {
     const score = scores[index]!;
     if (score < highest || score === -Infinity) continue;
@@ -191,20 +208,6 @@ function chooseBest(scores: Float64Array, random: () => number): number {
     if (random() * equals < 1) best = index;
   }
   return best;
-}
-
-/** Thrown where a plugin takes too long. */
-class Late extends Error {}
-
-/** Waits so many seconds at most. */
-async function within<T>(seconds: number, promise: Promise<T>): Promise<T> {
-  const late = Promise.withResolvers<never>();
-  const timer = setTimeout(
-    () => late.reject(new Late(`no answer within ${seconds} s`)),
-    seconds * 1000,
-  );
-  return await Promise.race([promise, late.promise])
-    .finally(() => clearTimeout(timer));
 }
 
 /** A daemon and its machines, for one simulation. */
@@ -363,7 +366,7 @@ export class Farm {
   }
 
   #makeContext(settings: Settings): PluginContext {
-    const warn = (problem: unknown) => this.#report(reason(problem));
+    const warn = (problem: unknown) => this.#report(describe(problem));
     const log = { info() {}, trace() {}, debug() {}, warn, error: warn };
     const machines = this.#hosts.map(({ machine }) => machine);
     const file = "/etc/guix/machines.scm";
@@ -430,8 +433,12 @@ export class Farm {
     const items = Promise.resolve(inputs);
     const asked: ScoredRequest = {
       ...request,
-      ...{ name, history: () => past, inputs: () => items },
+      name,
+      history: () => past,
+      inputs: () => items,
     };
+    const { hookTimeout } = context.settings;
+    const late = `no answer within ${hookTimeout} s`;
     for (const plugin of plugins) {
       try {
         const own = contextFor(plugin, context);
@@ -440,12 +447,12 @@ export class Farm {
         );
         const promised = answers.some((answer) => typeof answer === "object");
         const scores = promised
-          ? await within(context.settings.hookTimeout, Promise.all(answers))
+          ? await within(hookTimeout, Promise.all(answers), late)
           : answers;
         addScores(totals, scores);
       } catch (error) {
         if (error instanceof Late) plugins.delete(plugin);
-        this.#report(`plugin '${plugin.name}': score: ${reason(error)}`);
+        this.#report(`plugin '${plugin.name}': score: ${describe(error)}`);
       }
     }
     return totals;

@@ -52,23 +52,36 @@ export interface Workload {
   readonly builds: readonly WorkloadBuild[];
 }
 
-/** What is assumed; "" and NaN must be told, and a field "" stands for any. */
+/** What is assumed of a machine; "" and NaN must be told, and a field "" stands for any. */
 const MACHINE: Required<WorkloadMachine> = {
-  ...{ name: "", systems: ["x86_64-linux"], features: [], speed: 1 },
-  ...{ parallelBuilds: 1, cores: 4, bandwidth: 50e6 },
+  name: "",
+  systems: ["x86_64-linux"],
+  features: [],
+  speed: 1,
+  parallelBuilds: 1,
+  cores: 4,
+  bandwidth: 50e6,
 };
 
+/** The same of a build. */
 export const BUILD: Required<WorkloadBuild> = {
-  ...{ name: "", id: "its name", seconds: NaN, system: "x86_64-linux" },
-  ...{ features: [], inputs: [], output: 0 },
+  name: "",
+  id: "its name",
+  seconds: NaN,
+  system: "x86_64-linux",
+  features: [],
+  inputs: [],
+  output: 0,
 };
 
+/** What a workload that tells nothing else is. */
 export const WORKLOAD = {
   machines: [MACHINE],
   items: { "": 0 },
   builds: [BUILD],
 };
 
+/** Says what is wrong in a workload or an option, and where. */
 export function fail(place: string, problem: string): never {
   throw new OffloadError(`${place}: ${problem}`);
 }
@@ -87,7 +100,11 @@ function mismatch(value: unknown, model: unknown): string | false {
   return number < 0 && "a number, 0 or more";
 }
 
-/** Checks `told` against `model`, and takes from that what was not told. */
+/**
+ * Checks `told` against `model`, and takes from that what was not told.
+ *
+ * @throws {OffloadError} that names the place, which begins with `place`.
+ */
 export function complete<T>(told: unknown, model: T, place: string): T {
   const required = Array.isArray(model) && typeof model[0] === "object";
   const value = told === undefined && !required ? model : told;
@@ -125,6 +142,55 @@ export function makeRandom(seed: number): () => number {
   };
 }
 
+/** Chances that repeat themselves with their seed. */
+interface Chances {
+  /** An index below `length`; with a skew above 1, a low one more often. */
+  pick(length: number, skew?: number): number;
+  /** A whole number, half of the time above the median, and then far above. */
+  heavyTailed(median: number, sigma: number): number;
+}
+
+function makeChances(seed: number): Chances {
+  const random = makeRandom(seed);
+  return {
+    pick: (length, skew = 1) => Math.floor(random() ** skew * length),
+    heavyTailed(median, sigma) {
+      const radius = Math.sqrt(-2 * Math.log(1 - random()));
+      const normal = radius * Math.cos(2 * Math.PI * random());
+      return Math.ceil(median * Math.exp(sigma * normal));
+    },
+  };
+}
+
+function list<T>(length: number, make: (index: number) => T): T[] {
+  return Array.from({ length }, (_, index) => make(index));
+}
+
+function makeMachine(
+  index: number,
+  system: string,
+  { pick }: Chances,
+): WorkloadMachine {
+  return {
+    name: `machine-${index}`,
+    systems: [system],
+    speed: [1, 1.5, 2, 3][pick(4)]!,
+    parallelBuilds: [1, 2, 4][pick(3)]!,
+    bandwidth: [1e7, 5e7, 1e8][pick(3)]!,
+  };
+}
+
+/** Chooses parents of a build: below it are 4 * `below` builds. */
+function chooseParents(
+  index: number,
+  below: number,
+  { pick }: Chances,
+): string[] {
+  if (below === 0) return [];
+  // Of every four builds one may be a parent: that of the same system.
+  return list(1 + pick(3), () => `build-${pick(below, 2) * 4 + index % 4}`);
+}
+
 /**
  * Makes a workload up: eight layers of builds, with heavy-tailed durations and
  * sizes, that share inputs.
@@ -134,27 +200,15 @@ export function synthesize(
   buildCount: number,
   seed: number,
 ): Workload {
-  const random = makeRandom(seed);
-  // With a skew above 1, the first ones are chosen more often.
-  const pick = (length: number, skew = 1) =>
-    Math.floor(random() ** skew * length);
-  const heavyTailed = (median: number, sigma: number) => {
-    const radius = Math.sqrt(-2 * Math.log(1 - random()));
-    const normal = radius * Math.cos(2 * Math.PI * random());
-    return Math.ceil(median * Math.exp(sigma * normal));
-  };
-  const list = <T>(length: number, make: (index: number) => T) =>
-    Array.from({ length }, (_, index) => make(index));
+  const chances = makeChances(seed);
+  const { pick, heavyTailed } = chances;
   // Every fourth machine and build is of another system.
   const system = (index: number) =>
     index % 4 === 3 && machineCount > 3 ? "aarch64-linux" : "x86_64-linux";
-  const machines = list(machineCount, (index) => ({
-    name: `machine-${index}`,
-    systems: [system(index)],
-    speed: [1, 1.5, 2, 3][pick(4)]!,
-    parallelBuilds: [1, 2, 4][pick(3)]!,
-    bandwidth: [1e7, 5e7, 1e8][pick(3)]!,
-  }));
+  const machines = list(
+    machineCount,
+    (index) => makeMachine(index, system(index), chances),
+  );
   const items: Record<string, number> = {};
   const shared = Math.ceil(8 + Math.sqrt(buildCount));
   for (let i = 0; i < shared; i++) items[`shared-${i}`] = heavyTailed(2e7, 1.2);
@@ -165,12 +219,9 @@ export function synthesize(
   const layer = Math.ceil(buildCount / 8);
   const builds = list(buildCount, (index) => {
     const number = pick(packages.length);
-    // Of every four builds in the layers below, one may be a parent.
     const below = Math.floor((index - index % layer) / 4);
-    const parent = () => `build-${pick(below, 2) * 4 + index % 4}`;
     const inputs = list(3, () => `shared-${pick(shared, 3)}`);
-    if (below > 0) inputs.push(...list(1 + pick(3), parent));
-    inputs.push(`source-${number}`);
+    inputs.push(...chooseParents(index, below, chances), `source-${number}`);
     const name = `package-${number}`;
     const id = `build-${index}`;
     return { id, name, system: system(index), inputs, ...packages[number]! };

@@ -9,16 +9,16 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { resolve } from "node:path";
 import process from "node:process";
-import { pathToFileURL } from "node:url";
 import { cac } from "../deps.ts";
 import {
   builtinNames,
+  loadPlugin,
   loadPlugins,
   OffloadError,
   readSettings,
 } from "../mod.ts";
-import type { Plugin } from "../mod.ts";
-import { Farm, reason } from "./_farm.ts";
+import type { Plugin, Settings } from "../mod.ts";
+import { describe, Farm } from "./_farm.ts";
 import type { Outcome } from "./_farm.ts";
 import { fail, synthesize } from "./_workload.ts";
 
@@ -72,7 +72,7 @@ function findWorkload(options: Options, seed: number): unknown {
     try {
       return JSON.parse(readFileSync(String(file), "utf8"));
     } catch (error) {
-      fail(String(file), reason(error));
+      fail(String(file), describe(error));
     }
   }
   const machines = readCount(options, "machines", 20);
@@ -84,13 +84,18 @@ function findWorkload(options: Options, seed: number): unknown {
   return workload;
 }
 
-async function loadPlugin(file: string): Promise<Plugin> {
-  const { default: plugin } = await import(pathToFileURL(resolve(file)).href)
-    .catch((error) => fail(file, reason(error)));
-  if (typeof plugin?.name === "string" && typeof plugin.score === "function") {
-    return plugin;
-  }
-  fail(file, "its default export has no 'name' and 'score'");
+/** Loads a site's plugin as the hook would; one that scores is wanted. */
+async function loadScoring(
+  file: string,
+  taken: readonly string[],
+  seconds: number,
+): Promise<Plugin> {
+  const plugin = await loadPlugin(resolve(file), taken, seconds)
+    .catch((error) => {
+      if (error instanceof OffloadError) throw error;
+      fail(file, describe(error));
+    });
+  return plugin.score ? plugin : fail(file, "it has no 'score'");
 }
 
 function ratio(value: number, other: number): string {
@@ -118,32 +123,49 @@ function formatTable(bound: number, outcomes: readonly Outcome[]): string {
   ).join("\n");
 }
 
-/** Simulates both policies, and prints what came of them. */
-async function compare(options: Options): Promise<number> {
+/** Finds the settings of this machine, with the score that is asked for. */
+function findSettings(options: Options): Settings {
   const { OFFLOAD_PLUGINS, GUIX_CONFIGURATION_DIRECTORY = "/etc/guix" } =
     process.env;
   const directory = OFFLOAD_PLUGINS ??
     `${GUIX_CONFIGURATION_DIRECTORY}/offload`;
-  const told = readSettings(directory, process.env);
-  const settings = { ...told, score: String(options.score ?? told.score) };
+  const settings = readSettings(directory, process.env);
+  return { ...settings, score: String(options.score ?? settings.score) };
+}
+
+/** Loads the reference's policy, and the plugins whose scores are summed. */
+async function loadPolicies(
+  options: Options,
+  settings: Settings,
+): Promise<[Plugin[], Plugin[]]> {
   // What the settings say of a site's own plugins is of no interest here.
   const names = builtinNames();
   const use = Object.fromEntries(
     Object.entries(settings.use).filter(([name]) => names.includes(name)),
   );
   const builtins = await loadPlugins("", { ...settings, use }, console);
-  const builtin = (name: string) =>
-    builtins.find((plugin) => plugin.name === name)!;
+  const reference = builtins.filter(({ name }) => name === "guix");
   const plugins = builtins.filter(({ name, score }) =>
     score !== undefined && (name === settings.score || name in settings.use)
   );
-  if (options.plugin) plugins.unshift(await loadPlugin(String(options.plugin)));
+  if (options.plugin) {
+    const file = String(options.plugin);
+    const taken = [...names, ...builtins.map(({ name }) => name)];
+    plugins.unshift(await loadScoring(file, taken, settings.hookTimeout));
+  }
+  return [reference, plugins];
+}
+
+/** Simulates both policies, and prints what came of them. */
+async function compare(options: Options): Promise<number> {
+  const settings = findSettings(options);
+  const [guix, plugins] = await loadPolicies(options, settings);
   const seed = readCount(options, "seed", 1);
   const workload = findWorkload(options, seed);
   const file = String(options.workload ?? "synthetic workload");
   const farm = new Farm(workload, file);
   const lowerBound = farm.lowerBound();
-  const reference = await farm.run([builtin("guix")], seed, settings);
+  const reference = await farm.run(guix, seed, settings);
   const plugin = await new Farm(workload, file).run(plugins, seed, settings);
   console.log(
     options.json
@@ -162,7 +184,7 @@ async function main(args: readonly string[]): Promise<number> {
     const options = parseOptions(args);
     return options === undefined ? 0 : await compare(options);
   } catch (error) {
-    console.error(`simulate: error: ${reason(error)}`);
+    console.error(`simulate: error: ${describe(error)}`);
     const hint = error instanceof OffloadError ? error.hint : undefined;
     if (hint !== undefined) console.error(`hint: ${hint}`);
     return 1;

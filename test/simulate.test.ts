@@ -1,6 +1,6 @@
 /** The simulation of a farm: what it computes, and what it reports. */
 
-import { readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, readFileSync, writeFileSync } from "node:fs";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -376,8 +376,12 @@ test("simulate takes a site's plugin, and fails where that does", () =>
     assert.is(odd.code, 1);
     assert.match(
       odd.stderr,
-      /^simulate: error: .*site\.ts: its default export/,
+      /^simulate: error: .*site\.ts: 'score' is no function\n$/,
     );
+    chmodSync(file, 0o666);
+    const open = await call(...size);
+    assert.is(open.code, 1);
+    assert.match(open.stderr, /others than root .* can write it\nhint: /);
   }));
 
 test("simulate says what is wrong with its options", () =>
