@@ -1,44 +1,25 @@
+import { readFileSync } from "node:fs";
+import { userInfo } from "node:os";
+import { join } from "node:path";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { spawnSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir, userInfo } from "node:os";
-import { join } from "node:path";
-import process from "node:process";
 import { OffloadError } from "../mod.ts";
 import {
   evaluateMachineFile,
   type Machine,
-  type MachineFile,
   machineFromFields,
   machineToJson,
 } from "../mod.ts";
+import { processorTime } from "./helpers.ts";
 import {
   corpus,
   corpusInLab,
   corpusNames,
   differences,
   find,
-  HOME,
   recorded,
 } from "./lab_machine_file.ts";
-import { fuzz, ownRuntime, processorTime, ROOT } from "./helpers.ts";
-
-const key =
-  "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP3uQw1AvVfe6sGGzZeQAz0PBvkJqIBufObnF6t8fVAp";
-
-/** A machine in Scheme, with more fields if need be. */
-function machine(more = "", name = '"ada"'): string {
-  return `(build-machine (name ${name}) (systems '("x86_64-linux")) (user "u") (host-key "${key}") ${more})`;
-}
-
-/** Evaluates a text as the file `f.scm`. */
-function evaluate(
-  text: string | Uint8Array,
-  home: string | undefined = HOME,
-): MachineFile {
-  return evaluateMachineFile(text, "f.scm", home);
-}
+import { evaluate, key, machine } from "./scheme.ts";
 
 /** The error that a text makes. */
 function errorOf(text: string): string {
@@ -495,261 +476,6 @@ records("says what is wrong with other fields than Scheme's", () => {
 });
 
 records.run();
-
-const command = suite("machine file: offload machines");
-
-/** Runs `offload machines` on a file of this text. */
-function runCommand(text: string, ...options: string[]) {
-  const directory = mkdtempSync(join(tmpdir(), "offload-"));
-  const file = join(directory, "machines.scm");
-  writeFileSync(file, text);
-  const [program, ...args] = ownRuntime;
-  const script = join(ROOT, "mod.ts");
-  const { status, stdout, stderr } = spawnSync(
-    program,
-    [...args, script, "machines", file, ...options],
-    {
-      encoding: "utf8",
-      env: { ...process.env, GUIX_STATE_DIRECTORY: directory },
-    },
-  );
-  rmSync(directory, { recursive: true });
-  return { status, stdout, stderr: stderr.replaceAll(file, "f.scm") };
-}
-
-command("prints a table", () => {
-  const { status, stdout, stderr } = runCommand(
-    `(list ${machine()} ${machine("(port 2222)", '"bea.example.org"')})`,
-  );
-  assert.is(stderr, "");
-  assert.is(status, 0);
-  assert.match(
-    stdout,
-    /^machine\tsystems\tuser\t.*\nada:22\tx86_64-linux\tu\t/,
-  );
-  assert.match(stdout, /\nbea.example.org:2222\tx86_64-linux\tu\t.*\n$/);
-});
-
-command("prints JSON, and fails with errors", () => {
-  const { status, stdout, stderr } = runCommand(
-    `(list ${machine()} ${machine("(port 0) (overload-threshold #f)")})`,
-    "--json",
-  );
-  assert.is(status, 1);
-  assert.match(
-    stderr,
-    /^offload: error: f\.scm:1:\d+: machine 'ada': field 'port'/,
-  );
-  const [first, ...others] = JSON.parse(stdout);
-  assert.equal(others, []);
-  assert.equal(Object.keys(first), [
-    ...["name", "port", "systems", "user", "private-key", "host-key"],
-    ...["compression", "compression-level", "daemon-socket"],
-    ...["overload-threshold", "parallel-builds", "speed", "features"],
-  ]);
-  assert.is(first["host-key"], key);
-});
-
-command("says where a file can't be evaluated, and fails", () => {
-  const { status, stdout, stderr } = runCommand("(list (build-machine");
-  assert.is(status, 1);
-  assert.is(stdout.trim().split("\n").length, 1);
-  assert.match(
-    stderr,
-    /^offload: error: f\.scm:\d+:\d+: unexpected end of input/,
-  );
-});
-
-command("says nothing of a file that is not there, unless it is named", () => {
-  const [program, ...args] = ownRuntime;
-  const machines = (...names: string[]) =>
-    spawnSync(program, [...args, join(ROOT, "mod.ts"), "machines", ...names], {
-      encoding: "utf8",
-      env: { GUIX_CONFIGURATION_DIRECTORY: "/nonexistent" },
-    });
-  const usual = machines();
-  assert.is(usual.status, 0);
-  assert.is(usual.stderr, "");
-  const named = machines("/nonexistent/machines.scm");
-  assert.is(named.status, 2);
-  assert.match(named.stderr, "failed to open machine file '/nonexistent/mach");
-});
-
-command.run();
-
-const speed = suite("machine file: speed");
-
-speed("reads 10,000 machines in a second", () => {
-  const text = `(list ${
-    Array.from({ length: 10_000 }, () => machine()).join("\n")
-  })`;
-  const start = processorTime();
-  assert.is(evaluate(text).machines.length, 10_000);
-  const took = processorTime() - start;
-  // Twice the bound: the first time is the slowest.
-  assert.ok(took < 2000, `${took} ms`);
-});
-
-speed("reads 100 machines in some milliseconds", () => {
-  const text = `(list ${
-    Array.from({ length: 100 }, () => machine()).join("\n")
-  })`;
-  const times = Array.from({ length: 9 }, () => {
-    const start = processorTime();
-    evaluate(text);
-    return processorTime() - start;
-  });
-  assert.ok(Math.min(...times) < 10, `${times}`);
-});
-
-speed.run();
-
-const fuzzed = suite("machine file: fuzz");
-
-const pieces = [
-  "(",
-  ")",
-  "[",
-  "]",
-  "'",
-  "`",
-  ",",
-  ",@",
-  '"',
-  "\\",
-  ";",
-  "#|",
-  "|#",
-  "#;",
-  "\n",
-  " ",
-  "#t",
-  "#f",
-  "1",
-  "2.",
-  "-1",
-  "list",
-  "define",
-  "lambda",
-  "let",
-  "let*",
-  "if",
-  "and",
-  "or",
-  "map",
-  "append",
-  "apply",
-  "filter",
-  "quote",
-  "begin",
-  "build-machine",
-  "inherit",
-  "name",
-  "user",
-  "host-key",
-  "systems",
-  "port",
-  "(define (f x) (f x))",
-  "(f 1)",
-  "x",
-  "string-append",
-  "getenv",
-  "call-with-input-file",
-  "use-modules",
-  "(srfi srfi-1)",
-  "append-map",
-  "fold",
-  "define-module",
-  "@",
-  ".",
-  "#:use-module",
-  "\\x41",
-  "\u00e9",
-  "\0",
-  "\ufeff",
-  "\ud83d",
-  "__proto__",
-  "constructor",
-  "toString",
-];
-
-/** Changes a text in some places. */
-function mutate(text: string, random: () => number): string {
-  for (let n = 1 + Math.floor(random() * 4); n > 0; n--) {
-    const at = Math.floor(random() * text.length);
-    const end = at + Math.floor(random() * random() * 60);
-    const piece = random() < 0.5
-      ? pieces[Math.floor(random() * pieces.length)]!
-      : "";
-    const other = random() < 0.2 ? text.slice(at, end) : "";
-    text = text.slice(0, at) + piece + other +
-      text.slice(random() < 0.5 ? at : end);
-  }
-  return text;
-}
-
-/** Makes an expression of known names. */
-function generate(random: () => number, depth: number): string {
-  const templates = [
-    '"a"',
-    "1",
-    "#f",
-    "x",
-    "list",
-    '\'(1 "b")',
-    "(list _ _)",
-    "(quote _)",
-    "(define x _)",
-    "(f _)",
-    "((@ (srfi srfi-1) append-map) f (list _))",
-    machine("(private-key _)"),
-    "(build-machine (inherit x) (features _))",
-  ];
-  const length = depth > 6 ? 6 : templates.length;
-  const template = templates[Math.floor(random() * length)]!;
-  return template.replace(/_(?!6)/g, () => generate(random, depth + 1));
-}
-
-/** Evaluates a text, which must not fail in another way than it may. */
-function survive(text: string): void {
-  const start = processorTime();
-  try {
-    const { needsGuile, machines } = evaluate(text);
-    assert.ok(needsGuile === undefined || machines.length === 0);
-  } catch (error) {
-    assert.instance(error, OffloadError, `${error}: ${text}`);
-    assert.match((error as Error).message, /^f\.scm:\d+:\d+: /);
-  }
-  assert.ok(processorTime() - start < 5000, text);
-}
-
-fuzzed("survives mutations of the corpus", () => {
-  const texts = corpusNames().map((name) =>
-    readFileSync(join(corpus, `${name}.scm`), "utf8")
-  );
-  return fuzz(20, (random) => {
-    for (const text of texts) survive(mutate(text, random));
-  });
-});
-
-fuzzed("survives what a grammar makes", () =>
-  fuzz(3000, (random) => {
-    survive(
-      `(define x ${generate(random, 0)}) (define y ${generate(random, 2)}) ` +
-        `(list x y ${generate(random, 1)})`,
-    );
-  }));
-
-fuzzed("survives noise", () =>
-  fuzz(3000, (random) => {
-    const length = Math.floor(random() * 40);
-    survive(
-      Array.from({ length }, () => pieces[Math.floor(random() * pieces.length)])
-        .join(random() < 0.5 ? " " : ""),
-    );
-  }));
-
-fuzzed.run();
 
 // Where the corpus is in the lab is part of what was recorded.
 assert.match(readFileSync(join(corpus, "expected.json"), "utf8"), corpusInLab);

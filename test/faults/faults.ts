@@ -16,7 +16,6 @@ import { setTimeout as delay } from "node:timers/promises";
 import * as assert from "uvu/assert";
 import { FCNTL } from "../helpers.ts";
 import {
-  addressOf,
   build,
   buildCommand,
   buildLog,
@@ -26,12 +25,9 @@ import {
   OBSERVATIONS,
   onDatabase,
   outputsOf,
-  RELAY_PORT,
-  relayed,
   root,
   run,
   start,
-  startRelay,
   STATE,
   storeNames,
   until,
@@ -42,7 +38,9 @@ import {
   watch,
   within,
 } from "../lab/lab.ts";
-import type { Relay, Result, Running, Runtime } from "../lab/lab.ts";
+import type { Result, Running, Runtime } from "../lab/lab.ts";
+import { addressOf, RELAY_PORT, relayed, startRelay } from "../lab/relay.ts";
+import type { Relay } from "../lab/relay.ts";
 
 /** What runs the hook: Offload under a runtime, or `guix offload`. */
 export type HookKind = Runtime | "reference";

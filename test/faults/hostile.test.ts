@@ -15,8 +15,8 @@ import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { encode } from "../../mod.ts";
-import { directory, file, link, nar, program } from "../nars.ts";
-import type { Node } from "../nars.ts";
+import { startHook } from "../lab/hook.ts";
+import type { Hook } from "../lab/hook.ts";
 import {
   forget,
   lab,
@@ -25,12 +25,13 @@ import {
   root,
   RUNTIMES,
   start,
-  startHook,
   SYSTEM,
   up,
   within,
 } from "../lab/lab.ts";
-import type { Hook, Runtime } from "../lab/lab.ts";
+import type { Runtime } from "../lab/lab.ts";
+import { directory, file, link, nar, program } from "../nars.ts";
+import type { Node } from "../nars.ts";
 import {
   exportHash,
   pour,

@@ -8,12 +8,11 @@ import { readFileSync, writeFileSync } from "node:fs";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { closure, startHook } from "../lab/hook.ts";
 import {
-  addressOf,
   assertOffloaded,
   build,
   buildCommand,
-  closure,
   down,
   inHost,
   lab,
@@ -23,7 +22,6 @@ import {
   run,
   RUNTIMES,
   start,
-  startHook,
   storeNames,
   SYSTEM,
   until,
@@ -33,6 +31,7 @@ import {
   within,
 } from "../lab/lab.ts";
 import type { Running, Runtime } from "../lab/lab.ts";
+import { addressOf } from "../lab/relay.ts";
 import {
   mountSmall,
   restartSshd,

@@ -18,19 +18,19 @@ import {
   makeWork,
   OBSERVATIONS,
   outputsOf,
-  relayed,
   root,
   run,
   RUNTIMES,
   start,
-  startRelay,
   STATE,
   up,
   useMachines,
   useOffload,
   watch,
 } from "../lab/lab.ts";
-import type { Relay, Result, Runtime } from "../lab/lab.ts";
+import type { Result, Runtime } from "../lab/lab.ts";
+import { relayed, startRelay } from "../lab/relay.ts";
+import type { Relay } from "../lab/relay.ts";
 import {
   restartSshd,
   SETTINGS,

@@ -3,11 +3,11 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { closure, startHook } from "./hook.ts";
 import {
   assertOffloaded,
   build,
   buildCommand,
-  closure,
   inHost,
   lab,
   makeWork,
@@ -17,7 +17,6 @@ import {
   run,
   RUNTIMES,
   start,
-  startHook,
   until,
   up,
   useMachines,

@@ -13,19 +13,18 @@ import {
   inHost,
   lab,
   makeWork,
-  relayed,
   ROOT,
   root,
   run,
   RUNTIMES,
   start,
-  startRelay,
   until,
   up,
   useMachines,
   watch,
 } from "./lab.ts";
 import type { Runtime } from "./lab.ts";
+import { relayed, startRelay } from "./relay.ts";
 
 /** Where they are on the host: with what starts them, and the libraries. */
 const ALONE = "/tmp/alone";

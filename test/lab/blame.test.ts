@@ -3,6 +3,7 @@
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { startHook } from "./hook.ts";
 import {
   assertOffloaded,
   build,
@@ -12,13 +13,10 @@ import {
   OBSERVATIONS,
   offloadCommand,
   onDatabase,
-  relayed,
   root,
   run,
   RUNTIMES,
   start,
-  startHook,
-  startRelay,
   until,
   up,
   useMachines,
@@ -27,6 +25,7 @@ import {
   within,
 } from "./lab.ts";
 import type { Running, Runtime } from "./lab.ts";
+import { relayed, startRelay } from "./relay.ts";
 
 const PLUGINS = "/etc/guix/offload";
 

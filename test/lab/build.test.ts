@@ -3,13 +3,13 @@
 import { lstatSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { closure } from "./hook.ts";
 import {
   assertLikeLocal,
   assertOffloaded,
   assertStoreIsSound,
   build,
   bytesPath,
-  closure,
   inHost,
   makeWork,
   outputsOf,

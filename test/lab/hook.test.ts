@@ -3,12 +3,13 @@
 import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { closure, startHook } from "./hook.ts";
+import type { Hook, HookOptions } from "./hook.ts";
 import {
   assertOffloaded,
   build,
   buildCommand,
   buildLog,
-  closure,
   inHost,
   lab,
   makeWork,
@@ -16,7 +17,6 @@ import {
   root,
   RUNTIMES,
   start,
-  startHook,
   storeNames,
   until,
   up,
@@ -26,7 +26,7 @@ import {
   within,
   wrongKey,
 } from "./lab.ts";
-import type { Hook, HookOptions, Result, Runtime } from "./lab.ts";
+import type { Result, Runtime } from "./lab.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 

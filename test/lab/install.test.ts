@@ -3,33 +3,23 @@
  * runtime and no checkout: the one line, a real build, and the way back.
  */
 
-import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import {
   appendFileSync,
   chmodSync,
   copyFileSync,
-  cpSync,
   existsSync,
-  globSync,
-  lstatSync,
   mkdirSync,
-  mkdtempSync,
   readdirSync,
   readFileSync,
-  readlinkSync,
   rmSync,
-  statSync,
   writeFileSync,
 } from "node:fs";
 import { createServer as createHttpServer } from "node:http";
-import { createServer } from "node:https";
-import type { Server } from "node:https";
 import type { AddressInfo } from "node:net";
-import { tmpdir } from "node:os";
-import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { loadCommands } from "../../plugins/_commands.ts";
 import {
   assertOffloaded,
   assertStoreIsSound,
@@ -37,67 +27,43 @@ import {
   CERTIFICATE,
   down,
   inHost,
-  lab,
   makeWork,
-  onTerminal,
-  ROOT,
   root,
   run,
   start,
   STATE,
-  until,
   up,
   useMachines,
   watch,
   within,
 } from "./lab.ts";
-import type { Result, Runtime } from "./lab.ts";
-import { loadCommands } from "../../plugins/_commands.ts";
+import {
+  assertRefused,
+  changes,
+  copyRelease,
+  endRelease,
+  HOSTS,
+  install,
+  LIBRARY,
+  listing,
+  makeFresh,
+  nextVersion,
+  pipe,
+  PROGRAMS,
+  release,
+  restartDaemon,
+  served,
+  serveRelease,
+  SHIM,
+} from "./release.ts";
 
 const test = suite("install");
 const COMMANDS = await loadCommands();
 
-/** The runtimes' programs: each host gets a copy of one. */
-const PROGRAMS: Readonly<Record<Runtime, string>> = {
-  node: `${ROOT}node_modules/node/bin/node`,
-  deno: globSync(`${ROOT}node_modules/@deno/*/deno`)[0]!,
-};
-
-const LIBRARY = "/usr/local/lib/offload";
-const SHIM = `${LIBRARY}/guix`;
-
-/** On the hosts, what is no file that an administrator would know. */
-const NOT_COMPARED = ["dev", "gnu", "offload", "proc", "run", "sys", "tmp"]
-  .concat("var/guix", "var/log", "root/release");
-
-const release = mkdtempSync(`${tmpdir()}/offload-release-`);
-let server: Server;
-let url = "";
-let redirection = "";
 const derivations: Record<string, string[]> = {};
 
-/** The hosts, and the account that guix-daemon runs as there. */
-const HOSTS = { fresh: "root", ufresh: "guix-daemon" } as const;
-
 test.before(async () => {
-  const env = { ...process.env, OFFLOAD_RUNTIME: PROGRAMS.node };
-  const made = spawnSync(`${ROOT}scripts/bundle`, [release], { env });
-  assert.is(made.status, 0, made.stderr.toString());
-  const pem = readFileSync(CERTIFICATE);
-  server = createServer({ key: pem, cert: pem }, (request, response) => {
-    const [, path] = /^\/plain(\/.*)$/.exec(request.url!) ?? [];
-    if (path) {
-      response.writeHead(302, { location: redirection + path }).end();
-      return;
-    }
-    const file = release + request.url;
-    if (!existsSync(file)) response.writeHead(404).end();
-    else response.end(readFileSync(file));
-  });
-  await new Promise<void>((resolve) => {
-    server.listen(0, "127.0.0.1", resolve);
-  });
-  url = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  await serveRelease();
   up("fresh:master", "ufresh:master:unprivileged", "w1");
   for (const host of Object.keys(HOSTS)) {
     useMachines(host, ["w1"]);
@@ -106,128 +72,13 @@ test.before(async () => {
 });
 
 test.after(() => {
-  server.close();
-  rmSync(release, { recursive: true });
+  endRelease();
   down(...Object.keys(HOSTS));
 });
 
 // ---------------------------------------------------------------------------
-// What the tests do and see
-// ---------------------------------------------------------------------------
-
-/** Leaves a host with one runtime and no checkout. */
-function makeFresh(host: string, runtime: Runtime | undefined): void {
-  if (existsSync(`${root(host)}/offload/mod.ts`)) {
-    inHost(host, "umount", "/offload");
-  }
-  for (const [name, program] of Object.entries(PROGRAMS)) {
-    const file = `${root(host)}/usr/local/bin/${name}`;
-    if (name !== runtime) rmSync(file, { force: true });
-    else if (!existsSync(file)) copyFileSync(program, file);
-  }
-}
-
-/** All of a host that installing could have changed: mode, owner, content. */
-function listing(host: string): Record<string, string> {
-  const entries: Record<string, string> = {};
-  const visit = (name: string) => {
-    const file = `${root(host)}/${name}`;
-    const { mode, uid, gid, size, mtimeMs } = lstatSync(file);
-    const kind = mode & 0o170000;
-    const isSystem = name.startsWith("usr/") && !name.startsWith("usr/local/");
-    const content = kind === 0o120000
-      ? readlinkSync(file)
-      : kind !== 0o100000
-      ? ""
-      : isSystem || size > 8 << 20
-      ? `${size} ${mtimeMs}`
-      : createHash("sha256").update(readFileSync(file)).digest("hex");
-    entries[name] = `${mode.toString(8)} ${uid}:${gid} ${content}`;
-    if (kind !== 0o040000 || NOT_COMPARED.includes(name)) return;
-    for (const child of readdirSync(file)) {
-      visit(name === "" ? child : `${name}/${child}`);
-    }
-  };
-  visit("");
-  return entries;
-}
-
-/** What differs between two listings. */
-function changes(
-  before: Record<string, string>,
-  after: Record<string, string>,
-): string[] {
-  return [...new Set([...Object.keys(before), ...Object.keys(after)])]
-    .filter((name) => before[name] !== after[name]).sort();
-}
-
-/** Runs the one line in a host, as a shell has it. */
-async function pipe(
-  host: string,
-  shell: string,
-  options: string,
-): Promise<Result> {
-  copyFileSync(CERTIFICATE, `${root(host)}/tmp/server.pem`);
-  const line = "export CURL_CA_BUNDLE=/tmp/server.pem; " +
-    `curl -fsSL ${url}/install.sh | ${shell} -s -- --from ${url} ${options}`;
-  // This process serves the files meanwhile.
-  const running = watch(start(host, "sh", "-c", line));
-  return await within("install.sh", running.ended, 120_000);
-}
-
-/** Runs install.sh of a copy of the release in a host. */
-function install(host: string, ...options: readonly string[]): Result {
-  return run(host, "sh", "/root/release/install.sh", ...options);
-}
-
-/** Puts a copy of the release in a host. */
-function copyRelease(host: string): string {
-  const directory = `${root(host)}/root/release`;
-  rmSync(directory, { recursive: true, force: true });
-  cpSync(release, directory, { recursive: true });
-  return directory;
-}
-
-/** Changes the release in a host, as the next version would. */
-function nextVersion(directory: string): void {
-  appendFileSync(`${directory}/offload.mjs`, "// the next version\n");
-  const names = readFileSync(`${directory}/SHA256SUMS`, "utf8")
-    .matchAll(/^\S+ {2}(.*)$/gm);
-  const sums = [...names].map(([, name]) => {
-    const content = readFileSync(`${directory}/${name}`);
-    return `${createHash("sha256").update(content).digest("hex")}  ${name}\n`;
-  });
-  writeFileSync(`${directory}/SHA256SUMS`, sums.join(""));
-}
-
-/** Demands that a command failed with these words and changed nothing. */
-function assertRefused(
-  host: string,
-  before: Record<string, string>,
-  result: Result,
-  words: RegExp,
-): void {
-  assert.match(result.stderr, words);
-  assert.match(result.stderr, /^offload: error: .+\nhint: .+$/m);
-  assert.is(result.status, 1);
-  assert.equal(changes(before, listing(host)), []);
-}
-
-// ---------------------------------------------------------------------------
 // There and back
 // ---------------------------------------------------------------------------
-
-/** Has the store be writable for the daemon alone, as Guix's units do. */
-function restartDaemon(host: string, ...variables: readonly string[]): void {
-  if (host !== "ufresh") {
-    lab("daemon", host, ...variables);
-    return;
-  }
-  run(host, "umount", "/gnu/store");
-  lab("daemon", host, ...variables);
-  inHost(host, "mount", "--bind", "/gnu/store", "/gnu/store");
-  inHost(host, "mount", "-o", "remount,bind,ro", "/gnu/store");
-}
 
 for (const [host, account] of Object.entries(HOSTS)) {
   for (const runtime of ["node", "deno"] as const) {
@@ -479,64 +330,6 @@ test("what is killed half-way can be finished, or taken away", () => {
   }
 });
 
-// ---------------------------------------------------------------------------
-// What starts guix-daemon
-// ---------------------------------------------------------------------------
-
-/** Prints the environment that Guix System would give its daemon. */
-const SYSTEM_SCRIPT = (services: string) => `
-(use-modules (gnu services) (gnu services base) (srfi srfi-1))
-(define config
-  (service-value (find (lambda (service)
-                         (eq? (service-kind service) guix-service-type))
-                       ${services})))
-(display ((@@ (gnu services base) guix-configuration-environment) config))
-`;
-
-/** Runs a program called guix-daemon, as an account, under an odd name. */
-const PRETEND = `
-cp /usr/bin/sleep /tmp/guix-daemon
-exec setpriv --reuid="$1" --clear-groups bash -c '
-    exec -a "guix-daemon; curl x | sh \u001b[31m" /tmp/guix-daemon 1000'`;
-
-test("only root's or the store owner's guix-daemon is one, and quoted", async () => {
-  makeFresh("fresh", "node");
-  copyRelease("fresh");
-  const printed = () => {
-    const { status, stdout, stderr } = install("fresh", "--dry-run");
-    assert.is(status, 0, stderr);
-    return /^ {4}env GUIX=\S+ (.*)$/m.exec(stdout)![1];
-  };
-  const pretend = (user: string) =>
-    watch(start("fresh", "sh", "-c", PRETEND, "sh", user));
-  const isThere = (uid: number) =>
-    readdirSync(`${root("fresh")}/proc`).some((pid) => {
-      const directory = `${root("fresh")}/proc/${pid}`;
-      return /^\d+$/.test(pid) &&
-        statSync(directory, { throwIfNoEntry: false })?.uid === uid &&
-        readFileSync(`${directory}/cmdline`, "utf8").includes("curl x");
-    });
-  const daemon = inHost("fresh", "cat", "/run/guix-daemon.pid").trim();
-  inHost("fresh", "kill", "-KILL", daemon);
-  const others = pretend("65534");
-  // A child that nobody has waited for.
-  const zombie =
-    "if (!fork) { $0 = 'guix-daemon'; exit } print 'up'; sleep 1000";
-  const parent = watch(start("fresh", "perl", "-e", `$| = 1; ${zombie}`));
-  try {
-    await until("they run", () => isThere(65534) && parent.text() === "up");
-    assert.is(printed(), "guix-daemon --build-users-group=guixbuild");
-    const odd = pretend("0");
-    await until("it runs", () => isThere(0));
-    assert.is(printed(), "'guix-daemon; curl x | sh ?[31m' 1000");
-    inHost("fresh", "pkill", "-x", "guix-daemon");
-    await within("their end", Promise.all([others.ended, odd.ended]));
-  } finally {
-    parent.child.kill();
-    restartDaemon("fresh");
-  }
-});
-
 test("a release comes by https, or with its checksum", async () => {
   makeFresh("fresh", "node");
   const before = listing("fresh");
@@ -548,7 +341,7 @@ test("a release comes by https, or with its checksum", async () => {
   await new Promise<void>((done) => plain.listen(0, "127.0.0.1", done));
   const from = `http://127.0.0.1:${(plain.address() as AddressInfo).port}`;
   // The other server sends all that is asked for below /plain there.
-  redirection = from;
+  served.redirection = from;
   copyRelease("fresh");
   const attempt = async (...options: readonly string[]) => {
     const script = "export CURL_CA_BUNDLE=/tmp/server.pem; " +
@@ -561,115 +354,16 @@ test("a release comes by https, or with its checksum", async () => {
     assertRefused("fresh", before, await attempt(...options), words);
   try {
     await refuses(/ is not https: anybody/, "--from", from);
-    await refuses(/failed to fetch 'https:/, "--from", `${url}/plain`);
+    await refuses(/failed to fetch 'https:/, "--from", `${served.url}/plain`);
     const wrong = sum.replace(/^./, (it) => it === "0" ? "1" : "0");
     await refuses(/not [0-9a-f]{64}$/m, "--from", from, "--sha256", wrong);
-    for (const place of [from, `${url}/plain`, "/root/release"]) {
+    for (const place of [from, `${served.url}/plain`, "/root/release"]) {
       const good = await attempt("--from", place, "--sha256", sum);
       assert.is(good.status, 0, good.stderr);
     }
     assert.equal(changes(before, listing("fresh")), []);
   } finally {
     plain.close();
-  }
-});
-
-test("without systemd it prints the lines to add, for each init system", () => {
-  makeFresh("fresh", "node");
-  copyRelease("fresh");
-  const at = root("fresh");
-  const printed = () => {
-    const { status, stdout, stderr } = install("fresh", "--dry-run");
-    assert.is(status, 0, stderr);
-    assert.match(stdout, `\n    env GUIX=${SHIM} guix-daemon --build-users-`);
-    return stdout;
-  };
-  assert.match(printed(), "/etc/init.d/guix-daemon");
-  assert.match(printed(), `\n    export GUIX=${SHIM}\n`);
-  mkdirSync(`${at}/run/openrc`);
-  assert.match(printed(), "/etc/conf.d/guix-daemon");
-  assert.match(printed(), `\n    export GUIX=${SHIM}\n`);
-  mkdirSync(`${at}/run/current-system/profile`, { recursive: true });
-  try {
-    const services = /^ {4}\(modify-services[^]*?\n\n/m.exec(printed())![0];
-    writeFileSync(`${at}/tmp/system.scm`, SYSTEM_SCRIPT(services));
-    const text = inHost("fresh", "guix", "repl", "--", "/tmp/system.scm");
-    assert.is(text, `(GUIX=${SHIM})`);
-  } finally {
-    rmSync(`${at}/run/openrc`, { recursive: true });
-    rmSync(`${at}/run/current-system`, { recursive: true });
-  }
-});
-
-/** Records how it is called; `restart` fails where a file says so. */
-const SYSTEMCTL = `#!/bin/sh
-echo "$*" >>/tmp/systemctl.log
-[ "$1" != restart ] || [ ! -e /tmp/restart-fails ]
-`;
-
-test("under systemd, a drop-in switches the daemon, which --yes restarts", async () => {
-  makeFresh("fresh", "node");
-  copyRelease("fresh");
-  const at = root("fresh");
-  mkdirSync(`${at}/run/systemd/system`, { recursive: true });
-  writeFileSync(`${at}/usr/local/sbin/systemctl`, SYSTEMCTL, { mode: 0o755 });
-  const calls = () => {
-    const text = readFileSync(`${at}/tmp/systemctl.log`, "utf8");
-    writeFileSync(`${at}/tmp/systemctl.log`, "");
-    return text.split("\n").filter((line) => line && !line.startsWith("cat"));
-  };
-  const dropIn = `${at}/etc/systemd/system/guix-daemon.service.d/offload.conf`;
-  const [reload, restart] = ["daemon-reload", "restart guix-daemon.service"];
-  try {
-    const before = listing("fresh");
-
-    writeFileSync(`${at}/tmp/restart-fails`, "");
-    const failed = install("fresh", "--yes");
-    assertRefused("fresh", before, failed, /does not start again/);
-    assert.equal(calls(), [reload, restart, reload, restart]);
-    rmSync(`${at}/tmp/restart-fails`);
-
-    // Nobody can be asked.
-    const asked = install("fresh");
-    assert.is(asked.status, 0, asked.stderr);
-    assert.match(
-      asked.stdout,
-      "next start on: systemctl restart guix-daemon\n",
-    );
-    assert.is(
-      readFileSync(dropIn, "utf8"),
-      `[Service]\nEnvironment=GUIX=${SHIM}\n`,
-    );
-    assert.equal(calls(), [reload]);
-    for (const [answer, made] of [["n", [reload]], ["y", [reload, restart]]]) {
-      const command = ["sh", "/root/release/install.sh"];
-      const terminal = onTerminal("fresh", command);
-      await until("the question", () => /\[y\/N\] /.test(terminal.text()));
-      terminal.child.stdin!.write(`${answer}\r`);
-      const { status, stdout } = await within("the end", terminal.ended);
-      assert.is(status, 0, stdout);
-      assert.equal(calls(), made);
-    }
-    const restarted = install("fresh", "--yes");
-    assert.match(restarted.stdout, "restarted guix-daemon\n");
-    assert.equal(calls(), [reload, restart]);
-
-    lab("daemon", "fresh", `GUIX=${SHIM}`); // what systemctl did not do
-    assert.match(install("fresh", "--yes").stdout, "uses Offload already\n");
-    assert.equal(calls(), [reload]);
-    const during = listing("fresh");
-    const uninstall = (...options: readonly string[]) =>
-      run("fresh", `${LIBRARY}/install.sh`, "--uninstall", ...options);
-    assertRefused("fresh", during, uninstall(), /still uses Offload/);
-    assert.equal(calls(), [reload, reload]);
-    const removed = uninstall("--yes");
-    assert.is(removed.status, 0, removed.stderr);
-    assert.equal(calls(), [reload, restart]);
-    assert.equal(changes(before, listing("fresh")), []);
-  } finally {
-    rmSync(`${at}/run/systemd`, { recursive: true });
-    rmSync(`${at}/usr/local/sbin/systemctl`);
-    lab("daemon", "fresh");
   }
 });
 

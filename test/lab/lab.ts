@@ -5,12 +5,12 @@
  * @module
  */
 
+import { Buffer } from "node:buffer";
 import { spawn, spawnSync } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
-import { Buffer } from "node:buffer";
-import { once } from "node:events";
 import {
   existsSync,
+  mkdirSync,
   readdirSync,
   readFileSync,
   rmSync,
@@ -19,7 +19,6 @@ import {
 } from "node:fs";
 import { machine } from "node:os";
 import { basename } from "node:path";
-import { createInterface } from "node:readline";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { gunzipSync } from "node:zlib";
@@ -47,6 +46,9 @@ export const STATE = "/var/guix/offload";
 
 /** What they note there of machines and builds. */
 export const OBSERVATIONS: string = `${STATE}/observations.sqlite`;
+
+/** Where a master has its plugins and their settings. */
+export const PLUGINS = "/etc/guix/offload";
 
 const STORE = "/gnu/store";
 
@@ -258,6 +260,9 @@ export function forget(master: string): void {
   }
 }
 
+/** Has machines waited for long enough, however busy this one is. */
+export const PATIENT = "OFFLOAD_DECISION_TIMEOUT=10";
+
 /** The command line of Offload on a master, under a runtime. */
 export function offloadCommand(
   runtime: Runtime,
@@ -285,6 +290,23 @@ export function useOffload(
 ): void {
   const guix = "GUIX=/offload/scripts/guix";
   lab("daemon", master, guix, `OFFLOAD_RUNTIME=${runtime}`, ...variables);
+}
+
+/** Restarts a master's daemon with these settings of plugins. */
+export function usePlugins(
+  master: string,
+  runtime: Runtime,
+  plugins: Readonly<Record<string, object>>,
+  ...variables: readonly string[]
+): void {
+  const text = `OFFLOAD_USE=${JSON.stringify(plugins)}`;
+  useOffload(master, runtime, text, ...variables);
+}
+
+/** Writes a file of head's directory of plugins and settings. */
+export function writePlugin(name: string, text: string): void {
+  mkdirSync(root("head") + PLUGINS, { recursive: true });
+  writeFileSync(`${root("head")}${PLUGINS}/${name}`, text);
 }
 
 /** Restarts a master's daemon so that it offloads with `guix offload`. */
@@ -362,6 +384,14 @@ export function build(
   ...derivations: readonly string[]
 ): Result {
   return run(master, ...buildCommand(derivations));
+}
+
+/** Makes work for head, and builds it on others, whatever comes of it. */
+export function buildWork(
+  ...options: readonly string[]
+): [derivation: string, Result] {
+  const [derivation] = makeWork("head", ...options);
+  return [derivation!, build("head", derivation!)];
 }
 
 /**
@@ -502,161 +532,6 @@ export function assertLikeLocal(
   assert.equal(pathInfo(master, outputs), {});
   buildLocally(master, derivation);
   assert.equal(offloaded, pathInfo(master, outputs));
-}
-
-// ---------------------------------------------------------------------------
-// The way to a machine
-// ---------------------------------------------------------------------------
-
-/** The port on which a relay to a host's sshd listens, at its address. */
-export const RELAY_PORT = 2222;
-
-/** A relay to a host's sshd. */
-export interface Relay {
-  /** Connections and bytes to the host (up) and from it since last asked. */
-  count(): Promise<{ connections: number; up: number; down: number }>;
-  /** Has it do that from now on; settles when it does. */
-  become(command: "pass" | "drop" | "cut" | "refuse"): Promise<void>;
-  /** Its process. */
-  readonly child: ChildProcess;
-  /** Ends it, and what runs over it; settles when its port is free. */
-  stop(): Promise<void>;
-}
-
-/** The address of a host. */
-export function addressOf(host: string): string {
-  const line = lab("list").split("\n").find((it) => it.startsWith(`${host} `));
-  return line!.split(" ")[1]!;
-}
-
-/** Starts a relay to a host's sshd; the options are relay.ts's. */
-export async function startRelay(
-  host: string,
-  ...options: readonly string[]
-): Promise<Relay> {
-  const address = addressOf(host);
-  const child = spawn(`${ROOT}scripts/lab/relay`, [
-    ...[`${address}:${RELAY_PORT}`, `${address}:22`, ...options],
-  ], { stdio: ["pipe", "pipe", "inherit"] });
-  const ended = once(child, "exit");
-  const lines = createInterface(child.stdout)[Symbol.asyncIterator]();
-  const next = async (): Promise<string> =>
-    (await within("the relay", lines.next())).value ?? "";
-  assert.is(await next(), "ready");
-  return {
-    async count() {
-      child.stdin.write("\n");
-      return JSON.parse(await next());
-    },
-    async become(command) {
-      child.stdin.write(`${command}\n`);
-      await next(); // what it counted
-    },
-    child,
-    async stop() {
-      child.kill("SIGKILL");
-      await ended;
-    },
-  };
-}
-
-/** Edits a machine file so that machines, all or one, are behind relays. */
-export function relayed(text: string, name = "\\w+"): string {
-  return text.replaceAll(
-    RegExp(`\\(name "${name}"\\)`, "g"),
-    `$& (port ${RELAY_PORT})`,
-  );
-}
-
-// ---------------------------------------------------------------------------
-// The hook, by hand
-// ---------------------------------------------------------------------------
-
-/** The build hook, started as the daemon starts it. */
-export interface Hook extends Running {
-  /** Sends a line. */
-  say(line: string): void;
-  /** Sends a request for a derivation; returns the answer. */
-  ask(
-    derivation: string,
-    system?: string,
-    features?: string,
-  ): Promise<string>;
-  /** Sends what follows an accept: inputs and outputs. */
-  work(inputs: readonly string[], outputs: readonly string[]): void;
-  /** Closes its standard input. */
-  close(): void;
-  /** What it wrote to the build log, its file descriptor 4. */
-  log(): string;
-}
-
-/** How to start a hook. */
-export interface HookOptions {
-  /** What runs it; the hook is `guix offload` without. */
-  readonly runtime?: Runtime;
-  /** For how many seconds a build may be silent: 3600 unless told. */
-  readonly maxSilentTime?: number;
-  /** For how many seconds a build may last: 86400 unless told. */
-  readonly buildTimeout?: number;
-  /** Whether the daemon has a free slot of its own. */
-  readonly wantsLocal?: boolean;
-  /** The file that its build log goes to: a new one unless told. */
-  readonly log?: string;
-  /** Further variables of its environment: `NAME=VALUE`, the last counts. */
-  readonly variables?: readonly string[];
-}
-
-/** Has machines waited for long enough, however busy this one is. */
-const PATIENT = "OFFLOAD_DECISION_TIMEOUT=10";
-
-let hooks = 0;
-
-/** Starts a hook on a master; its build log is a file there. */
-export function startHook(
-  master: string,
-  options: HookOptions = {},
-): Hook {
-  const { runtime, maxSilentTime = 3600, buildTimeout = 86400 } = options;
-  const { wantsLocal = false, variables = [] } = options;
-  const { log: file = `/tmp/build-log-${++hooks}` } = options;
-  const guix = runtime === undefined ? "guix" : "/offload/scripts/guix";
-  const environment = [
-    `OFFLOAD_RUNTIME=${runtime ?? ""}`,
-    PATIENT,
-    ...variables,
-  ];
-  const command = `${environment.join(" ")} exec ${guix} offload ` +
-    `${SYSTEM} ${maxSilentTime} true ${buildTimeout} 4>${file}`;
-  const running = watch(start(master, "sh", "-c", command));
-  const { stdin } = running.child;
-  stdin!.on("error", () => {}); // its end is told by `ended`
-  const say = (line: string) => void stdin!.write(`${line}\n`);
-  const answers = () => [...running.text().matchAll(/^# (\S+)$/gm)];
-  let asked = 0;
-  return {
-    ...running,
-    say,
-    async ask(derivation, system = SYSTEM, features = "") {
-      say(`${wantsLocal ? 1 : 0} ${system} ${derivation} ${features}`);
-      asked++;
-      let over = false;
-      running.ended.then(() => over = true);
-      await until("an answer", () => over || answers().length >= asked);
-      return answers()[asked - 1]?.[1] ?? `none: ${running.text()}`;
-    },
-    work(inputs, outputs) {
-      say(inputs.join(" "));
-      say(outputs.join(" "));
-    },
-    close: () => void stdin!.end(),
-    log: () => readFileSync(root(master) + file, "utf8"),
-  };
-}
-
-/** What the daemon would name as inputs: the closure of a derivation. */
-export function closure(master: string, derivation: string): string[] {
-  return inHost(master, "guix", "gc", "--requisites", derivation)
-    .trim().split("\n");
 }
 
 /** A file name that is no UTF-8. */

@@ -5,11 +5,10 @@ import { createServer } from "node:net";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { conformInLab } from "../lab_machine_file.ts";
+import { closure, startHook } from "./hook.ts";
 import {
-  addressOf,
   assertOffloaded,
   build,
-  closure,
   forget,
   inHost,
   LAB,
@@ -21,13 +20,13 @@ import {
   run,
   RUNTIMES,
   start,
-  startHook,
   up,
   useMachines,
   useOffload,
   watch,
   within,
 } from "./lab.ts";
+import { addressOf } from "./relay.ts";
 
 const COMMANDS = {
   node: [

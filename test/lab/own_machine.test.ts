@@ -4,8 +4,8 @@ import { appendFileSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createConnection, createServer } from "node:net";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { startHook } from "./hook.ts";
 import {
-  addressOf,
   assertOffloaded,
   build,
   forget,
@@ -13,16 +13,14 @@ import {
   lab,
   makeWork,
   offloadCommand,
-  relayed,
   root,
   run,
   RUNTIMES,
-  startHook,
-  startRelay,
   up,
   useMachines,
   useOffload,
 } from "./lab.ts";
+import { addressOf, relayed, startRelay } from "./relay.ts";
 
 const OWN = "it is this machine, which sends itself no builds";
 

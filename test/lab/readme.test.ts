@@ -23,8 +23,8 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { loadCommands } from "../../plugins/_commands.ts";
 import {
-  addressOf,
   build,
   buildLog,
   CERTIFICATE,
@@ -41,7 +41,7 @@ import {
   watch,
   within,
 } from "./lab.ts";
-import { loadCommands } from "../../plugins/_commands.ts";
+import { addressOf } from "./relay.ts";
 
 const test = suite("README");
 const COMMANDS = await loadCommands();

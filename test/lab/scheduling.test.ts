@@ -1,16 +1,15 @@
 /** Which machine takes a build, and what happens where one fails. */
 
-import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { askHook, startHook } from "./hook.ts";
 import {
-  addressOf,
   assertOffloaded,
   build,
   buildCommand,
   builds,
-  closure,
   down,
   forget,
   holdUploads,
@@ -20,13 +19,11 @@ import {
   OBSERVATIONS,
   offloadCommand,
   onDatabase,
-  relayed,
+  PLUGINS,
   root,
   run,
   RUNTIMES,
   start,
-  startHook,
-  startRelay,
   SYSTEM,
   until,
   up,
@@ -34,10 +31,10 @@ import {
   useOffload,
   watch,
   within,
+  writePlugin,
 } from "./lab.ts";
-import type { HookOptions, Result, Running, Runtime } from "./lab.ts";
-
-const PLUGINS = "/etc/guix/offload";
+import type { Result, Running, Runtime } from "./lab.ts";
+import { addressOf, relayed, startRelay } from "./relay.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
@@ -49,28 +46,10 @@ function assertSoon(milliseconds: number): void {
   assert.ok(milliseconds < 30_000, `${milliseconds} ms`);
 }
 
-/** Asks a new hook once; returns its answer and the milliseconds it took. */
-async function ask(derivation: string, options: HookOptions) {
-  const hook = startHook("head", options);
-  const before = performance.now();
-  const answer = await hook.ask(derivation);
-  const took = performance.now() - before;
-  hook.close();
-  const { stderr } = await within("the end of the hook", hook.ended);
-  return { answer, took, stderr };
-}
-
 /** Whether head has facts of a machine. */
 function isKnown(id: string): boolean {
   const sql = "SELECT 1 FROM machine WHERE facts IS NOT NULL AND id =";
   return onDatabase(OBSERVATIONS, `${sql} '${id}'`).length === 1;
-}
-
-/** Has head believe that logging in takes longer than an answer may. */
-function pretendSlow(): void {
-  const facts = "json_set(facts, '$.login', 60)";
-  const sql = `UPDATE machine SET facts = ${facts} RETURNING 1`;
-  assert.ok(onDatabase(OBSERVATIONS, sql).length > 0);
 }
 
 /** The process of a host's sshd that listens. */
@@ -112,11 +91,6 @@ async function mostBuilds(
 
 function startBuild(...derivations: string[]): Running {
   return watch(start("head", ...buildCommand(derivations)));
-}
-
-function writePlugin(name: string, text: string): void {
-  mkdirSync(root("head") + PLUGINS, { recursive: true });
-  writeFileSync(`${root("head")}${PLUGINS}/${name}`, text);
 }
 
 /** Demands that all went well. */
@@ -181,10 +155,16 @@ function suiteUnder(runtime: Runtime): void {
     const [derivation] = makeWork("head");
     try {
       await whileSilent("silent", async () => {
-        const first = await ask(derivation!, { runtime, variables: FOREVER });
+        const first = await askHook(derivation!, {
+          runtime,
+          variables: FOREVER,
+        });
         assert.is(first.answer, "accept");
         assert.match(first.stderr, "failed to connect to 'dead': connection");
-        const second = await ask(derivation!, { runtime, variables: FOREVER });
+        const second = await askHook(derivation!, {
+          runtime,
+          variables: FOREVER,
+        });
         assert.is(second.answer, "accept");
         assert.not.match(second.stderr, "failed to connect");
         for (const { took } of [first, second]) assertSoon(took);
@@ -220,7 +200,10 @@ function suiteUnder(runtime: Runtime): void {
       // That of the connection is none of it.
       const variables = ["OFFLOAD_DECISION_TIMEOUT=1"]
         .concat("OFFLOAD_CONNECT_TIMEOUT=60");
-      const { answer, took } = await ask(derivation!, { runtime, variables });
+      const { answer, took } = await askHook(derivation!, {
+        runtime,
+        variables,
+      });
       assert.is(answer, "postpone");
       assert.ok(took < 20_000, `${took} ms`); // with the hook's start
     });
@@ -232,11 +215,11 @@ function suiteUnder(runtime: Runtime): void {
     down("dead");
     const [derivation] = makeWork("head");
     const local = { runtime, wantsLocal: true };
-    assert.is((await ask(derivation!, local)).answer, "decline");
-    assert.is((await ask(derivation!, { runtime })).answer, "postpone");
+    assert.is((await askHook(derivation!, local)).answer, "decline");
+    assert.is((await askHook(derivation!, { runtime })).answer, "postpone");
     const variables = ["OFFLOAD_BUILD_LOCALLY=false"];
     assert.is(
-      (await ask(derivation!, { ...local, variables })).answer,
+      (await askHook(derivation!, { ...local, variables })).answer,
       "postpone",
     );
   });
@@ -251,7 +234,7 @@ function suiteUnder(runtime: Runtime): void {
     const running = startBuild(long!);
     await until("a build on w1", () => builds("w1") > 0);
     const options = { runtime, wantsLocal: true };
-    assert.is((await ask(other!, options)).answer, "postpone");
+    assert.is((await askHook(other!, options)).answer, "postpone");
     running.child.kill();
     await within("the end", running.ended);
     await until("w1 is idle", () => builds("w1") === 0);
@@ -282,99 +265,6 @@ function suiteUnder(runtime: Runtime): void {
     assert.is(status, 1);
     assert.not.match(stderr, "trying another machine");
     assert.is(stderr.match(/^offloading '/gm)?.length, 1);
-  });
-
-  test("a site's plugin changes the choice", () => {
-    writePlugin(
-      "prefer.ts",
-      `import type { Plugin } from "/offload/mod.ts";
-const plugin = {
-  name: "prefer-w2",
-  score: ({ machine }) => machine.name === "w2" ? 100 : undefined,
-} satisfies Plugin;
-export default plugin as Plugin;
-`,
-    );
-    for (let i = 0; i < 4; i++) {
-      const [derivation] = makeWork("head");
-      assertOffloaded(derivation!, build("head", derivation!), ["w2"]);
-    }
-  });
-
-  test("a site's plugin that fails stops no build, and is named", () => {
-    writePlugin("1.ts", 'export default { name: "typo", scor: () => 1 };');
-    writePlugin(
-      "2.ts",
-      'export default { name: "thrower", score() { throw Error("boom"); } };',
-    );
-    writePlugin("3.ts", 'export default { name: "nan", score: () => NaN };');
-    writePlugin(
-      "4.ts",
-      'export default { name: "sleeper", score: () => new Promise(() => {}) };',
-    );
-    const [derivation] = makeWork("head");
-    const result = build("head", derivation!);
-    assertOffloaded(derivation!, result, ["w1", "w2"]);
-    assert.match(result.stderr, "1.ts: unknown key 'scor'");
-    assert.match(result.stderr, "plugin 'thrower': score: boom");
-    assert.match(
-      result.stderr,
-      "plugin 'nan': score: expected a number, got NaN",
-    );
-    assert.match(
-      result.stderr,
-      "plugin 'sleeper': score: no answer within 1 s",
-    );
-  });
-
-  test("mistakes in the settings and plugins make the hook decline", async () => {
-    const [derivation] = makeWork("head");
-    const local = { runtime, wantsLocal: true };
-    for (const text of ['{"atempts": 3}', "{", '{"score": "localty"}']) {
-      writePlugin("settings.json", text);
-      const { answer, stderr } = await ask(derivation!, local);
-      assert.is(answer, "decline");
-      assert.match(stderr, /^offload: error: .*(atempts|JSON|localty)/m);
-    }
-    writePlugin("settings.json", "{}");
-    writePlugin("stuck.mjs", "await new Promise(() => {});");
-    const { answer, stderr } = await ask(derivation!, local);
-    assert.is(answer, "accept");
-    assert.match(stderr, "stuck.mjs: not loaded within 1 s");
-    rmSync(`${root("head")}${PLUGINS}/stuck.mjs`);
-    writePlugin("loose.mjs", "export default {};");
-    inHost("head", "chmod", "775", PLUGINS);
-    assert.is((await ask(derivation!, local)).answer, "decline");
-    rmSync(`${root("head")}${PLUGINS}/settings.json`);
-    const loose = await ask(derivation!, local);
-    assert.is(loose.answer, "accept");
-    assert.match(loose.stderr, `${PLUGINS}: others than root`);
-  });
-
-  test("what plugins veto everywhere is built here", async () => {
-    writePlugin(
-      "veto.mjs",
-      'export default { name: "veto", score: () => -Infinity };',
-    );
-    const [derivation] = makeWork("head");
-    const local = { runtime, wantsLocal: true };
-    assert.is((await ask(derivation!, local)).answer, "decline");
-    assert.is((await ask(derivation!, { runtime })).answer, "postpone");
-  });
-
-  test("what a plugin throws out of turn ends no build", () => {
-    writePlugin(
-      "rude.mjs",
-      'export default { name: "rude", score() { Promise.reject(Error("late"));' +
-        ' setTimeout(() => { throw Error("later"); });' +
-        ' console.warn("# decline"); return 1; } };',
-    );
-    const [derivation] = makeWork("head");
-    const result = build("head", derivation!);
-    assertOffloaded(derivation!, result, ["w1", "w2"]);
-    assert.match(result.stderr, "offload: warning: late\n");
-    assert.match(result.stderr, "offload: warning: later\n");
-    assert.match(result.stderr, "plugin: # decline");
   });
 
   test("more messages than a pipe holds keep no answer back", () => {
@@ -480,17 +370,17 @@ export default plugin as Plugin;
     const pid = readFileSync(`${root("w1")}/run/guix-daemon.pid`, "utf8");
     const [derivation] = makeWork("head");
     // What is known of the machine is of before: so is the answer fresh.
-    assert.is((await ask(derivation!, { runtime })).answer, "accept");
+    assert.is((await askHook(derivation!, { runtime })).answer, "accept");
     inHost("w1", "kill", pid.trim());
     try {
       const variables = ["OFFLOAD_FACTS_LIFETIME=600"];
       const here = { runtime, variables, wantsLocal: true };
-      const { answer, stderr } = await ask(derivation!, here);
+      const { answer, stderr } = await askHook(derivation!, here);
       assert.is(answer, "decline");
       assert.match(stderr, "failed to connect to guix-daemon on 'w1'");
       forget("head");
-      assert.is((await ask(derivation!, here)).answer, "decline");
-      assert.is((await ask(derivation!, { runtime })).answer, "postpone");
+      assert.is((await askHook(derivation!, here)).answer, "decline");
+      assert.is((await askHook(derivation!, { runtime })).answer, "postpone");
       const local = ["guix", "build", "--max-jobs=1", derivation!];
       assertBuilt(run("head", ...local));
     } finally {
@@ -513,7 +403,7 @@ export default plugin as Plugin;
     for (const wantsLocal of [false, true]) {
       forget("head");
       const asked = { runtime, wantsLocal, variables: FOREVER };
-      const { answer, stderr, took } = await ask(derivation!, asked);
+      const { answer, stderr, took } = await askHook(derivation!, asked);
       assert.is(answer, "accept", stderr);
       assertSoon(took);
       assert.match(stderr, "connection refused");
@@ -542,7 +432,7 @@ export default plugin as Plugin;
     try {
       await whileSilent("silent", async () => {
         const asked = { runtime, wantsLocal: true };
-        const { answer, stderr } = await ask(derivation!, asked);
+        const { answer, stderr } = await askHook(derivation!, asked);
         assert.is(answer, "accept", stderr);
         assert.match(stderr, "'silent0' has not answered yet");
       });
@@ -566,7 +456,7 @@ export default plugin as Plugin;
       // Known: it is not waited for, whatever there is else.
       const here = { runtime, variables, wantsLocal: true };
       await relay.become("drop");
-      assert.is((await ask(work[1]!, here)).answer, "accept");
+      assert.is((await askHook(work[1]!, here)).answer, "accept");
       await relay.become("pass");
       assertOffloaded(work[1]!, build("head", work[1]!), ["w1"]);
       // Never seen, and it could be built here: the client is told.
@@ -598,73 +488,6 @@ export default plugin as Plugin;
     await until("the reminder", () => again.test(building.text()));
     await letGo();
     assertBuilt(await within("the end", building.ended));
-  });
-
-  test("what a plugin connects by is checked, and named", async () => {
-    const [derivation] = makeWork("head");
-    const cases = [
-      ["{ exec() {} }", "'failure' is no function"],
-      ["7", "'failure' is no function"],
-      [
-        "{ failure() {}, close() {}, openSocket() {}, exec: () => ({}) }",
-        "'write' is no function",
-      ],
-    ];
-    for (const [answer, problem] of cases) {
-      const text =
-        `export default { name: "odd", connect: () => (${answer}) };`;
-      writePlugin("odd.mjs", text);
-      forget("head");
-      const hook = await ask(derivation!, { runtime, wantsLocal: true });
-      assert.is(hook.answer, "decline");
-      assert.match(hook.stderr, `plugin 'odd': connect: ${problem}`);
-      // To 'status', an account that runs no commands is one like another.
-      const commands = answer === "{ exec() {} }"
-        ? ["test", "status"]
-        : ["test"];
-      for (const command of commands) {
-        const { status, stdout, stderr } = run(
-          "head",
-          ...offloadCommand(runtime, command),
-        );
-        assert.is(status, 1, stderr);
-        assert.match(stdout + stderr, `plugin 'odd': connect: ${problem}`);
-        assert.not.match(stdout + stderr, /TypeError|\n {4}at /);
-      }
-    }
-  });
-
-  test("a slot is free again whatever a plugin does at the end", async () => {
-    const oneSlot = (text: string) =>
-      text.replaceAll("(parallel-builds 2)", "(parallel-builds 1)");
-    useMachines("head", ["w1"], oneSlot);
-    const [derivation] = makeWork("head");
-    assert.is((await ask(derivation!, { runtime })).answer, "accept");
-    // It is later than an answer may be, and all that it does fails.
-    writePlugin(
-      "odd.mjs",
-      `const fail = () => { throw new Error("odd"); };
-const odd = { failure: fail, openSocket: fail, exec: fail, close: fail };
-const later = (resolve) => setTimeout(resolve, 2000, odd);
-export default { name: "odd", connect: () => new Promise(later) };`,
-    );
-    const variables = [
-      ...["OFFLOAD_DECISION_TIMEOUT=0.5", "OFFLOAD_FACTS_LIFETIME=600"],
-      ...["OFFLOAD_BACKOFF=600", "OFFLOAD_OUTAGE_TIMEOUT=600"],
-    ];
-    pretendSlow();
-    const hook = startHook("head", { runtime, variables });
-    assert.is(await hook.ask(derivation!), "accept", hook.text());
-    hook.work(closure("head", derivation!), ["/gnu/store/none"]);
-    const waits = /no machine can be reached: waiting/;
-    await until("the failure", () => waits.test(hook.text()));
-    rmSync(root("head") + PLUGINS, { recursive: true });
-    // It knows of no failure, but of slots.
-    assert.is((await ask(derivation!, {})).answer, "accept");
-    hook.child.kill();
-    const { stderr } = await within("the end of the hook", hook.ended);
-    assert.match(stderr, "warning: odd");
-    assert.not.match(stderr, /\n {4}at /);
   });
 
   test("offload explain knows what guix-daemon never asks for", () => {

@@ -3,16 +3,15 @@
 import { basename } from "node:path";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { closure, startHook } from "./hook.ts";
 import {
   assertOffloaded,
   build,
   buildLog,
-  closure,
   makeWork,
   outputsOf,
   pathInfo,
   RUNTIMES,
-  startHook,
   storeNames,
   trustOnly,
   up,

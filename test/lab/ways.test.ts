@@ -6,26 +6,23 @@ import { basename } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { closure, startHook } from "./hook.ts";
 import {
   assertLikeLocal,
   assertOffloaded,
   assertStoreIsSound,
   build,
   buildCommand,
-  closure,
   holdUploads,
   inHost,
   lab,
   makeWork,
   offloadCommand,
   outputsOf,
-  relayed,
   root,
   run,
   RUNTIMES,
   start,
-  startHook,
-  startRelay,
   storeNames,
   until,
   up,
@@ -35,6 +32,7 @@ import {
   within,
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
+import { relayed, startRelay } from "./relay.ts";
 
 const MEBIBYTE = 2 ** 20;
 
