@@ -7,16 +7,11 @@
 
 import process from "node:process";
 import { cac } from "../deps.ts";
-import {
-  FAULTS,
-  makeField,
-  meet,
-  SETTINGS,
-  titleOf,
-  useHook,
-  whatRemains,
-} from "../test/faults/faults.ts";
-import type { Fault, Field, HookKind } from "../test/faults/faults.ts";
+import { FAULTS, titleOf } from "../test/faults/faults.ts";
+import type { Fault } from "../test/faults/faults.ts";
+import { makeField, SETTINGS, useHook } from "../test/faults/field.ts";
+import type { Field, HookKind } from "../test/faults/field.ts";
+import { meet, whatRemains } from "../test/faults/meet.ts";
 
 /** Columns of the table. */
 const HOOKS: Readonly<Record<string, HookKind>> = {

@@ -14,16 +14,11 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { assertStoreIsSound, build, makeWork, RUNTIMES } from "../lab/lab.ts";
 import type { Runtime } from "../lab/lab.ts";
-import {
-  CHOICES,
-  FAULTS,
-  makeField,
-  meet,
-  strays,
-  titleOf,
-  whatRemains,
-} from "./faults.ts";
-import type { Choice, Fault, Field } from "./faults.ts";
+import { FAULTS, titleOf } from "./faults.ts";
+import type { Fault } from "./faults.ts";
+import { CHOICES, makeField } from "./field.ts";
+import type { Choice, Field } from "./field.ts";
+import { meet, strays, whatRemains } from "./meet.ts";
 
 const pattern = process.env.OFFLOAD_FAULTS;
 

@@ -1,61 +1,41 @@
 /**
- * Faults in real hosts, and what must hold of a build that meets one. Each is
- * a row of {@linkcode FAULTS}; {@linkcode meet} injects it.
- *
- * Of two machines, 'w1' is the one to prefer; a relay stands before it, which
- * can be told to lose what passes, and lets little through at a time, so that
- * there is a middle of a transfer. 'w2' is what is left.
+ * Faults in real hosts, and what must hold of a build that meets one: each is
+ * a row of {@linkcode FAULTS}.
  *
  * @module
  */
 
-import { mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { rmSync, writeFileSync } from "node:fs";
 import { createConnection } from "node:net";
 import type { Socket } from "node:net";
-import { setTimeout as delay } from "node:timers/promises";
 import * as assert from "uvu/assert";
-import { FCNTL } from "../helpers.ts";
 import {
   build,
-  buildCommand,
-  buildLog,
   inHost,
   lab,
   makeWork,
   OBSERVATIONS,
   onDatabase,
-  outputsOf,
+  PLUGINS,
   root,
-  run,
-  start,
   STATE,
-  storeNames,
   until,
-  up,
-  useMachines,
-  useOffload,
-  useReference,
-  watch,
-  within,
+  writePlugin,
 } from "../lab/lab.ts";
-import type { Result, Running, Runtime } from "../lab/lab.ts";
-import { addressOf, RELAY_PORT, relayed, startRelay } from "../lab/relay.ts";
-import type { Relay } from "../lab/relay.ts";
-
-/** What runs the hook: Offload under a runtime, or `guix offload`. */
-export type HookKind = Runtime | "reference";
-
-/**
- * The built-in plugins that connect or move archives, and by which variables
- * the hook is told to use them. What must hold of a fault holds with each.
- */
-export const CHOICES = {
-  "guix": [],
-  "openssh": ["OFFLOAD_CONNECT=openssh"],
-  "archive-command": ["OFFLOAD_TRANSPORT=archive-command"],
-} as const satisfies Record<string, readonly string[]>;
-
-export type Choice = keyof typeof CHOICES;
+import type { Running, Runtime } from "../lab/lab.ts";
+import { addressOf, RELAY_PORT } from "../lab/relay.ts";
+import {
+  emptyAcl,
+  mountSmall,
+  restartSshd,
+  restoreAcls,
+  rotateHostKey,
+  signal,
+  unmount,
+  useBoth,
+  useHook,
+} from "./field.ts";
+import type { Choice, Field } from "./field.ts";
 
 /** How far a build is when a fault is injected. */
 export type Phase = "before" | "sending" | "building" | "retrieving";
@@ -96,162 +76,13 @@ export function titleOf({ name, phase }: Fault): string {
   return phase === "before" ? name : `${name} while ${phase}`;
 }
 
-/** How a build under a fault went. */
-export interface Outcome {
-  readonly ending: Ending;
-  /** From the fault to its end, or to when it was not waited for any more. */
-  readonly seconds: number;
-  /** What the client was told. */
-  readonly text: string;
-}
-
-// ---------------------------------------------------------------------------
-// The field: hosts, and what can be done to them
-// ---------------------------------------------------------------------------
-
-/** Bytes a second: a transfer of some seconds needs no large items. */
-const SLOW = 3_000_000;
-
-/** The hosts, and what is between them. */
-export interface Field {
-  /** What offloads on head. */
-  readonly hook: HookKind;
-  /** By which of the plugins. */
-  readonly choice: Choice;
-  /** Before w1. */
-  readonly relay: Relay;
-}
-
-/** Timers of the suite, in seconds, so that no row takes minutes. */
-export const SETTINGS: readonly string[] = [
-  "OFFLOAD_CONNECT_TIMEOUT=5",
-  "OFFLOAD_KEEPALIVE_TIMEOUT=4",
-  "OFFLOAD_STEP_TIMEOUT=15",
-  "OFFLOAD_BACKOFF=2",
-  "OFFLOAD_OUTAGE_TIMEOUT=20",
-  "OFFLOAD_MINIMUM_FREE_SPACE=0",
-];
-
-/** Restarts the daemon of a master so that it offloads with a hook. */
-export function useHook(
-  hook: HookKind,
-  master = "head",
-  choice: Choice = "guix",
-): void {
-  if (hook === "reference") useReference(master);
-  else useOffload(master, hook, ...SETTINGS, ...CHOICES[choice]);
-}
-
-/** Brings the hosts up and a relay before w1. */
-export async function makeField(
-  hook: HookKind,
-  choice: Choice = "guix",
-): Promise<Field> {
-  up("head", "w1", "w2");
-  // Few may wait for one that is stopped.
-  const relay = await startRelay("w1", `--rate=${SLOW}`, "--backlog=1");
-  useHook(hook, "head", choice);
-  makeWork("head"); // else a new host has no database of its store
-  return { hook, choice, relay };
-}
-
-/**
- * Edits a machine file so that w1 is preferred, and reached by the relay. What
- * compresses an archive there may have all of it while little has arrived.
- */
-function preferRelayed(text: string): string {
-  const fields = '(speed 9.) (compression "none") (port';
-  return relayed(text, "w1").replace("(port", fields);
-}
-
-/** Has head use both machines. */
-function useBoth(): void {
-  useMachines("head", ["w1", "w2"], preferRelayed);
-}
-
-/** Regular expressions of the names of processes, for pgrep. */
-const PROGRAM = {
-  daemon: "-x guix-daemon",
-  sshd: "-x 'sshd|sshd-session|sshd-auth'",
-  sessions: "-x 'sshd-session|sshd-auth'",
-  builder: "-u guixbuilder01,guixbuilder02,guixbuilder03,guixbuilder04",
-  archive: "-f '[g]uix archive'",
-  hook: "-f '[o]ffload/mod.ts|[g]uix offload'",
-  // The first keep a connection, the others are a hook's.
-  kept: "-f '^ssh: .*[[]mux]'",
-  ssh: "-f '^ssh -'",
-} as const;
-
-/** The processes of a program in a host. */
-function processes(host: string, program: keyof typeof PROGRAM): string[] {
-  const { stdout } = run(host, "sh", "-c", `pgrep ${PROGRAM[program]}`);
-  return stdout.trim().split("\n").filter((pid) => pid !== "");
-}
-
-/** Sends a signal to the processes of a program in a host. */
-export function signal(
-  host: string,
-  name: "KILL" | "TERM" | "STOP" | "CONT",
-  program: keyof typeof PROGRAM,
-): void {
-  const pids = processes(host, program);
-  run(host, "kill", `-${name}`, ...pids);
-}
-
-/** Ends what the plugin 'openssh' keeps: no fault meets another's connection. */
-function endKeptConnections(): void {
-  if (processes("head", "kept").length > 0) signal("head", "TERM", "kept");
-}
-
-/** Starts the SSH server of a host whose processes were killed. */
-export function restartSshd(host: string): void {
-  rmSync(`${root(host)}/run/sshd.pid`, { force: true });
-  lab("sshd", host);
-}
-
-/** Replaces the SSH host key of a machine by another, or by the former. */
-function rotateHostKey(host: string, back = false): void {
-  const key = "/etc/ssh/ssh_host_ed25519_key";
-  const script = back
-    ? `mv /root/key ${key}; mv /root/key.pub ${key}.pub`
-    : `mv ${key} /root/key; mv ${key}.pub /root/key.pub;
-       ssh-keygen -q -N '' -t ed25519 -f ${key}`;
-  inHost(host, "sh", "-c", script);
-  lab("sshd", host);
-}
-
-const ACL = "/etc/guix/acl";
-
-function emptyAcl(host: string): void {
-  writeFileSync(root(host) + ACL, "(acl)\n");
-}
-
-/** Lets all hosts trust each other again. */
-function restoreAcls(): void {
-  up("head", "w1", "w2");
-}
-
-/** Mounts a new file system of a size, in MiB, on a directory of a host. */
-export function mountSmall(host: string, directory: string, size: number) {
-  const options = `size=${size}m,mode=1777`;
-  inHost(host, "mount", "-t", "tmpfs", "-o", options, "tmpfs", directory);
-}
-
-/** Takes it away again. */
-export function unmount(host: string, directory: string): void {
-  inHost(host, "umount", "-l", directory);
-}
-
-const PLUGINS = "/etc/guix/offload";
-
 /** Gives head a plugin. */
-export function writePlugin(text: string): void {
-  mkdirSync(root("head") + PLUGINS, { recursive: true });
-  writeFileSync(`${root("head")}${PLUGINS}/fault.mjs`, text);
+function givePlugin(text: string): void {
+  writePlugin("fault.mjs", text);
 }
 
 /** Takes it away. */
-export function removePlugin(): void {
+function removePlugin(): void {
   rmSync(root("head") + PLUGINS, { recursive: true, force: true });
 }
 
@@ -259,10 +90,6 @@ export function removePlugin(): void {
 const FAST_CLOCK = `#!/bin/sh
 exec /usr/bin/date -d '1 hour' "$@"
 `;
-
-// ---------------------------------------------------------------------------
-// Faults
-// ---------------------------------------------------------------------------
 
 /** What all faults of the network between head and w1 have in common. */
 const network = (command: "drop" | "cut" | "refuse") => ({
@@ -577,7 +404,7 @@ const REFUSED: readonly Fault[] = [
     name: "a plugin's score throws",
     phase: "before",
     inject: () =>
-      writePlugin('export default { name: "bad", score() { throw "up"; } };'),
+      givePlugin('export default { name: "bad", score() { throw "up"; } };'),
     heal: removePlugin,
     ends: "on w1",
     says: /plugin 'bad': score: up/,
@@ -587,7 +414,7 @@ const REFUSED: readonly Fault[] = [
     name: "a plugin's score hangs",
     phase: "before",
     inject: () =>
-      writePlugin(
+      givePlugin(
         'export default { name: "bad", score: () => new Promise(() => {}) };',
       ),
     heal: removePlugin,
@@ -599,7 +426,7 @@ const REFUSED: readonly Fault[] = [
   {
     name: "a plugin's transport throws",
     phase: "before",
-    inject: () => writePlugin(badTransport('throw Error("up");')),
+    inject: () => givePlugin(badTransport('throw Error("up");')),
     heal: removePlugin,
     ends: "on w2",
     says: /warning: up\n/,
@@ -608,7 +435,7 @@ const REFUSED: readonly Fault[] = [
   {
     name: "a plugin's transport hangs",
     phase: "before",
-    inject: () => writePlugin(badTransport("return new Promise(() => {});")),
+    inject: () => givePlugin(badTransport("return new Promise(() => {});")),
     heal: removePlugin,
     ends: "on w2",
     says: /lost connection to 'w1': nothing moved for 15 s/,
@@ -716,159 +543,3 @@ export const FAULTS: readonly Fault[] = [
   ...UNWRITABLE,
   ...ABANDONED,
 ];
-
-// ---------------------------------------------------------------------------
-// Builds that meet a fault
-// ---------------------------------------------------------------------------
-
-/** What makes a phase long enough to have a middle. */
-const WORK: Readonly<Record<Phase, readonly string[]>> = {
-  before: [],
-  sending: ["--inputs=1", "--input-size=12000000"],
-  building: ["--seconds=3"],
-  retrieving: ["--output-size=12000000"],
-};
-
-/** After how many bytes a transfer of twelve million is in its middle. */
-const MIDDLE_AT = 1_500_000;
-
-/** Waits until a build is in the middle of a phase; false where it ended. */
-async function reach(
-  phase: Phase,
-  client: Running,
-  relay: Relay,
-): Promise<boolean> {
-  const begins = {
-    before: /^/,
-    sending: /^(guix offload: )?sending \d/m,
-    building: /^building work$/m,
-    retrieving: /^(guix offload: )?retrieving \d/m,
-  }[phase];
-  let over = false;
-  client.ended.then(() => over = true);
-  while (!over && !begins.test(client.text())) await delay(10);
-  const direction = phase === "sending" ? "up" : "down";
-  let moved = phase === "before" || phase === "building" ? MIDDLE_AT : 0;
-  if (moved === 0) await relay.count(); // from here on
-  while (!over && moved < MIDDLE_AT) {
-    await delay(10);
-    moved += (await relay.count())[direction];
-  }
-  return !over;
-}
-
-/** Ends a client that is not waited for any more. */
-async function giveUp(client: Running): Promise<void> {
-  client.child.kill("SIGTERM");
-  await within("the end of the client", client.ended);
-}
-
-/** What came of a build: valid outputs alone are believed. */
-function endingOf(derivation: string, { status }: Result): Ending {
-  const outputs = Object.values(outputsOf("head", derivation));
-  const valid = validPaths();
-  const isThere = outputs.every((output) => valid.has(output));
-  assert.is(isThere, status === 0, `valid: ${isThere}, status: ${status}`);
-  if (status !== 0) return "fails";
-  return isBuiltOn("w2", derivation) ? "on w2" : "on w1";
-}
-
-function isBuiltOn(machine: string, derivation: string): boolean {
-  return /^built /m.test(buildLog(machine, derivation) ?? "");
-}
-
-/** Lets a build meet a fault, and waits for its end as long as `bound`. */
-export async function meet(
-  fault: Fault,
-  field: Field,
-  bound: number,
-): Promise<Outcome> {
-  useBoth();
-  endKeptConnections();
-  const work = [...WORK[fault.phase], ...fault.work ?? []];
-  const [derivation] = makeWork("head", ...work);
-  if (fault.phase === "before") await fault.inject(field);
-  let start_ = performance.now();
-  const client = watch(start("head", ...buildCommand([derivation!])));
-  try {
-    if (fault.phase !== "before") {
-      const reached = await within(
-        `${fault.phase}`,
-        reach(fault.phase, client, field.relay),
-      );
-      assert.ok(reached, `it ended before: ${client.text()}`);
-      start_ = performance.now();
-      await fault.inject(field, client);
-    }
-    const late = delay(bound * 1000).then(() => undefined);
-    const result = await Promise.race([client.ended, late]);
-    const seconds = (performance.now() - start_) / 1000;
-    const ending = result === undefined
-      ? "hangs"
-      : endingOf(derivation!, result);
-    return { ending, seconds, text: client.text() };
-  } finally {
-    await fault.heal?.(field);
-    await giveUp(client);
-  }
-}
-
-// ---------------------------------------------------------------------------
-// What must hold after all
-// ---------------------------------------------------------------------------
-
-/** The items that head's store vouches for. */
-export function validPaths(): Set<string> {
-  const sql = "SELECT path FROM ValidPaths";
-  const rows = onDatabase("/var/guix/db/db.sqlite", sql);
-  return new Set(rows.map(({ path }) => path!));
-}
-
-/** What is in head's store and not vouched for. */
-export function strays(): string[] {
-  const valid = validPaths();
-  return storeNames("head").filter((name) =>
-    !valid.has(`/gnu/store/${name}`) && !name.endsWith(".lock")
-  );
-}
-
-/** Prints those slot files that can't be locked. */
-const TAKEN = `${FCNTL}
-for my $name (glob "${STATE}/*/[0-9]*") {
-  open my $file, "+<", $name or next;
-  print "$name\\n" unless lock_file $file, F_WRLCK;
-}`;
-
-/** The slots of head that are taken. */
-function takenSlots(): string[] {
-  const names = inHost("head", "perl", "-e", TAKEN).split("\n");
-  return names.filter((name) => name !== "");
-}
-
-/** What should be gone when no build runs: processes, slots. */
-function remains(machines: readonly string[]): string[] {
-  const left = (["hook", "ssh"] as const).flatMap((program) =>
-    processes("head", program).map((pid) => `${program} ${pid} on head`)
-  );
-  for (const machine of machines) {
-    for (const program of ["builder", "archive"] as const) {
-      for (const pid of processes(machine, program)) {
-        left.push(`${program} ${pid} on ${machine}`);
-      }
-    }
-  }
-  return [...left, ...takenSlots()];
-}
-
-/** Waits, not for long, until nothing remains; returns what still does. */
-export async function whatRemains(
-  machines: readonly string[] = ["w1", "w2"],
-): Promise<string[]> {
-  const end = performance.now() + 20_000;
-  let left = remains(machines);
-  while (left.length > 0 && performance.now() < end) {
-    await delay(200);
-    left = remains(machines);
-  }
-  return left;
-}

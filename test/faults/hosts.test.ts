@@ -32,15 +32,8 @@ import {
 } from "../lab/lab.ts";
 import type { Running, Runtime } from "../lab/lab.ts";
 import { addressOf } from "../lab/relay.ts";
-import {
-  mountSmall,
-  restartSshd,
-  SETTINGS,
-  signal,
-  strays,
-  useHook,
-  whatRemains,
-} from "./faults.ts";
+import { mountSmall, restartSshd, SETTINGS, signal, useHook } from "./field.ts";
+import { strays, whatRemains } from "./meet.ts";
 
 const MACHINES = ["w1", "w2"];
 

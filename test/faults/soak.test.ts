@@ -31,14 +31,8 @@ import {
 import type { Result, Runtime } from "../lab/lab.ts";
 import { relayed, startRelay } from "../lab/relay.ts";
 import type { Relay } from "../lab/relay.ts";
-import {
-  restartSshd,
-  SETTINGS,
-  signal,
-  strays,
-  validPaths,
-  whatRemains,
-} from "./faults.ts";
+import { restartSshd, SETTINGS, signal } from "./field.ts";
+import { strays, validPaths, whatRemains } from "./meet.ts";
 
 const MACHINES = ["w1", "w2", "w3"] as const;
 const BUILDS = Number(process.env.OFFLOAD_SOAK ?? 500);
