@@ -53,15 +53,10 @@ let isDropping = false;
 const zero = (): Counts => ({ connections: 0, up: 0, down: 0 });
 let counts = zero();
 
-/** Hands on what comes from one side, as late as the conditions say. */
-function handOn(
-  from: Socket,
-  to: Socket,
-  direction: "up" | "down",
-  { delay, rate, cut }: Conditions,
-): void {
-  let underWay = 0;
-  let total = 0;
+/** Makes a wire: has work done as late as so many bytes arrive over it. */
+function makeWire(
+  { delay, rate }: Conditions,
+): (work: () => void, size: number) => void {
   let free = 0; // when the wire is free again
   const waiting: { readonly at: number; readonly work: () => void }[] = [];
   // One timer at a time: of two, the second may be the first to end.
@@ -74,13 +69,26 @@ function handOn(
   };
   const arriveLater = (at: number) =>
     setTimeout(arrive, Math.max(0, at - performance.now()));
-  const later = (work: () => void, size: number) => {
+  return (work, size) => {
     free = Math.max(free, performance.now()) + size / rate * 1000;
     waiting.push({ at: free + delay, work });
     if (waiting.length === 1) arriveLater(free + delay);
   };
+}
+
+/** Hands on what comes from one side, as late as the conditions say. */
+function handOn(
+  from: Socket,
+  to: Socket,
+  direction: "up" | "down",
+  conditions: Conditions,
+): void {
+  const cut = conditions.cut[direction];
+  const later = makeWire(conditions);
+  let underWay = 0;
+  let total = 0;
   from.on("data", (chunk: Buffer) => {
-    const data = chunk.subarray(0, Math.max(0, cut[direction] - total));
+    const data = chunk.subarray(0, Math.max(0, cut - total));
     total += chunk.length;
     counts[direction] += data.length;
     underWay += data.length;
@@ -89,7 +97,7 @@ function handOn(
       underWay -= data.length;
       if (underWay <= WINDOW) from.resume();
       if (!to.destroyed) to.write(data);
-      if (total >= cut[direction]) {
+      if (total >= cut) {
         to.resetAndDestroy();
         from.resetAndDestroy();
       }
