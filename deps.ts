@@ -7,11 +7,18 @@
  */
 
 import { isUtf8 } from "node:buffer";
-import { createPrivateKey, getCiphers } from "node:crypto";
+import {
+  constants,
+  createPrivateKey,
+  createPublicKey,
+  getCiphers,
+  publicDecrypt,
+} from "node:crypto";
 import { renameSync, symlinkSync } from "node:fs";
 import process from "node:process";
 import type { Duplex } from "node:stream";
 import type { CipherAlgorithm, Client, ParsedKey } from "ssh2";
+import nacl from "tweetnacl";
 
 // --- Packages
 
@@ -26,7 +33,6 @@ export type {
   ParsedKey,
   ServerHostKeyAlgorithm,
 } from "ssh2";
-export { default as nacl } from "tweetnacl";
 export { default as glob } from "tiny-glob";
 
 // --- Deno and Node
@@ -194,4 +200,162 @@ export function pieceSizeOf(client: Client): number {
   // ssh2 has no other way to tell; were it gone, no harm would be done.
   const { _remoteVer: version } = client as { _remoteVer?: unknown };
   return /^OpenSSH_/.test(String(version)) ? 32768 : 0;
+}
+
+// --- Signatures (node:crypto and tweetnacl 1.0)
+
+// node:crypto has ECDSA over no such curve as Guix's keys are on, tweetnacl the
+// curve but no ECDSA; neither takes the hash of a message for the message.
+
+/** How PKCS #1 marks a SHA-256 hash (RFC 8017, section 9.2). */
+const SHA256_PREFIX = "3031300d060960864801650304020105000420";
+
+/**
+ * Verifies a signature of a SHA-256 hash by RSA, as PKCS #1 has it: a number,
+ * as are the modulus and the exponent of the key, big end first.
+ *
+ * @returns whether it is one; not so where the key is none.
+ */
+export function verifyRsa(
+  n: Buffer,
+  e: Buffer,
+  hash: Buffer,
+  s: Buffer,
+): boolean {
+  const number = (bytes: Buffer) => {
+    const start = bytes.findIndex((byte) => byte !== 0);
+    return bytes.subarray(start < 0 ? bytes.length : start);
+  };
+  const [modulus, exponent, signature] = [n, e, s].map(number);
+  const jwk = {
+    kty: "RSA",
+    n: modulus!.toString("base64url"),
+    e: exponent!.toString("base64url"),
+  };
+  const padded = Buffer.alloc(modulus!.length);
+  if (signature!.length > padded.length) return false;
+  padded.set(signature!, padded.length - signature!.length);
+  try {
+    const key = createPublicKey({ key: jwk, format: "jwk" });
+    const signed = publicDecrypt(
+      { key, padding: constants.RSA_PKCS1_PADDING },
+      padded,
+    );
+    return signed.toString("hex") === SHA256_PREFIX + hash.toString("hex");
+  } catch {
+    return false; // the padding is wrong, or the key none
+  }
+}
+
+// The curve Ed25519 (RFC 8032, section 5.1): its field, the order of its base
+// point and its constant d.
+const FIELD = 2n ** 255n - 19n;
+const ORDER = 2n ** 252n + 27742317777372353535851937790883648493n;
+const CURVE_D = modulo(-121665n * power(121666n, FIELD - 2n, FIELD), FIELD);
+
+function modulo(value: bigint, modulus: bigint): bigint {
+  return (value % modulus + modulus) % modulus;
+}
+
+function power(base: bigint, exponent: bigint, modulus: bigint): bigint {
+  let result = 1n;
+  for (let rest = exponent; rest > 0n; rest >>= 1n) {
+    if (rest & 1n) result = result * base % modulus;
+    base = base * base % modulus;
+  }
+  return result;
+}
+
+function bigEndian(bytes: Uint8Array): bigint {
+  return BigInt(`0x0${Buffer.from(bytes).toString("hex")}`);
+}
+
+function littleEndian(bytes: Uint8Array): bigint {
+  return bigEndian(Uint8Array.from(bytes).reverse());
+}
+
+function toLittleEndian(value: bigint): Uint8Array {
+  const hex = value.toString(16).padStart(64, "0");
+  return Uint8Array.from(Buffer.from(hex, "hex")).reverse();
+}
+
+/** An element of the field, and a point in extended coordinates. */
+type FieldElement = Float64Array;
+type Point = FieldElement[];
+
+/** What tweetnacl has but does not declare. */
+interface CurveOperations {
+  gf(): FieldElement;
+  unpack25519(element: FieldElement, bytes: Uint8Array): void;
+  pack25519(bytes: Uint8Array, element: FieldElement): void;
+  add(point: Point, other: Point): void;
+  scalarmult(result: Point, point: Point, scalar: Uint8Array): void;
+  scalarbase(result: Point, scalar: Uint8Array): void;
+}
+
+const { lowlevel } = nacl as unknown as { lowlevel: CurveOperations };
+
+function makePoint(x: bigint, y: bigint): Point {
+  return [x, y, 1n, x * y % FIELD].map((value) => {
+    const element = lowlevel.gf();
+    lowlevel.unpack25519(element, toLittleEndian(value));
+    return element;
+  });
+}
+
+function fieldValue(element: Float64Array): bigint {
+  const bytes = new Uint8Array(32);
+  lowlevel.pack25519(bytes, element);
+  return littleEndian(bytes);
+}
+
+/** Decodes a point (RFC 8032, section 5.1.3), `undefined` if it is none. */
+function decodePoint(bytes: Buffer): Point | undefined {
+  if (bytes.length !== 32) return undefined;
+  const number = littleEndian(bytes);
+  const y = number & (2n ** 255n - 1n);
+  const sign = number >> 255n;
+  if (y >= FIELD) return undefined;
+  const u = modulo(y * y - 1n, FIELD);
+  const v = modulo(CURVE_D * y * y + 1n, FIELD);
+  const root = power(u * v ** 7n % FIELD, (FIELD - 5n) / 8n, FIELD);
+  let x = u * v ** 3n * root % FIELD;
+  if (v * x * x % FIELD !== u) {
+    x = x * power(2n, (FIELD - 1n) / 4n, FIELD) % FIELD;
+  }
+  if (v * x * x % FIELD !== u || (x === 0n && sign === 1n)) return undefined;
+  return makePoint((x & 1n) === sign ? x : FIELD - x, y);
+}
+
+function multiply(point: Point | undefined, scalar: bigint): Point {
+  const result = makePoint(0n, 1n);
+  const bytes = toLittleEndian(scalar);
+  if (point === undefined) lowlevel.scalarbase(result, bytes);
+  else lowlevel.scalarmult(result, point, bytes);
+  return result;
+}
+
+/**
+ * Verifies an ECDSA signature over the curve Ed25519, as libgcrypt makes it
+ * for Guix: the 256-bit hash loses 3 bits, for the order has 253. The key `q`
+ * is a point as EdDSA encodes it, 32 bytes; the numbers have their big end
+ * first.
+ *
+ * @returns whether it is one; not so where the key is none.
+ */
+export function verifyEcdsa(
+  q: Buffer,
+  hash: Buffer,
+  rBytes: Buffer,
+  sBytes: Buffer,
+): boolean {
+  const [r, s] = [bigEndian(rBytes), bigEndian(sBytes)];
+  if (r <= 0n || r >= ORDER || s <= 0n || s >= ORDER) return false;
+  const key = decodePoint(q);
+  if (key === undefined) return false;
+  const w = power(s, ORDER - 2n, ORDER);
+  const sum = multiply(undefined, (bigEndian(hash) >> 3n) * w % ORDER);
+  lowlevel.add(sum, multiply(key, r * w % ORDER));
+  const [x, , z] = sum.map(fieldValue);
+  return x! * power(z!, FIELD - 2n, FIELD) % FIELD % ORDER === r;
 }

@@ -2,13 +2,8 @@ import { Buffer } from "node:buffer";
 import { createHash, generateKeyPairSync, privateEncrypt } from "node:crypto";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import {
-  ByteReader,
-  checkSignature,
-  parseAcl,
-  restoreNar,
-  verifyEcdsa,
-} from "../mod.ts";
+import { verifyEcdsa } from "../deps.ts";
+import { ByteReader, checkSignature, parseAcl, restoreNar } from "../mod.ts";
 import {
   aclOf,
   chunks,
