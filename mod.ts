@@ -1507,8 +1507,16 @@ export interface Exclusion {
  * brought it.
  */
 export interface Transport {
-  /** Returns those of `paths` that the machine lacks. */
+  /**
+   * Returns those of `paths` that the machine lacks, and may first have it fetch
+   * what it can by itself.
+   */
   missing(paths: readonly string[]): Awaitable<readonly string[]>;
+  /**
+   * Waits for the right to send `size` bytes, where there is such a thing: then
+   * it is asked again what is missing. What it returns gives the right back.
+   */
+  reserve?(size: number): Awaitable<Pick<Slot, "release"> | undefined>;
   /** Sends items, each after those that it refers to. */
   send(items: ReadonlyMap<string, PathInfo>): Awaitable<void>;
   /** Told when a derivation is there and is being built: `retrieve` is next. */
@@ -2336,7 +2344,7 @@ export interface StoreConnection {
 export const READ_SIZE = 32768;
 
 /** What a daemon's operation reads and writes while it works. */
-interface OperationStreams {
+export interface OperationStreams {
   /** Takes each piece of a log; no more is read while it can take no more. */
   readonly log?: (text: Buffer) => Awaitable<void>;
   /** Has the data that the operation asks for. */
@@ -2348,6 +2356,7 @@ const PROTOCOL_VERSION = 0x164;
 /** Guix 0.9 of 2015: what came before counts the arguments differently. */
 const OLDEST_MINOR = 0x61;
 
+/** The numbers of the operations. */
 export const OPERATION = {
   addToStore: 7,
   addTextToStore: 8,
@@ -2437,13 +2446,15 @@ async function operate(
 }
 
 /** An operation: what is sent, and what reads that which it returns. */
-interface Call {
+export interface Call {
+  /** What is sent: the number of the operation, and its arguments. */
   readonly request: Buffer;
+  /** Reads what comes back. */
   readonly result: (reader: ByteReader) => Promise<unknown>;
 }
 
 /** Any of a kind, also one after another. */
-type Sequence<T> = Iterable<T> | AsyncIterable<T>;
+export type Sequence<T> = Iterable<T> | AsyncIterable<T>;
 
 /** Puts together what goes in one message, as soon as that is full. */
 async function* messagesOf<T extends { readonly request: Buffer }>(
@@ -2463,7 +2474,8 @@ async function* messagesOf<T extends { readonly request: Buffer }>(
   if (message.length > 0) yield message;
 }
 
-async function writeMessage(
+/** Writes requests in one piece. */
+export async function writeMessage(
   { stream }: StoreConnection,
   message: readonly { readonly request: Buffer }[],
 ): Promise<void> {
@@ -2573,15 +2585,6 @@ export async function queryValidPaths(
   return store.reader.strings();
 }
 
-/** Returns those of `paths` that the substitute servers of the store have. */
-async function querySubstitutablePaths(
-  store: StoreConnection,
-  paths: readonly string[],
-): Promise<string[]> {
-  await operate(store, [OPERATION.querySubstitutablePaths, paths]);
-  return store.reader.strings();
-}
-
 /** What a store knows of an item. */
 export interface PathInfo {
   /** Store items that it refers to. */
@@ -2666,7 +2669,7 @@ export async function addTextToStore(
 }
 
 /** Builds derivations and substitutes other items. */
-function buildCall(things: readonly string[]): Call {
+export function buildCall(things: readonly string[]): Call {
   const normalMode = 0;
   return {
     request: encode(OPERATION.buildThings, things, normalMode),
@@ -2674,22 +2677,8 @@ function buildCall(things: readonly string[]): Call {
   };
 }
 
-/**
- * Builds derivations and substitutes other items, handing each piece of the
- * log to `log` as it comes.
- *
- * @throws {DaemonError} with status 100 where a build failed.
- */
-export async function buildThings(
-  store: StoreConnection,
-  things: readonly string[],
-  log: (text: Buffer) => void,
-): Promise<void> {
-  await operateAll(store, [buildCall(things)], { log });
-}
-
 /** Reads an export: nar, metadata and, where it is to sign, a signature. */
-async function* readExport(
+export async function* readExport(
   store: StoreConnection,
   path: string,
 ): AsyncGenerator<Buffer, void> {
@@ -2698,16 +2687,6 @@ async function* readExport(
   if (await store.reader.number() !== 1) {
     throw store.reader.error(`failed to export '${path}'`);
   }
-}
-
-/** Exports an item: nar, metadata and, where a daemon is to sign, signature. */
-export async function* exportPath(
-  store: StoreConnection,
-  path: string,
-  sign = true,
-): AsyncGenerator<Buffer, void> {
-  await write(store.stream, encode(OPERATION.exportPath, path, sign));
-  yield* readExport(store, path);
 }
 
 /** Imports a bundle of items and returns their paths. */
@@ -3321,7 +3300,7 @@ function standIn(directory: string): string {
 }
 
 /** Does with a directory what can be done in memory if it can't be there. */
-function orInMemory<T>(
+export function orInMemory<T>(
   directory: string,
   action: (place: string) => T,
   tell: (error: unknown) => void = () => {},
@@ -3369,7 +3348,10 @@ export function definitionOf(machine: Machine): string {
 }
 
 /** Where the slot files of a machine are. */
-function slotDirectory(machine: Machine, stateDirectory: string): string {
+export function slotDirectory(
+  machine: Machine,
+  stateDirectory: string,
+): string {
   return `${stateDirectory}/offload/${machineId(machine)}`;
 }
 
@@ -3379,7 +3361,7 @@ function slotDirectory(machine: Machine, stateDirectory: string): string {
  * The reference takes fcntl locks, which a JavaScript runtime has no call for,
  * but SQLite takes them too.  The file stays empty.
  */
-function lockFile(file: string): Slot | undefined {
+export function lockFile(file: string): Slot | undefined {
   return asOwner(file, () => lockOwn(file));
 }
 
@@ -5199,7 +5181,7 @@ export async function* withProgress(
  * What is inline: what is missing goes as signed archives from daemon to daemon,
  * over the connections that are there.
  */
-function plainTransport(
+export function plainTransport(
   { exportBundle: exportHere, remote }: TransportContext,
 ): Transport {
   return {
@@ -5214,15 +5196,20 @@ function plainTransport(
   };
 }
 
+/** What a build needs on a machine to which there are connections. */
+interface BuildContext extends Context, TransportContext {}
+
 /** Thrown where others build on a machine as much as it may. */
 class NotAdmitted extends OffloadError {}
 
 /** Takes leave of all plugins to build on the machine. */
-async function admit(context: TransportContext & Context): Promise<void> {
+async function admit(context: BuildContext): Promise<void> {
   const { machine, settings } = context;
   for (const plugin of pluginsWith("admit", context)) {
     const admitted = await callHook(
-      ...[plugin, "admit", settings.connectTimeout] as const,
+      plugin,
+      "admit",
+      settings.connectTimeout,
       () => plugin.admit(machine, contextFor(plugin, context)),
     );
     if (admitted === false) {
@@ -5232,13 +5219,13 @@ async function admit(context: TransportContext & Context): Promise<void> {
 }
 
 /** The transport of the first plugin that has one for the machine. */
-async function chooseTransport(
-  context: TransportContext & Context,
-): Promise<Transport> {
+async function chooseTransport(context: BuildContext): Promise<Transport> {
   const { machine, settings } = context;
   for (const plugin of pluginsWith("transport", context)) {
     const transport = await callHook(
-      ...[plugin, "transport", settings.hookTimeout] as const,
+      plugin,
+      "transport",
+      settings.hookTimeout,
       () => plugin.transport(machine, contextFor(plugin, context)),
     );
     if (transport === undefined) continue;
@@ -5274,50 +5261,6 @@ async function queryItems(
   return sorted;
 }
 
-/** From this many bytes on, one process at a time sends to a machine. */
-export const BULK = 2 ** 22;
-
-/** Waits for the right to send a lot, so that nothing is sent twice. */
-async function lockUploads(
-  machine: Machine,
-  { stateDirectory, log, signal }: PluginContext,
-): Promise<Slot> {
-  const directory = slotDirectory(machine, stateDirectory);
-  const take = () =>
-    orInMemory(directory, (place) => lockFile(`${place}/upload`));
-  let lock = take();
-  if (lock !== undefined) return lock;
-  const what = `waiting for another upload to '${machine.name}'`;
-  log.info(`${what}...`);
-  return await remind(what, log, async () => {
-    while ((lock = take()) === undefined) {
-      await delay(100);
-      signal.throwIfAborted();
-    }
-    return lock;
-  });
-}
-
-/** Has the machine fetch what its own substitute servers have of `paths`. */
-async function substitute(
-  paths: readonly string[],
-  { machine, remote, log, patiently }: TransportContext,
-): Promise<void> {
-  // It would build a derivation.
-  const items = paths.filter((path) => !path.endsWith(".drv"));
-  const found = new Set(await querySubstitutablePaths(remote, items));
-  const available = items.filter((path) => found.has(path));
-  if (available.length === 0) return;
-  log.info(`'${machine.name}' fetches ${count(available.length)} itself...`);
-  const fetch = () => patiently(() => buildThings(remote, available, () => {}));
-  try {
-    await remind(`waiting for '${machine.name}' to fetch them`, log, fetch);
-  } catch (error) {
-    if (!(error instanceof DaemonError)) throw error;
-    log.info(`'${machine.name}' could not: ${reason(error)}`);
-  }
-}
-
 /** Those of `paths` that a machine lacks; what else it asks for, it won't get. */
 async function lackingItems(
   paths: readonly string[],
@@ -5325,18 +5268,6 @@ async function lackingItems(
 ): Promise<readonly string[]> {
   const missing = new Set(await transport.missing(paths));
   return paths.filter((path) => missing.has(path));
-}
-
-/** Those of `paths` that are to be sent. */
-async function missingItems(
-  paths: readonly string[],
-  transport: Transport,
-  context: TransportContext,
-): Promise<readonly string[]> {
-  const missing = await lackingItems(paths, transport);
-  if (missing.length === 0 || !context.settings.substitutes) return missing;
-  await substitute(missing, context);
-  return lackingItems(missing, transport);
 }
 
 /**
@@ -5347,18 +5278,14 @@ async function sendItems(
   paths: readonly string[],
   derivation: string,
   transport: Transport,
-  context: TransportContext,
-  { observations }: Context,
+  { machine, local, log, observations }: BuildContext,
 ): Promise<PathInfo | undefined> {
-  const { machine, local, log } = context;
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
   let items = await queryItems(paths, local);
-  const lock = sizeOf(items) < BULK
-    ? undefined
-    : await context.patiently(() => lockUploads(machine, context));
+  const reserved = await transport.reserve?.(sizeOf(items));
   try {
-    if (lock !== undefined) {
+    if (reserved !== undefined) {
       // Another process may just have sent some of it.
       const missing = await lackingItems([...items.keys()], transport);
       items = new Map(missing.map((path) => [path, items.get(path)!]));
@@ -5380,7 +5307,7 @@ async function sendItems(
     }
     return recipe;
   } finally {
-    lock?.release();
+    reserved?.release();
   }
 }
 
@@ -5458,16 +5385,12 @@ async function retrieveOutputs(
   outputs: readonly string[],
   size: number,
   transport: Transport,
-  machine: Machine,
-  context: Context,
+  context: BuildContext,
 ): Promise<void> {
-  const retrieve = async () => {
-    const sent = transport.retrieve(outputs, size);
-    await putInPlace(outputs, sent, machine, context);
-  };
-  context.log.info(
-    `retrieving ${count(outputs.length)} from '${machine.name}'...`,
-  );
+  const { log, machine } = context;
+  const retrieve = () =>
+    putInPlace(outputs, transport.retrieve(outputs, size), context);
+  log.info(`retrieving ${count(outputs.length)} from '${machine.name}'...`);
   await retrieve().catch((error) => {
     // Somebody else may have taken it for a killed hook's.
     if (error.cause?.code !== "ENOENT") throw error;
@@ -5480,20 +5403,15 @@ async function retrieveOutputs(
 async function putInPlace(
   outputs: readonly string[],
   sent: AsyncIterable<Uint8Array>,
-  machine: Machine,
-  context: Context,
+  { configDirectory, log, machine, settings, signal }: BuildContext,
 ): Promise<void> {
-  const name = `archive from '${machine.name}'`;
+  const limit = settings.maximumArchiveSize;
   const what = `retrieving from '${machine.name}'`;
-  const { log, settings: { maximumArchiveSize }, signal } = context;
-  const chunks = bounded(sent, maximumArchiveSize, signal);
-  const bundle = withProgress(chunks, what, log);
-  const reader = new ByteReader(bundle, name);
-  const acl = readAcl(context.configDirectory);
+  const bundle = withProgress(bounded(sent, limit, signal), what, log);
+  const reader = new ByteReader(bundle, `archive from '${machine.name}'`);
+  const acl = readAcl(configDirectory);
   try {
-    const restored = await restoreOutputs(
-      ...[reader, outputs, acl, maximumArchiveSize] as const,
-    );
+    const restored = await restoreOutputs(reader, outputs, acl, limit);
     signal.throwIfAborted(); // they may be another attempt's by now
     for (const [output, file] of restored) {
       removeFile(output);
@@ -5577,16 +5495,14 @@ async function buildRemotely(
   { derivation, outputs }: Work,
   recipe: PathInfo | undefined,
   prepare: () => void,
-  remote: StoreConnection,
-  machine: Machine,
-  context: Context,
+  { buildLog, log, machine, remote }: BuildContext,
 ): Promise<Built> {
-  context.log.info(`offloading '${derivation}' to '${machine.name}'...`);
-  context.log.trace(`@ build-remote ${derivation} ${machine.name}`);
+  log.info(`offloading '${derivation}' to '${machine.name}'...`);
+  log.trace(`@ build-remote ${derivation} ${machine.name}`);
   let last: Buffer | undefined;
-  const log = (text: Buffer) => {
+  const take = (text: Buffer) => {
     last = text;
-    return context.buildLog(text);
+    return buildLog(text);
   };
   let size = 0;
   const calls = [
@@ -5604,7 +5520,7 @@ async function buildRemotely(
   } else prepare();
   const start = performance.now();
   try {
-    await operateAll(remote, calls, { log });
+    await operateAll(remote, calls, { log: take });
     return { seconds: (performance.now() - start) / 1000, size };
   } catch (cause) {
     if (!(cause instanceof DaemonError)) throw cause;
@@ -5619,27 +5535,24 @@ async function buildRemotely(
 async function sendAndBuild(
   work: Work,
   transport: Transport,
-  connections: TransportContext,
-  context: Context,
+  context: BuildContext,
 ): Promise<Built> {
   const { derivation, needed } = work;
-  const { machine, remote } = connections;
-  let missing = await missingItems(needed, transport, connections);
+  const { log, machine, patiently } = context;
+  const prepare = () => {
+    try {
+      transport.prepare?.(derivation);
+    } catch (error) { // it is no more than a hint
+      log.warn(error);
+    }
+  };
+  let missing = await lackingItems(needed, transport);
   for (let isAgain = false;; isAgain = true) {
     try {
-      const recipe = await sendItems(
-        ...[missing, derivation, transport, connections, context] as const,
-      );
+      const recipe = await sendItems(missing, derivation, transport, context);
       missing = recipe === undefined ? [] : [derivation];
-      const prepare = () => {
-        try {
-          transport.prepare?.(derivation);
-        } catch (error) { // it is no more than a hint
-          context.log.warn(error);
-        }
-      };
-      return await connections.patiently(() =>
-        buildRemotely(work, recipe, prepare, remote, machine, context)
+      return await patiently(() =>
+        buildRemotely(work, recipe, prepare, context)
       );
     } catch (error) {
       if (isAgain || isFinal(error) || isOutOfStep(error)) throw error;
@@ -5647,7 +5560,7 @@ async function sendAndBuild(
         .catch((): string[] => []);
       const lost = lacking.filter((path) => !missing.includes(path));
       if (lost.length === 0) throw error;
-      context.log.info(`'${machine.name}' has lost ${count(lost.length)}...`);
+      log.info(`'${machine.name}' has lost ${count(lost.length)}...`);
       missing = lacking;
     }
   }
@@ -5659,7 +5572,7 @@ async function connectStores(
   local: Promise<StoreConnection>,
   derivation: string,
   context: Context,
-): Promise<TransportContext & Context> {
+): Promise<BuildContext> {
   const { machine, openDaemon, exec, patiently } = session;
   const { buildOptions, observations, settings } = context;
   const remote = await openDaemon();
@@ -5676,8 +5589,13 @@ async function connectStores(
   const roundTrip = Math.min(took, facts?.roundTrip ?? took);
   return {
     ...contextFor(guixPlugin, context),
-    ...{ machine, remote, roundTrip, local: await local },
-    ...{ openDaemon, exec, patiently },
+    machine,
+    remote,
+    roundTrip,
+    local: await local,
+    openDaemon,
+    exec,
+    patiently,
     exportBundle: (paths) => exportFromHere(paths, context),
   };
 }
@@ -5695,15 +5613,11 @@ async function transferAndOffload(
   const local = openLocalDaemon(context);
   local.catch(() => {}); // it is told below
   try {
-    const connections = await connectStores(
-      ...[session, local, derivation, context] as const,
-    );
-    if (!isAdmitted) await admit(connections);
-    const transport = await chooseTransport(connections);
-    const { seconds, size } = await sendAndBuild(
-      ...[work, transport, connections, context] as const,
-    );
-    await retrieveOutputs(outputs, size, transport, machine, context);
+    const own = await connectStores(session, local, derivation, context);
+    if (!isAdmitted) await admit(own);
+    const transport = await chooseTransport(own);
+    const { seconds, size } = await sendAndBuild(work, transport, own);
+    await retrieveOutputs(outputs, size, transport, own);
     context.observations.saveBuild(
       machineId(machine),
       derivationName(derivation),
@@ -5769,10 +5683,10 @@ async function attempt(
   try {
     await clearLeftovers(slot, work.derivation, context);
     observations.useSlot(prospect.id, slot, work.derivation);
-    const session = prospect.session ??= await remind(
-      ...[`connecting to '${prospect.machine.name}'`, log] as const,
-      () => prospect.opening ?? openSession(prospect.machine, context),
-    );
+    const { machine } = prospect;
+    const open = () => prospect.opening ?? openSession(machine, context);
+    const what = `connecting to '${machine.name}'`;
+    const session = prospect.session ??= await remind(what, log, open);
     session.useSocket(prospect.facts?.socket);
     unwatch = watchSession(session, context.settings);
     const transfer = (isAdmitted: boolean) =>
@@ -5788,7 +5702,9 @@ async function attempt(
     throw lossOf(error, prospect, context);
   } finally {
     cleanUp(
-      ...[log, unwatch, () => over.abort()] as const,
+      log,
+      unwatch,
+      () => over.abort(),
       ...work.outputs.map((output) => () => removeFile(temporaryName(output))),
       // As long as the lock is held, nobody else notes anything of the slot.
       () => observations.releaseSlot(slot.file, work.derivation),
@@ -5994,7 +5910,10 @@ async function offload(
 ): Promise<void> {
   const { log, settings } = context;
   const attempts: Attempts = {
-    ...{ causes: [], doubted: [], refusals: new Map(), resting: new Map() },
+    causes: [],
+    doubted: [],
+    refusals: new Map(),
+    resting: new Map(),
   };
   const { causes, resting } = attempts;
   for (let assignment: Assignment | string = first;;) {
@@ -6148,7 +6067,10 @@ export interface CommandResult {
 // Entry
 // ---------------------------------------------------------------------------
 
+/** Descriptor of the standard output. */
 export const STANDARD_OUTPUT = 1;
+
+/** Descriptor of the standard error. */
 export const STANDARD_ERROR = 2;
 
 /** Writes all of `text` at once, so that nothing is lost at the exit. */
@@ -6160,6 +6082,7 @@ export function writeText(file: number, text: string): void {
   }
 }
 
+/** Writes a line at once. */
 export function writeLine(file: number, text: string): void {
   writeText(file, `${text}\n`);
 }

@@ -370,6 +370,10 @@ export async function checkTransport(
     const odd = missing.find((path) => !paths.includes(path));
     demand(odd === undefined, `missing: '${odd}' was not asked about`);
     const items = await queryPathInfos(connections.local, paths);
+    const reserved = await transport.reserve?.(1);
+    const isRight = !reserved || typeof reserved.release === "function";
+    demand(isRight, "reserve: 'release' is no function");
+    reserved?.release();
     await transport.send(
       new Map([...items].filter(([path]) => missing.includes(path))),
     );

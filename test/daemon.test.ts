@@ -4,10 +4,8 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   addTextToStore,
-  buildThings,
   ByteReader,
   DaemonError,
-  exportPath,
   importPaths,
   openStore,
   queryPathInfos,
@@ -15,7 +13,6 @@ import {
   setBuildOptions,
 } from "../mod.ts";
 import type { PathInfo, StoreConnection } from "../mod.ts";
-import { addTempRoots } from "../plugins/quick.ts";
 import {
   chunks,
   daemons,
@@ -25,6 +22,11 @@ import {
   settled,
 } from "./helpers.ts";
 import type { GoldenDaemon, Turn } from "./helpers.ts";
+import {
+  addTempRoots,
+  buildThings,
+  exportPath,
+} from "../plugins/_quick_operations.ts";
 
 const test = suite("daemon");
 

@@ -13,11 +13,9 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   addTextToStore,
-  buildThings,
   ByteReader,
   checkSignature,
   encode,
-  exportPath,
   importPaths,
   OffloadError,
   openStore,
@@ -31,7 +29,6 @@ import {
   setBuildOptions,
 } from "../mod.ts";
 import type { StoreConnection } from "../mod.ts";
-import { addTempRoots } from "../plugins/quick.ts";
 import {
   aclOf,
   chunks,
@@ -49,6 +46,11 @@ import {
 import type { Random } from "./helpers.ts";
 import { directory, file, link, nar, pack, program } from "./nars.ts";
 import type { Bytes, Node } from "./nars.ts";
+import {
+  addTempRoots,
+  buildThings,
+  exportPath,
+} from "../plugins/_quick_operations.ts";
 import { parseFacts } from "../plugins/_remote.ts";
 
 const test = suite("fuzz");

@@ -16,9 +16,10 @@ import { buffer } from "node:stream/consumers";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import * as assert from "uvu/assert";
-import { encode, exportPath, OffloadError, openStore } from "../mod.ts";
+import { encode, OffloadError, openStore } from "../mod.ts";
 import type { Machine } from "../mod.ts";
 import { machine } from "./context.ts";
+import { exportPath } from "../plugins/_quick_operations.ts";
 
 /** The checkout. */
 export const ROOT = fileURLToPath(new URL("..", import.meta.url));

@@ -23,8 +23,8 @@ import {
   throws,
   withDirectory,
 } from "./helpers.ts";
-import { contentAddress, makeBatches } from "../plugins/quick.ts";
-import type { Batch } from "../plugins/quick.ts";
+import { contentAddress, makeBatches } from "../plugins/_quick_contents.ts";
+import type { Batch } from "../plugins/_quick_contents.ts";
 import { shellLine } from "../plugins/_remote.ts";
 
 const test = suite("requests");

@@ -7,7 +7,6 @@ import {
   addTextToStore,
   ByteReader,
   encode,
-  exportPath,
   importPaths,
   openStore,
   queryPathInfos,
@@ -15,7 +14,7 @@ import {
 } from "../mod.ts";
 import type { StoreConnection, WireValue } from "../mod.ts";
 import { chunks, Peer, rejects } from "./helpers.ts";
-import { addTempRoots } from "../plugins/quick.ts";
+import { addTempRoots, exportPath } from "../plugins/_quick_operations.ts";
 
 const test = suite("wire");
 
