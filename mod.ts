@@ -60,7 +60,6 @@ import { DatabaseSync } from "node:sqlite";
 import { finished } from "node:stream";
 import type { Duplex } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
-import { isatty } from "node:tty";
 import { pathToFileURL } from "node:url";
 import { format } from "node:util";
 import {
@@ -304,13 +303,6 @@ export interface Log {
   /** For debugging: written only where OFFLOAD_DEBUG is set. */
   debug(message: string): void;
 }
-
-const STYLES: Readonly<Record<Style, number>> = {
-  good: 32, // green
-  bad: 31, // red
-  doubtful: 33, // yellow
-  heading: 1, // bold
-};
 
 /** Where a command shows what it has to say. */
 export interface Screen {
@@ -6018,8 +6010,6 @@ export async function processRequest(
 // Commands
 // ---------------------------------------------------------------------------
 
-export const VERSION = "0.1.0";
-
 /** A command: help, completion and manual page are made of this. */
 export interface Command {
   /** Where help lists it, before those that do not say; then by name. */
@@ -6082,20 +6072,6 @@ export function writeText(file: number, text: string): void {
   }
 }
 
-/** Writes a line at once. */
-export function writeLine(file: number, text: string): void {
-  writeText(file, `${text}\n`);
-}
-
-/** Makes what colours text for a file, where that shows colours. */
-export function makePaint(
-  file: number,
-  { NO_COLOR, TERM }: Variables,
-): (style: Style, text: string) => string {
-  if (!isatty(file) || NO_COLOR || TERM === "dumb") return (_, text) => text;
-  return (style, text) => `\x1b[${STYLES[style]}m${text}\x1b[0m`;
-}
-
 /** How much is kept that a client does not read, in bytes. */
 const LARGEST_BACKLOG = 2 ** 21;
 
@@ -6142,27 +6118,29 @@ class Outlet {
   readonly #left: Uint8Array[] = [];
   #size = 0;
   #wasFull = false;
-  #problem: unknown;
-  #room = Promise.withResolvers<void>();
+  /** Why what was written last is lost, if it is. */
+  problem: unknown;
 
   /** Writes to an open file which, where it can, refuses rather than waits. */
   constructor(file: number) {
     this.#file = file;
-    process.on("exit", () => this.end());
+    process.on("exit", () => {
+      this.drain();
+      // After the end, guix-daemon may read no more.
+      if (this.#wasFull) awaitDaemon();
+    });
   }
 
   /** Whether as much is kept as may be. */
   get isFull(): boolean {
-    return this.#size > LARGEST_BACKLOG;
+    return this.#size + PIECE * this.#left.length > LARGEST_BACKLOG;
   }
 
-  /** Writes in order what it can and keeps the rest; settles where it may. */
-  write(text: Uint8Array): Awaitable<void> {
+  /** Writes, in order, what there is room for, and keeps the rest. */
+  write(text: Uint8Array): void {
     this.#left.push(text);
-    this.#size += text.length + PIECE;
+    this.#size += text.length;
     if (this.#left.length === 1) this.#flush(); // else a timer does
-    if (this.#problem !== undefined) throw this.#problem;
-    if (this.isFull) return this.#room.promise;
   }
 
   /** Writes all that is left, however long that takes. */
@@ -6170,21 +6148,11 @@ class Outlet {
     while (!this.#pass()) sleep(5);
   }
 
-  /** Does so at the end, after which guix-daemon may read no more. */
-  end(): void {
-    this.drain();
-    if (this.#wasFull) awaitDaemon();
-  }
-
   #flush(pause = 1): void {
     const before = this.#size;
-    if (!this.#pass()) {
-      const next = this.#size < before ? 1 : Math.min(2 * pause, 50);
-      setTimeout(() => this.#flush(next), pause);
-    }
-    if (this.isFull) return;
-    this.#room.resolve();
-    this.#room = Promise.withResolvers();
+    if (this.#pass()) return;
+    const next = this.#size < before ? 1 : Math.min(2 * pause, 50);
+    setTimeout(() => this.#flush(next), pause);
   }
 
   /** Writes what there is room for; returns whether that was all. */
@@ -6192,16 +6160,15 @@ class Outlet {
     try {
       for (let text; (text = this.#left[0]) !== undefined;) {
         const written = writeSync(this.#file, text);
-        const isDone = written === text.length;
-        this.#size -= written + (isDone ? PIECE : 0);
-        if (isDone) this.#left.shift();
+        this.#size -= written;
+        if (written === text.length) this.#left.shift();
         else this.#left[0] = text.subarray(written);
       }
     } catch (error) {
       this.#wasFull = (error as NodeJS.ErrnoException).code === "EAGAIN";
       if (this.#wasFull) return false;
-      this.#problem = error;
-      [this.#left.length, this.#size] = [0, 0];
+      this.problem = error;
+      this.#left.length = this.#size = 0;
     }
     return true;
   }
@@ -6230,24 +6197,20 @@ function openMessages(): Outlet {
 
 /**
  * Makes a log on standard error, which the daemon shows to the client, or for
- * what else `write` does with its lines.
+ * what else `write` does with its lines, where `paint` may colour them.
  */
 export function makeLog(
   environment: Variables,
-  write = (text: string): unknown => writeText(STANDARD_ERROR, text),
+  write = (text: string): void => writeText(STANDARD_ERROR, text),
+  paint: Screen["paint"] = (_, text) => text,
 ): Log {
-  const paint = makePaint(STANDARD_ERROR, environment);
   const line = (...parts: readonly (string | Styled)[]) => {
-    const text = parts.map((it) =>
+    const texts = parts.map((it) =>
       typeof it === "string"
         ? printable(it)
         : paint(it.style, printable(it.text))
-    ).join("");
-    try {
-      write(`${text}\n`);
-    } catch {
-      // As above.
-    }
+    );
+    write(`${texts.join("")}\n`);
   };
   const report = (kind: string, problem: unknown) => {
     line(`offload: ${kind}: ${reason(problem)}`);
@@ -6270,7 +6233,7 @@ export function makeLog(
 }
 
 /** Opens the log of the build, file descriptor 4. */
-function openBuildLog(): (text: Uint8Array) => Awaitable<void> {
+function openBuildLog(): Context["buildLog"] {
   let file = STANDARD_ERROR;
   try {
     file = reopen(4);
@@ -6279,13 +6242,14 @@ function openBuildLog(): (text: Uint8Array) => Awaitable<void> {
     if ((error as Error).name === "NotCapable") throw error;
   }
   const outlet = new Outlet(file);
-  return (text) => {
-    try {
-      return outlet.write(text);
-    } catch (cause) {
+  return async (text) => {
+    outlet.write(text);
+    const { problem: cause } = outlet;
+    if (cause !== undefined) {
       const message = `failed to write the build log: ${reason(cause)}`;
       throw new LocalError(message, { cause });
     }
+    while (outlet.isFull) await delay(10);
   };
 }
 
@@ -6383,8 +6347,10 @@ export async function makeContext(
   // A plugin that does not load may have listed machines.
   const warn = (problem: unknown) =>
     report({
-      ...{ severity: "error", message: reason(problem) },
-      ...{ toldAs: "warning", code: "plugin" },
+      severity: "error",
+      toldAs: "warning",
+      code: "plugin",
+      message: reason(problem),
     });
   const loading = machineFile === undefined ? { ...log, warn } : log;
   return {
@@ -6471,7 +6437,7 @@ async function runHook(
     answer: (word) => {
       answered = word;
       messages.drain(); // they come first
-      writeLine(STANDARD_OUTPUT, `# ${word}`);
+      writeText(STANDARD_OUTPUT, `# ${word}\n`);
     },
   };
   let context: Context | undefined;
@@ -6501,12 +6467,6 @@ export function abortOnSignals(): AbortSignal {
   return controller.signal;
 }
 
-/** The methods of `console` that print. */
-const PRINTING = [
-  ...["debug", "dir", "error", "info"] as const,
-  ...["log", "table", "trace", "warn"] as const,
-];
-
 /** Runs the hook that guix-daemon has started; returns its exit code. */
 async function serveDaemon(
   hook: HookArguments,
@@ -6523,7 +6483,16 @@ async function serveDaemon(
     // which listens to both outputs, or end the build.
     const print = (...values: unknown[]) =>
       log.info(`plugin: ${format(...values)}`);
-    for (const method of PRINTING) console[method] = print;
+    console.debug =
+      console.dir =
+      console.error =
+      console.info =
+        print;
+    console.log =
+      console.table =
+      console.trace =
+      console.warn =
+        print;
     process.on("unhandledRejection", (error) => log.warn(error));
     process.on("uncaughtException", (error) => log.warn(error));
     const start = (log: Log) => makeContext(hook, environment, log, signal);
@@ -6541,26 +6510,22 @@ export function exitCodeOf(error: unknown): number {
   return error instanceof OffloadError ? error.exitCode : EXIT.transient;
 }
 
-/** Runs the command that `args` name; returns its exit code. */
-async function serveUser(
-  args: readonly string[],
-  environment: Variables,
-): Promise<number> {
-  type Commands = { serve: typeof serveUser };
-  const commands = await importFromPlugins<Commands>("_commands");
-  if (commands !== undefined) return await commands.serve(args, environment);
-  const hint = "have Offload's plugins/ beside mod.ts";
-  const what = `there are no commands here, such as '${args[0] ?? "help"}'`;
-  makeLog(environment).error(new OffloadError(what, { hint }));
-  return EXIT.usage;
+/** What main() calls of the commands. */
+interface Commands {
+  serve(args: readonly string[], environment: Variables): Promise<number>;
 }
 
 /** Runs the program and returns its exit code. */
 async function main(args: readonly string[]): Promise<number> {
+  const { env } = process;
   const hook = parseHookArguments(args);
-  return hook === undefined
-    ? await serveUser(args, process.env)
-    : await serveDaemon(hook, process.env);
+  if (hook !== undefined) return await serveDaemon(hook, env);
+  const commands = await importFromPlugins<Commands>("_commands");
+  if (commands !== undefined) return await commands.serve(args, env);
+  const hint = "have Offload's plugins/ beside mod.ts";
+  const what = `there are no commands here, such as '${args[0] ?? "help"}'`;
+  makeLog(env).error(new OffloadError(what, { hint }));
+  return EXIT.usage;
 }
 
 if (import.meta.main) {

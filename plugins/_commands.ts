@@ -19,15 +19,12 @@ import {
   loadSite,
   makeContext,
   makeLog,
-  makePaint,
   OffloadError,
   pluginDirectory,
   reason,
   SETTINGS,
   STANDARD_ERROR,
   STANDARD_OUTPUT,
-  VERSION,
-  writeLine,
   writeText,
 } from "../mod.ts";
 import type {
@@ -38,9 +35,13 @@ import type {
   HookArguments,
   Plugin,
   Screen,
+  Style,
   Variables,
 } from "../mod.ts";
 import { Foot, progressBar } from "./_screen.ts";
+
+/** The version, as package.json has it. */
+const VERSION = "0.1.0";
 
 /** The option that every command has. */
 export const HELP_OPTION = ["--help", "Show this help"] as const;
@@ -263,6 +264,22 @@ async function runCommand(
   return await (command.around?.(options, run) ?? run());
 }
 
+const STYLES: Readonly<Record<Style, number>> = {
+  good: 32, // green
+  bad: 31, // red
+  doubtful: 33, // yellow
+  heading: 1, // bold
+};
+
+/** Makes what colours text for a file, where that shows colours. */
+function makePaint(
+  file: number,
+  { NO_COLOR, TERM }: Variables,
+): (style: Style, text: string) => string {
+  if (!isatty(file) || NO_COLOR || TERM === "dumb") return (_, text) => text;
+  return (style, text) => `\x1b[${STYLES[style]}m${text}\x1b[0m`;
+}
+
 /** Makes the foot of the terminal that standard error is; `undefined`: none. */
 function makeFoot({ TERM = "dumb" }: Variables): Foot | undefined {
   if (TERM === "dumb" || !isatty(STANDARD_ERROR)) return undefined;
@@ -318,6 +335,7 @@ export async function serve(
   const log = makeLog(
     environment,
     foot ? (text) => foot.above(() => write(text)) : write,
+    makePaint(STANDARD_ERROR, environment),
   );
   try {
     checkRuntime();
@@ -332,7 +350,7 @@ export async function serve(
       },
       makeScreen(environment, foot),
     );
-    if (output !== "") writeLine(STANDARD_OUTPUT, output);
+    if (output !== "") writeText(STANDARD_OUTPUT, `${output}\n`);
     if (problem !== undefined) log.error(problem);
     return exitCode;
   } catch (error) {
