@@ -2536,9 +2536,8 @@ export async function openStore(
   }
   const version = await reader.number();
   const minor = version & 0xff;
-  if (
-    version - minor !== (PROTOCOL_VERSION & ~0xff) || minor < OLDEST_MINOR
-  ) {
+  const major = version - minor;
+  if (major !== (PROTOCOL_VERSION & ~0xff) || minor < OLDEST_MINOR) {
     throw reader.error(`unsupported protocol 0x${version.toString(16)}`);
   }
   const ahead = Math.min(pieceSize, READ_SIZE);
@@ -2553,18 +2552,22 @@ export function setBuildOptions(
   options: BuildOptions,
   substitutes = false,
 ): Promise<void> {
-  const pairs = [
-    ["build-timeout", String(options.buildTimeout)],
-    ["build-max-silent-time", String(options.maxSilentTime)],
-  ];
   return operate(store, [
     OPERATION.setOptions,
-    ...[false, false, false, 0], // keep failed, keep going, fallback, verbosity
+    false, // keep failed builds
+    false, // keep going
+    false, // fall back to building
+    0, // verbosity
     false, // no build hook: machines could offload in circles
-    ...[0, 0, false], // verbosity of builds, log type, build traces
+    0, // verbosity of builds
+    0, // type of log
+    false, // build traces
     substitutes, // else its servers are asked for the outputs of each build
-    pairs.length,
-    ...pairs.flat(),
+    2, // options by name
+    "build-timeout",
+    String(options.buildTimeout),
+    "build-max-silent-time",
+    String(options.maxSilentTime),
   ]);
 }
 
@@ -3009,9 +3012,7 @@ export function findToken(
 ): readonly Sexp[] | undefined {
   if (sexp === undefined || isAtom(sexp)) return undefined;
   const [head] = sexp;
-  if (isAtom(head) && head.equals(Buffer.from(token))) {
-    return sexp;
-  }
+  if (isAtom(head) && head.equals(Buffer.from(token))) return sexp;
   for (const element of sexp) {
     const found = findToken(element, token);
     if (found !== undefined) return found;
@@ -6260,18 +6261,12 @@ export type HookArguments = Pick<Context, "system" | "buildOptions">;
 function parseHookArguments(
   args: readonly string[],
 ): HookArguments | undefined {
-  const [, maxSilentTime, , buildTimeout] = args.map(Number);
-  if (args.length !== 4 || !/^[a-z]/.test(args[0]!)) return undefined;
-  if (!Number.isInteger(maxSilentTime) || !Number.isInteger(buildTimeout)) {
-    return undefined;
-  }
-  return {
-    system: args[0]!,
-    buildOptions: {
-      maxSilentTime: maxSilentTime!,
-      buildTimeout: buildTimeout!,
-    },
-  };
+  const [system = ""] = args;
+  const [, maxSilentTime = NaN, , buildTimeout = NaN] = args.map(Number);
+  const isHook = args.length === 4 && /^[a-z]/.test(system) &&
+    Number.isInteger(maxSilentTime) && Number.isInteger(buildTimeout);
+  if (!isHook) return undefined;
+  return { system, buildOptions: { maxSilentTime, buildTimeout } };
 }
 
 /** Evaluates a machine file; a missing one lists no machines. */
