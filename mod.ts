@@ -3116,39 +3116,6 @@ function verifySignature(
 const UNSUPPORTED_KEY =
   "unsupported type of key: expected ECDSA on Ed25519, or RSA";
 
-/**
- * Reads from a derivation what decides on the machine, and its outputs
- * (guix/derivations.scm).
- *
- * Its syntax is JSON's but for a word and the parentheses.
- */
-export function readDerivation(
-  text: string,
-): Pick<Request, "system" | "features"> & {
-  readonly outputs: string[];
-  readonly prefersLocal: boolean;
-} {
-  const json = text.replace(/^Derive/, "").replace(
-    /"(?:[^"\\]|\\[^])*"|[()]/g,
-    (token) =>
-      ({ "(": "[", ")": "]" })[token] ??
-        // JSON has no such characters as they are.
-        token.replace(
-          /\p{Cc}/gu,
-          (it) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`,
-        ),
-  );
-  const [outputs, , , system, , , variables] = JSON.parse(json);
-  const environment = new Map<string, string>(variables);
-  const features = environment.get("requiredSystemFeatures") ?? "";
-  return {
-    system,
-    features: features.split(" ").filter(Boolean),
-    outputs: outputs.map(([, path]: string[]) => path),
-    prefersLocal: environment.get("preferLocalBuild") === "1",
-  };
-}
-
 // ---------------------------------------------------------------------------
 // Synchronization: slots, observations
 // ---------------------------------------------------------------------------
@@ -5709,8 +5676,11 @@ async function attempt(
 /** Removes what the hook of a derivation left in the store. */
 function removeLeftovers(derivation: string, log: Log): void {
   try {
-    const { outputs } = readDerivation(readFileSync(derivation, "utf8"));
-    outputs.map(temporaryName).forEach(removeFile);
+    // It begins with its outputs: (NAME,PATH,...) each (guix/derivations.scm).
+    const [outputs = ""] = readFileSync(derivation, "utf8").split("]", 1);
+    for (const [, path] of outputs.matchAll(/\("[^"]*","([^"]+)"/g)) {
+      removeFile(temporaryName(path!));
+    }
   } catch (error) { // where it is gone, so are they
     log.debug(`leftovers of '${derivation}': ${reason(error)}`);
   }

@@ -18,7 +18,6 @@ import {
   normalizedLoad,
   OffloadError,
   rank,
-  readDerivation,
   reason,
   scoredRequest,
   surveyMachines,
@@ -36,6 +35,36 @@ import type {
 } from "../mod.ts";
 import { JSON_OPTION, systemOf, warnOfSlots } from "./_machines.ts";
 import { formatTable } from "./_screen.ts";
+
+/**
+ * Reads from a derivation what decides on the machine (guix/derivations.scm).
+ *
+ * Its syntax is JSON's but for a word and the parentheses.
+ */
+export function readDerivation(
+  text: string,
+): Pick<Request, "system" | "features"> & {
+  readonly prefersLocal: boolean;
+} {
+  const json = text.replace(/^Derive/, "").replace(
+    /"(?:[^"\\]|\\[^])*"|[()]/g,
+    (token) =>
+      ({ "(": "[", ")": "]" })[token] ??
+        // JSON has no such characters as they are.
+        token.replace(
+          /\p{Cc}/gu,
+          (it) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`,
+        ),
+  );
+  const [, , , system, , , variables] = JSON.parse(json);
+  const environment = new Map<string, string>(variables);
+  const features = environment.get("requiredSystemFeatures") ?? "";
+  return {
+    system,
+    features: features.split(" ").filter(Boolean),
+    prefersLocal: environment.get("preferLocalBuild") === "1",
+  };
+}
 
 /** A machine as `offload explain` shows it. */
 interface Explanation {
