@@ -465,9 +465,9 @@ function readFailure(source: Source, message: string, hint?: string) {
   return new OffloadError(`${where}: ${message}`, { hint });
 }
 
-/** Leaves the file to Guile, because of a form, unless a condition holds. */
-function demand({ source, at }: Site, condition: unknown): asserts condition {
-  if (condition) return;
+/** Leaves the file to Guile, because of a form, unless that is data. */
+function needData({ source, at }: Site, isData: unknown): asserts isData {
+  if (isData) return;
   const start = source.text.slice(at, at + 60);
   const [form = ""] = /^[(["]?[^\s()[\]";]*/.exec(start) ?? [];
   const rest = /^[(["]/.test(form) ? " …" : "";
@@ -571,7 +571,7 @@ function readEscape(site: Site, escape: string): string {
   if (letter >= 0) return escapes.to[letter]!;
   if (escape === "\\\n") return "";
   const code = parseInt(escape.slice(2), 16);
-  demand(site, code <= 0x10ffff && (code & 0xfff800) !== 0xd800);
+  needData(site, code <= 0x10ffff && (code & 0xfff800) !== 0xd800);
   return String.fromCodePoint(code);
 }
 
@@ -600,13 +600,16 @@ function readAtom(site: Site, token: string): Atom {
   if (/^[+-]?\d{1,15}$/.test(token)) return BigInt(token);
   if (/^[+-]?(\d+\.\d*|\.\d+)$/.test(token)) return Number(token);
   if (/^#(t|true|f|false)$/.test(token)) return token[1] === "t";
-  demand(site, !/^#([^:]|$|:#|:$)|^[+-]?\.?\d|^[+-](i|nan)|^\.$/i.test(token));
+  needData(
+    site,
+    !/^#([^:]|$|:#|:$)|^[+-]?\.?\d|^[+-](i|nan)|^\.$/i.test(token),
+  );
   return Symbol.for(token);
 }
 
 /** The symbol that a form is. */
 function symbolIn(site: Site, form: Form | undefined): symbol {
-  demand(site, typeof form?.value === "symbol");
+  needData(site, typeof form?.value === "symbol");
   return form.value;
 }
 
@@ -621,7 +624,7 @@ function evaluate({ source, scope }: Site, form: Form): Value {
   const { at, value } = form;
   const site = { source, at, scope };
   if (typeof value === "symbol") {
-    demand(site, value in scope);
+    needData(site, value in scope);
     return scope[value];
   }
   if (!Array.isArray(value)) return value;
@@ -631,7 +634,7 @@ function evaluate({ source, scope }: Site, form: Form): Value {
   const evaluateForm = typeof head?.value === "symbol"
     ? expressions[head.value]
     : machinesOfGuixSystem;
-  demand(site, evaluateForm);
+  needData(site, evaluateForm);
   const result = evaluateForm(site, forms, head!);
   source.depth--;
   return result;
@@ -660,13 +663,13 @@ const GUIX_SYSTEM = [
 /** Evaluates what Guix System writes: each machine may be a list of some. */
 function machinesOfGuixSystem(site: Site, forms: Form[], head: Form): Value[] {
   const [procedure, list, ...others] = forms;
-  demand(site, procedure && list && others.length === 0);
+  needData(site, procedure && list && others.length === 0);
   const [first, second] = GUIX_SYSTEM;
-  demand(site, written(head) === first && written(procedure) === second);
+  needData(site, written(head) === first && written(procedure) === second);
   const entries = evaluate(site, list);
-  demand(site, Array.isArray(entries));
+  needData(site, Array.isArray(entries));
   return entries.flatMap((entry) => {
-    demand(site, Array.isArray(entry) || isBuildMachine(entry));
+    needData(site, Array.isArray(entry) || isBuildMachine(entry));
     return entry;
   });
 }
@@ -674,8 +677,8 @@ function machinesOfGuixSystem(site: Site, forms: Form[], head: Form): Value[] {
 /** Evaluates a definition. */
 function define(site: Site, [target, form, ...others]: Form[]): undefined {
   const name = symbolIn(site, target);
-  demand(site, form !== undefined && others.length === 0);
-  demand(site, !(name in expressions) && !(name in definitions));
+  needData(site, form !== undefined && others.length === 0);
+  needData(site, !(name in expressions) && !(name in definitions));
   site.source.globals[name] = evaluate(site, form);
 }
 
@@ -688,7 +691,7 @@ const MODULES = new Set([
 
 /** Takes note of modules that are used. */
 function useModules(site: Site, forms: Form[]): undefined {
-  demand(site, forms.every((form) => MODULES.has(written(form))));
+  needData(site, forms.every((form) => MODULES.has(written(form))));
 }
 
 /** Takes field specifiers apart, or objects to them as Guix does. */
@@ -721,7 +724,7 @@ function fieldsIn(site: Site, specifiers: Form[]) {
     : ["missing", missing];
   if (wrong.length === 0) return { fields, original };
   // Guile writes other symbols in a way of its own.
-  demand(site, wrong.every((name) => /^[\w!?*<>=/-]+$/.test(name)));
+  needData(site, wrong.every((name) => /^[\w!?*<>=/-]+$/.test(name)));
   const message = `${kind} field initializers (${wrong.join(" ")})`;
   throw failure(source, at, message);
 }
@@ -748,7 +751,7 @@ function buildMachine(site: Site, specifiers: Form[]): BuildMachine {
   const record = original
     ? evaluate(inner, original)
     : { at, fields: usualFields(source.home) };
-  demand(site, isBuildMachine(record));
+  needData(site, isBuildMachine(record));
   return { at, fields: { ...record.fields, ...values } };
 }
 
@@ -763,7 +766,7 @@ const expressions: Record<
   ((site: Site, forms: Form[], head: Form) => Value) | undefined
 > = {
   [Symbol.for("quote")]: (site, [form, ...others]) => {
-    demand(site, form && others.length === 0);
+    needData(site, form && others.length === 0);
     return datumOf(form);
   },
   [Symbol.for("list")]: (site, forms) =>
@@ -994,7 +997,7 @@ function plain(source: Source, at: number, value: Value): unknown {
 }
 
 /** Makes machines of records, and says what is wrong with those. */
-function machinesFrom(source: Source, records: BuildMachine[]) {
+function machinesOfRecords(source: Source, records: BuildMachine[]) {
   const machines: Machine[] = [];
   const problems: Problem[] = [];
   for (const { at, fields: values } of records) {
@@ -1020,7 +1023,7 @@ function evaluateForms(source: Source): Value {
   const [, coding = "utf-8"] = /^;.*coding[:=]\s*([-\w]+)/m.exec(
     source.text.slice(0, 500),
   ) ?? [];
-  demand(start, /^utf-?8$/i.test(coding) && !source.text.includes("\ufffd"));
+  needData(start, /^utf-?8$/i.test(coding) && !source.text.includes("\ufffd"));
   let value: Value;
   for (let token = nextToken(source); token; token = nextToken(source)) {
     const form = readForm(source, "", token);
@@ -1052,7 +1055,7 @@ export function evaluateMachineFile(
   try {
     const value = evaluateForms(source);
     if (Array.isArray(value) && value.every(isBuildMachine)) {
-      return { ...nothing, ...machinesFrom(source, value) };
+      return { ...nothing, ...machinesOfRecords(source, value) };
     }
   } catch (error) {
     if (error instanceof NeedsGuile) {

@@ -30,7 +30,7 @@ function demandProblem(demand: Record<string, unknown>): string | undefined {
 }
 
 /** Makes machines of a list, and reports what is wrong with those in it. */
-export function machinesFrom(
+export function machinesOfList(
   list: readonly (object | null | undefined)[],
   where: string,
   context: PluginContext,
@@ -81,6 +81,6 @@ export function parseMachines(
     throw new Error(`${where}: ${(cause as Error).message}`, { cause });
   }
   const list = Array.isArray(value) ? value : value?.machines;
-  if (Array.isArray(list)) return machinesFrom(list, where, context, demands);
+  if (Array.isArray(list)) return machinesOfList(list, where, context, demands);
   throw new Error(`${where}: expected a list of machines`);
 }

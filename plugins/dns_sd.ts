@@ -52,7 +52,7 @@ function fieldsFrom(records: Record<string, string>) {
 }
 
 /** Makes machines of those that were found and whose host key is pinned. */
-function machinesFrom(text: string, context: PluginContext): Machine[] {
+function machinesFound(text: string, context: PluginContext): Machine[] {
   const file = String(context.options.knownHosts);
   const pins = readPins(file);
   const found = new Map<string, Record<string, unknown>>();
@@ -107,7 +107,7 @@ const plugin = {
     user: { default: "root", description: "account to log in to" },
   },
   async machines(context) {
-    return machinesFrom(await cachedOutput(BROWSE, context), context);
+    return machinesFound(await cachedOutput(BROWSE, context), context);
   },
 } satisfies Plugin;
 
