@@ -1077,28 +1077,6 @@ export function evaluateMachineFile(
 /** A value, or the promise of one. */
 export type Awaitable<T> = T | Promise<T>;
 
-/** The settings: those of settings.json over the defaults. */
-export type Settings = Readonly<{
-  attempts: number;
-  backoff: number;
-  backoffLimit: number;
-  buildLocally: boolean;
-  connect: string;
-  connectTimeout: number;
-  decisionTimeout: number;
-  factsLifetime: number;
-  hookTimeout: number;
-  keepaliveTimeout: number;
-  maximumArchiveSize: number;
-  minimumFreeSpace: number;
-  outageTimeout: number;
-  score: string;
-  stepTimeout: number;
-  substitutes: boolean;
-  transport: string;
-  use: Readonly<Record<string, Partial<Options>>>;
-}>;
-
 /** The options of a plugin: what the settings say over their defaults. */
 export type Options = Readonly<Record<string, number | boolean | string>>;
 
@@ -1117,87 +1095,80 @@ export interface Setting {
 /** The seconds of a day. */
 export const DAY = 86400;
 
-export const SETTINGS: Readonly<Record<keyof Settings, Setting>> = {
-  attempts: {
-    ...{ default: 3, minimum: 1, maximum: 100 },
-    description: "how many machines a build is tried on, one after another",
-  },
-  backoff: {
-    ...{ default: 10, minimum: 0, maximum: DAY },
-    description: "seconds for which a machine that failed is left alone; " +
-      "doubled at each further failure",
-  },
-  backoffLimit: {
-    ...{ default: 600, minimum: 0, maximum: DAY },
-    description: "seconds beyond which that does not grow",
-  },
-  buildLocally: {
-    default: true,
-    description: "whether guix-daemon may build what no machine can be " +
-      "reached for",
-  },
-  connect: {
-    default: "guix",
-    description: "the built-in plugin that connects to machines",
-  },
-  connectTimeout: {
-    ...{ default: 30, minimum: 1, maximum: 600 },
-    description: "seconds that connecting to a machine may take",
-  },
-  decisionTimeout: {
-    ...{ default: 3, minimum: 0.1, maximum: 60 },
-    description: "seconds within which a request is answered",
-  },
-  factsLifetime: {
-    ...{ default: 5, minimum: 0, maximum: 600 },
-    description: "seconds for which what a machine said of itself is believed",
-  },
-  hookTimeout: {
-    ...{ default: 1, minimum: 0.01, maximum: 60 },
-    description: "seconds that a plugin's machines and scores may take",
-  },
-  keepaliveTimeout: {
-    ...{ default: 60, minimum: 1, maximum: 3600 },
-    description: "seconds without a sign of life after which a connection " +
-      "is given up, and the guix-daemon at its end asked for one",
-  },
-  maximumArchiveSize: {
-    ...{ default: 2 ** 36, minimum: 2 ** 20, maximum: 2 ** 50 },
-    description: "bytes that the outputs of a build may take, on the way and " +
-      "on the disk, where each file, directory and link takes 4096 at least",
-  },
-  minimumFreeSpace: {
-    ...{ default: 100 * 2 ** 20, minimum: 0, maximum: 2 ** 50 },
-    description: "bytes that must be free in a machine's store",
-  },
-  outageTimeout: {
-    ...{ default: 300, minimum: 0, maximum: DAY },
-    description: "seconds for which a build whose machine failed waits for " +
-      "one that can be reached",
-  },
-  score: {
-    default: "guix",
-    description: "the built-in plugin that scores machines",
-  },
-  stepTimeout: {
-    ...{ default: 1800, minimum: 1, maximum: DAY },
-    description: "seconds for which nothing may move before and after a " +
-      "build, as where a machine collects garbage first",
-  },
-  substitutes: {
-    default: false,
-    description: "whether a machine may fetch inputs and outputs from its " +
-      "substitute servers; else it asks them for nothing",
-  },
-  transport: {
-    default: "guix",
-    description: "the built-in plugin that moves archives",
-  },
-  use: {
-    default: {},
-    description: "further built-in plugins, and the options of plugins",
-  },
+/** The settings: what each is unless told, a number's bounds, its meaning. */
+// deno-fmt-ignore: a table, in which a row is one
+export const SETTINGS = {
+  attempts: [3, 1, 100,
+    "how many machines a build is tried on, one after another"],
+  backoff: [10, 0, DAY,
+    "seconds for which a machine that failed is left alone; doubled at each " +
+    "further failure"],
+  backoffLimit: [600, 0, DAY,
+    "seconds beyond which that does not grow"],
+  buildLocally: [true,
+    "whether guix-daemon may build what no machine can be reached for"],
+  connect: ["guix",
+    "the built-in plugin that connects to machines"],
+  connectTimeout: [30, 1, 600,
+    "seconds that connecting to a machine may take"],
+  decisionTimeout: [3, 0.1, 60,
+    "seconds within which a request is answered"],
+  factsLifetime: [5, 0, 600,
+    "seconds for which what a machine said of itself is believed"],
+  hookTimeout: [1, 0.01, 60,
+    "seconds that a plugin's machines and scores may take"],
+  keepaliveTimeout: [60, 1, 3600,
+    "seconds without a sign of life after which a connection is given up, " +
+    "and the guix-daemon at its end asked for one"],
+  maximumArchiveSize: [2 ** 36, 2 ** 20, 2 ** 50,
+    "bytes that the outputs of a build may take, on the way and on the disk, " +
+    "where each file, directory and link takes 4096 at least"],
+  minimumFreeSpace: [100 * 2 ** 20, 0, 2 ** 50,
+    "bytes that must be free in a machine's store"],
+  outageTimeout: [300, 0, DAY,
+    "seconds for which a build whose machine failed waits for one that can " +
+    "be reached"],
+  score: ["guix",
+    "the built-in plugin that scores machines"],
+  stepTimeout: [1800, 1, DAY,
+    "seconds for which nothing may move before and after a build, as where a " +
+    "machine collects garbage first"],
+  substitutes: [false,
+    "whether a machine may fetch inputs and outputs from its substitute " +
+    "servers; else it asks them for nothing"],
+  transport: ["guix",
+    "the built-in plugin that moves archives"],
+  use: [{},
+    "further built-in plugins, and the options of plugins"],
+} as const satisfies Readonly<Record<
+  string,
+  | readonly [usual: number, least: number, most: number, meaning: string]
+  | readonly [usual: boolean | string | object, meaning: string]
+>>;
+
+/** What a setting may be told to be: what is of the type of its default. */
+export type SettingValue<Usual> = Usual extends number ? number
+  : Usual extends boolean ? boolean
+  : Usual extends string ? string
+  : Readonly<Record<string, Partial<Options>>>;
+
+/** The settings: those of settings.json over the defaults. */
+export type Settings = {
+  readonly [Name in keyof typeof SETTINGS]: SettingValue<
+    (typeof SETTINGS)[Name][0]
+  >;
 };
+
+/** The settings, told as plugins tell their options. */
+export function describeSettings(): Record<string, Setting> {
+  const entries = Object.entries(SETTINGS).map(([name, row]) => {
+    const [usual, least, most] = row;
+    const description = row[row.length - 1] as string;
+    const bounds = row.length === 2 ? {} : { minimum: least, maximum: most };
+    return [name, { default: usual, ...bounds, description }];
+  });
+  return Object.fromEntries(entries);
+}
 
 /** The environment variable that overrides a setting. */
 function settingVariable(name: string): string {
@@ -1212,8 +1183,7 @@ function checkSetting<T>(setting: Setting, value: T, where: string): T {
     const got = JSON.stringify(value);
     throw new OffloadError(`${where}: expected a ${typeof usual}, got ${got}`);
   }
-  const isNumber = typeof value === "number";
-  if (isNumber && !(value >= minimum && value <= maximum)) {
+  if (typeof value === "number" && !isWithin(value, minimum, maximum)) {
     throw new OffloadError(
       `${where}: ${value} is not between ${minimum} and ${maximum}`,
     );
@@ -1293,8 +1263,9 @@ export function readSettings(
 ): Settings {
   const file = `${directory}/settings.json`;
   const { $schema: _, ...settings } = readSettingsFile(file);
-  checkSettings(SETTINGS, settings, file);
-  for (const [name, setting] of Object.entries(SETTINGS)) {
+  const table = describeSettings();
+  checkSettings(table, settings, file);
+  for (const [name, setting] of Object.entries(table)) {
     const variable = settingVariable(name);
     const text = environment[variable];
     settings[name] ??= setting.default;

@@ -345,7 +345,7 @@ export async function serve(
       (file) => makeCommandContext(NO_HOOK, environment, log, signal, file),
       async () => {
         const directory = pluginDirectory(environment);
-        const seconds = SETTINGS.hookTimeout.default as number;
+        const [seconds] = SETTINGS.hookTimeout;
         return (await loadSite(directory, seconds, log)).plugins;
       },
       makeScreen(environment, foot),

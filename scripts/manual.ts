@@ -5,9 +5,9 @@
  * @module
  */
 
+import { describeSettings } from "../mod.ts";
 import { EXIT_CODES, loadCommands } from "../plugins/_commands.ts";
 import type { NamedCommand } from "../plugins/_commands.ts";
-import { settingsSchema } from "../plugins/_settings.ts";
 
 const COMMANDS = await loadCommands();
 
@@ -93,11 +93,7 @@ function examples(): string {
 }
 
 function settings(): string {
-  const { properties } = settingsSchema([]) as {
-    properties: Record<string, { description?: string; default?: unknown }>;
-  };
-  const items = Object.entries(properties)
-    .filter(([, setting]) => setting.description !== undefined)
+  const items = Object.entries(describeSettings())
     .map(([name, { description, default: usual }]) => {
       const text = typeof usual === "string" ? usual : JSON.stringify(usual);
       return `.It Va ${name}\n${fill(`${description}: ${text} unless told`)}.`;

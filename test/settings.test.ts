@@ -10,8 +10,14 @@ import {
 import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { loadBuiltins, OffloadError, readSettings } from "../mod.ts";
-import { settingsSchema } from "../plugins/_settings.ts";
+import {
+  describeSettings,
+  loadBuiltins,
+  OffloadError,
+  readSettings,
+} from "../mod.ts";
+import { manual } from "../scripts/manual.ts";
+import { settingsSchema, settingsTable } from "../scripts/settings.ts";
 import { throws, withDirectory } from "./helpers.ts";
 
 const test = suite("settings");
@@ -97,23 +103,28 @@ test("readSettings() reads an object from a variable", () => {
   assertRefused(/OFFLOAD_USE: .*JSON/, "{}", { OFFLOAD_USE: "{drain}" });
 });
 
+/** Text of a file of the checkout. */
+function read(file: string): string {
+  return readFileSync(new URL(`../${file}`, import.meta.url), "utf8");
+}
+
+const HINT = "run 'node scripts/settings.ts'";
+
 test("settingsSchema() is what stands in plugins/settings.schema.json", async () => {
-  const file = new URL("../plugins/settings.schema.json", import.meta.url);
   const schema = settingsSchema(await loadBuiltins());
-  assert.equal(JSON.parse(readFileSync(file, "utf8")), schema);
+  const text = `${JSON.stringify(schema, null, 2)}\n`;
+  assert.is(read("plugins/settings.schema.json"), text, HINT);
 });
 
-test("README lists every setting with its default", () => {
-  const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
-  const { properties } = settingsSchema([]) as {
-    properties: Record<string, { default?: unknown }>;
-  };
-  for (const [name, setting] of Object.entries(properties)) {
-    if (name === "$schema") continue;
-    const { default: usual } = setting;
-    const text = typeof usual === "object" ? JSON.stringify(usual) : usual;
-    const value = /string|object/.test(typeof usual) ? `\`${text}\`` : text;
-    assert.ok(readme.includes(`| \`${name}\` | ${value} |`), name);
+test("settingsTable() is what stands in README.md", async () => {
+  const table = settingsTable(await loadBuiltins());
+  assert.ok(read("README.md").includes(`\n\n${table}\n`), HINT);
+});
+
+test("the manual page tells of every setting", () => {
+  const page = manual("2026-01-01").replaceAll("\n", " ");
+  for (const [name, setting] of Object.entries(describeSettings())) {
+    assert.ok(page.includes(`.It Va ${name} ${setting.description}: `), name);
   }
 });
 
