@@ -388,7 +388,7 @@ export interface Problem {
   /** What to do about it. */
   readonly hint?: string | undefined;
   /** How it is told, where not as what it is. */
-  readonly toldAs?: "warning";
+  readonly toldAs?: "warning" | undefined;
   /** What is wrong, for programs: `configuration` unless told. */
   readonly code?: ErrorCode | undefined;
 }
@@ -1560,12 +1560,27 @@ export interface Context extends PluginContext {
   readonly observations: Observations;
 }
 
-const HOOKS: readonly string[] = [
-  ...["machines", "exclude", "connect", "score", "admit", "transport"],
-];
+/** Seconds that each hook may take, in the order in which a build meets them. */
+const HOOKS: Readonly<
+  Record<keyof Hooks, (settings: Settings, isOurs: boolean) => number>
+> = {
+  // Guile alone takes a while to start, and has a bound of its own.
+  machines: ({ hookTimeout }, isOurs) => isOurs ? 60 : hookTimeout,
+  exclude: ({ hookTimeout }) => hookTimeout,
+  // By itself it says better what is late.
+  connect: ({ connectTimeout }) => 1.5 * connectTimeout,
+  score: ({ hookTimeout }) => hookTimeout,
+  admit: ({ connectTimeout }) => connectTimeout,
+  transport: ({ hookTimeout }) => hookTimeout,
+};
 
-/** The hooks of which the settings choose one built-in plugin's. */
-const CHOICES = ["connect", "score", "transport"] as const;
+/** The hooks of which the setting of that name chooses one built-in plugin's. */
+type Choice = keyof Hooks & keyof Settings;
+
+/** Tells those hooks. */
+function isChoice(hook: string): hook is Choice {
+  return hook in HOOKS && hook in SETTINGS;
+}
 
 /** Says what is wrong with a plugin, if anything is. */
 export function pluginProblem(plugin: unknown): string | undefined {
@@ -1578,7 +1593,7 @@ export function pluginProblem(plugin: unknown): string | undefined {
   >;
   if (typeof name !== "string" || name === "") return "it has no 'name'";
   const keys = Object.keys(hooks);
-  const unknown = keys.find((key) => !HOOKS.includes(key));
+  const unknown = keys.find((key) => !Object.hasOwn(HOOKS, key));
   if (unknown !== undefined) return `unknown key '${unknown}'`;
   if (keys.length === 0 && command === undefined) return "it has no hook";
   const { usage, run } = (command ?? {}) as Partial<Command>;
@@ -1632,7 +1647,7 @@ export async function loadBuiltin(name: string): Promise<Plugin | undefined> {
 
 /** Where on a build's way a plugin is asked first. */
 function turnOf(plugin: Plugin): number {
-  return HOOKS.findIndex((hook) => hook in plugin);
+  return Object.keys(HOOKS).findIndex((hook) => hook in plugin);
 }
 
 /**
@@ -1651,13 +1666,14 @@ export async function loadBuiltins(
 /** Loads what the settings name of the built-in plugins, after our own. */
 async function loadChosen(settings: Settings): Promise<Plugin[]> {
   const own = [guixPlugin, guilePlugin];
+  const choices = Object.keys(HOOKS).filter(isChoice);
   const names = new Set([
-    ...CHOICES.map((hook) => settings[hook]),
+    ...choices.map((hook) => settings[hook]),
     ...Object.keys(settings.use),
   ]);
   own.forEach(({ name }) => names.delete(name));
   const plugins = [...own, ...await loadBuiltins([...names])];
-  for (const hook of CHOICES) {
+  for (const hook of choices) {
     const isThere = ({ name, [hook]: call }: Plugin) =>
       name === settings[hook] && call !== undefined;
     if (plugins.some(isThere)) continue;
@@ -1761,27 +1777,62 @@ export interface PluginError extends Error {
   readonly isLocal?: boolean;
 }
 
-/** Calls a hook within its time, and names it in what goes wrong. */
-async function callHook<T>(
-  plugin: Plugin,
-  hook: keyof Hooks,
-  seconds: number,
-  call: () => Awaitable<T>,
-): Promise<T> {
+/** Names a plugin and its hook in what goes wrong there. */
+function hookError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
+  const isOurs = isBuiltin(plugin) && /machines|connect/.test(hook);
+  if (isOurs && cause instanceof OffloadError) return cause;
+  const prefix = isOurs ? "" : `plugin '${plugin.name}': ${hook}: `;
+  const { hint, isLocal } = (cause ?? {}) as PluginError;
+  const message = prefix + reason(cause);
+  if (isLocal === true) return new LocalError(message, { cause, hint });
+  const code = isOurs ? codeOf(cause) : "plugin";
+  return new OffloadError(message, { cause, hint, code });
+}
+
+/** The same for what a hook came back with, where it is not told already. */
+function laterError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
+  const isTold = isBuiltin(plugin) || cause instanceof OffloadError;
+  return isTold ? cause : hookError(plugin, hook, cause);
+}
+
+/** Uses what a hook came back with, and names that in what goes wrong. */
+function useAnswer<T>(plugin: Plugin, hook: keyof Hooks, use: () => T): T {
+  const fail = (cause: unknown) => {
+    throw laterError(plugin, hook, cause);
+  };
   try {
-    const answer = (async () => await call())();
-    return await within(seconds, answer, `no answer within ${seconds} s`);
+    const result = use();
+    return result instanceof Promise ? result.catch(fail) as T : result;
   } catch (cause) {
-    const isOurs = isBuiltin(plugin) && /machines|connect/.test(hook);
-    if (isOurs && cause instanceof OffloadError) throw cause;
-    const prefix = isOurs ? "" : `plugin '${plugin.name}': ${hook}: `;
-    const { hint, isLocal } = (cause ?? {}) as PluginError;
-    const Class = isLocal === true ? LocalError : OffloadError;
-    const code = isOurs ? codeOf(cause) : "plugin";
-    throw new Class(prefix + reason(cause), {
-      ...{ cause, hint },
-      code: isLocal === true ? "local" : code,
-    });
+    return fail(cause);
+  }
+}
+
+/** What hooks are called with, and the plugins. */
+type HookContext = Omit<PluginContext, "options"> & Pick<Context, "plugins">;
+
+/** A plugin that has a hook. */
+type PluginWith<K extends keyof Hooks> = Plugin & Pick<Hooks, K>;
+
+/** Calls a plugin's hook, with a context that is the plugin's own. */
+type HookCall<K extends keyof Hooks, C, T> = (
+  plugin: PluginWith<K>,
+  own: C & Pick<PluginContext, "options">,
+) => Awaitable<T>;
+
+/** Calls a hook within its time, and names it in what goes wrong. */
+async function callHook<K extends keyof Hooks, C extends HookContext, T>(
+  hook: K,
+  plugin: PluginWith<K>,
+  context: C,
+  call: HookCall<K, C, T>,
+): Promise<T> {
+  const seconds = HOOKS[hook](context.settings, isBuiltin(plugin));
+  const answer = async () => await call(plugin, contextFor(plugin, context));
+  try {
+    return await within(seconds, answer(), `no answer within ${seconds} s`);
+  } catch (cause) {
+    throw hookError(plugin, hook, cause);
   }
 }
 
@@ -1831,14 +1882,13 @@ export function isDefault(plugin: Plugin): boolean {
 function pluginsWith<K extends keyof Hooks>(
   hook: K,
   { plugins, settings }: Pick<Context, "plugins" | "settings">,
-): (Plugin & Pick<Hooks, K>)[] {
+): PluginWith<K>[] {
   const isUsed = (plugin: Plugin) => {
     if (!isBuiltin(plugin) || plugin.name in settings.use) return true;
-    const choice = CHOICES.find((choice) => choice === hook);
-    if (choice !== undefined) return plugin.name === settings[choice];
+    if (isChoice(hook)) return plugin.name === settings[hook];
     return isDefault(plugin);
   };
-  return plugins.filter((plugin): plugin is Plugin & Pick<Hooks, K> =>
+  return plugins.filter((plugin): plugin is PluginWith<K> =>
     plugin[hook] !== undefined && isUsed(plugin)
   );
 }
@@ -1855,31 +1905,75 @@ export function contextFor<T extends Omit<PluginContext, "options">>(
   return { ...context, options: options as Options };
 }
 
-/** Asks a plugin for machines; one that fails is told: `undefined`. */
-async function askForMachines(
-  plugin: Plugin & Pick<Hooks, "machines">,
-  context: Context,
-): Promise<readonly Machine[] | undefined> {
-  // Guile alone takes a while to start, and has a bound of its own.
-  const seconds = isBuiltin(plugin) ? 60 : context.settings.hookTimeout;
-  try {
-    return await callHook(plugin, "machines", seconds, async () => {
-      const list = await plugin.machines(contextFor(plugin, context));
-      return isBuiltin(plugin) ? list : checkMachines(list, context);
-    });
-  } catch (error) {
-    context.signal.throwIfAborted();
-    const { message, hint } = error as OffloadError;
-    const problem = { severity: "error", message, hint } as const;
-    context.report(
-      isBuiltin(plugin) ? problem : { ...problem, toldAs: "warning" },
-    );
-    return undefined;
+/** Calls a hook of plugins in turn; the first answer wins. */
+async function firstAnswer<K extends keyof Hooks, C extends HookContext, T>(
+  hook: K,
+  context: C,
+  call: HookCall<K, C, T | undefined>,
+): Promise<{ plugin: Plugin; answer: T } | undefined> {
+  for (const plugin of pluginsWith(hook, context)) {
+    const answer = await callHook(hook, plugin, context, call);
+    if (answer !== undefined) return { plugin, answer };
   }
+  return undefined;
 }
 
-/** Asks all plugins for machines, and says whether all could tell all. */
-async function gatherMachines(
+/** Calls a hook of plugins in turn; all must agree, or have no opinion. */
+async function allAgree<K extends keyof Hooks, C extends HookContext>(
+  hook: K,
+  context: C,
+  call: HookCall<K, C, boolean | undefined>,
+): Promise<boolean> {
+  for (const plugin of pluginsWith(hook, context)) {
+    if (await callHook(hook, plugin, context, call) === false) return false;
+  }
+  return true;
+}
+
+/** Calls a hook of all plugins at once; one that fails is told, and left out. */
+async function allAnswers<K extends keyof Hooks, C extends HookContext, T>(
+  hook: K,
+  context: C,
+  call: HookCall<K, C, T>,
+  tell: (error: OffloadError, plugin: Plugin) => void,
+): Promise<{ plugin: Plugin; answer: T }[]> {
+  const calls = pluginsWith(hook, context).map(async (plugin) => {
+    try {
+      return { plugin, answer: await callHook(hook, plugin, context, call) };
+    } catch (error) {
+      context.signal.throwIfAborted();
+      tell(error as OffloadError, plugin);
+      return undefined;
+    }
+  });
+  return (await Promise.all(calls)).filter((it) => it !== undefined);
+}
+
+/** The same of candidates: what the plugins say of each, by the plugin. */
+async function answersAbout<K extends keyof Hooks, T>(
+  candidates: readonly Candidate[],
+  hook: K,
+  context: Context,
+  call: (
+    candidate: Candidate,
+    ...its: Parameters<HookCall<K, Context, T>>
+  ) => Promise<T | undefined>,
+): Promise<[name: string, answer: T][][]> {
+  const answers = await allAnswers(
+    hook,
+    context,
+    (...its) => Promise.all(candidates.map((it) => call(it, ...its))),
+    (error) => context.log.warn(error),
+  );
+  return candidates.map((_, index) =>
+    answers.flatMap(({ plugin: { name }, answer: { [index]: answer } }) =>
+      answer === undefined ? [] : [[name, answer]]
+    )
+  );
+}
+
+/** Concatenates the plugins' machines, and says whether all could tell all. */
+async function concatMachines(
   context: Context,
 ): Promise<{ machines: Machine[]; areAll: boolean }> {
   let areAll = true;
@@ -1887,23 +1981,29 @@ async function gatherMachines(
     if (problem.severity === "error") areAll = false;
     context.report(problem);
   };
-  const lists = await Promise.all(
-    pluginsWith("machines", context)
-      .map((plugin) => askForMachines(plugin, { ...context, report })),
+  const lists = await allAnswers(
+    "machines",
+    { ...context, report },
+    async (plugin, own) => {
+      const list = await plugin.machines(own);
+      return isBuiltin(plugin) ? list : checkMachines(list, own);
+    },
+    ({ message, hint }, plugin) => {
+      const toldAs = isBuiltin(plugin) ? undefined : "warning";
+      report({ severity: "error", message, hint, toldAs });
+    },
   );
   const machines: Machine[] = [];
-  for (const list of lists) {
-    if (list === undefined) areAll = false;
+  for (const { answer } of lists) {
     const known = new Set(machines.map(machineId));
-    const others = list?.filter((each) => !known.has(machineId(each)));
-    machines.push(...others ?? []);
+    machines.push(...answer.filter((each) => !known.has(machineId(each))));
   }
   return { machines, areAll };
 }
 
 /** Asks all plugins for machines; of each NAME:PORT, the first plugin's. */
 export async function listMachines(context: Context): Promise<Machine[]> {
-  return (await gatherMachines(context)).machines;
+  return (await concatMachines(context)).machines;
 }
 
 /** The scores of a candidate: each plugin's, and their sum. */
@@ -1920,72 +2020,71 @@ function checkScore(score: unknown): number | undefined {
   throw new Error(`expected a number, got ${String(score)}`);
 }
 
-/** Checks what a plugin says of a machine that it excludes. */
-function checkExclusion(answer: Exclusion | undefined): typeof answer {
-  if (answer === undefined || typeof answer?.why === "string") return answer;
-  throw new Error(`expected { why, isBusy }, got ${JSON.stringify(answer)}`);
-}
-
-/** Asks a plugin about candidates; one that fails is told, and abstains. */
-async function askAbout<T>(
-  candidates: readonly Candidate[],
-  plugin: Plugin,
-  hook: keyof Hooks,
-  context: Context,
-  ask: (candidate: Candidate) => Awaitable<T>,
-): Promise<readonly (T | undefined)[]> {
-  try {
-    return await callHook(
-      ...[plugin, hook, context.settings.hookTimeout] as const,
-      () => Promise.all(candidates.map(async (it) => await ask(it))),
-    );
-  } catch (error) {
-    context.signal.throwIfAborted();
-    context.log.warn(error);
-    return [];
-  }
-}
-
-/** Asks all plugins for scores. */
-export async function scoreCandidates(
+/** Sums the scores that the plugins give each candidate. */
+export async function sumScores(
   candidates: readonly Candidate[],
   request: ScoredRequest,
   context: Context,
 ): Promise<Scores[]> {
-  const plugins = pluginsWith("score", context);
-  const answers = await Promise.all(plugins.map((plugin) => {
-    const own = contextFor(plugin, context);
-    const ask = async (candidate: Candidate) =>
-      checkScore(await plugin.score(candidate, request, own));
-    return askAbout(candidates, plugin, "score", context, ask);
+  const answers = await answersAbout(
+    candidates,
+    "score",
+    context,
+    async (candidate, plugin, own) =>
+      checkScore(await plugin.score(candidate, request, own)),
+  );
+  return answers.map((scores) => ({
+    byPlugin: Object.fromEntries(scores),
+    total: scores.reduce((sum, [, score]) => sum + score, 0),
   }));
-  return candidates.map((_, index) => {
-    const byPlugin: Record<string, number> = {};
-    plugins.forEach(({ name }, i) => {
-      const answer = answers[i]![index];
-      if (answer !== undefined) byPlugin[name] = answer;
-    });
-    const total = Object.values(byPlugin).reduce((sum, it) => sum + it, 0);
-    return { byPlugin, total };
-  });
 }
 
-/** Asks all plugins which candidates not to ask, and why. */
-async function findExclusions(
+/** Checks what a plugin says of a machine that it excludes. */
+function checkExclusion(
+  plugin: Plugin,
+  answer: Exclusion | undefined,
+): Exclusion | undefined {
+  if (answer !== undefined && typeof answer?.why !== "string") {
+    throw new Error(`expected { why, isBusy }, got ${JSON.stringify(answer)}`);
+  }
+  if (answer?.start === undefined) return answer;
+  const start = () => useAnswer(plugin, "exclude", () => answer.start?.());
+  return { ...answer, start };
+}
+
+/** The first plugin's answer why a candidate is not even to be asked. */
+async function firstExclusions(
   candidates: readonly Candidate[],
   context: Context,
 ): Promise<(Exclusion | undefined)[]> {
-  const answers = await Promise.all(
-    pluginsWith("exclude", context).map((plugin) => {
-      const own = contextFor(plugin, context);
-      const ask = async ({ machine }: Candidate) =>
-        checkExclusion(await plugin.exclude(machine, own));
-      return askAbout(candidates, plugin, "exclude", context, ask);
-    }),
+  const answers = await answersAbout(
+    candidates,
+    "exclude",
+    context,
+    async ({ machine }, plugin, own) =>
+      checkExclusion(plugin, await plugin.exclude(machine, own)),
   );
-  return candidates.map((_, index) =>
-    answers.map((answer) => answer[index]).find((it) => it !== undefined)
-  );
+  return answers.map(([first]) => first?.[1]);
+}
+
+/** Checks what a plugin moves archives by, and names it in later errors. */
+function checkTransport(plugin: Plugin, transport: Transport): Transport {
+  const methods = ["missing", "send", "retrieve"] as const;
+  checkMethods(plugin, "transport", transport, methods);
+  if (isBuiltin(plugin)) return transport;
+  const use = <T>(call: () => T) => useAnswer(plugin, "transport", call);
+  return {
+    missing: (paths) => use(() => transport.missing(paths)),
+    send: (items) => use(() => transport.send(items)),
+    prepare: (derivation) => use(() => transport.prepare?.(derivation)),
+    retrieve: async function* (...args) {
+      try {
+        yield* transport.retrieve(...args);
+      } catch (cause) {
+        throw laterError(plugin, "transport", cause);
+      }
+    },
+  };
 }
 
 /** The defaults: machine file, order and transport of the reference. */
@@ -3884,28 +3983,23 @@ export async function openSession(
   context: Omit<PluginContext, "options"> & Pick<Context, "plugins">,
   reached?: (what: Reached) => void,
 ): Promise<Session> {
-  const { connectTimeout } = context.settings;
-  for (const plugin of pluginsWith("connect", context)) {
-    let opening: Awaitable<Connection | undefined>;
-    const connection = await callHook(
-      // By itself it says better what is late.
-      ...[plugin, "connect", 1.5 * connectTimeout] as const,
-      () =>
-        opening = plugin.connect(machine, contextFor(plugin, context), reached),
-    ).catch((error) => {
-      // What comes too late would stay open.
-      Promise.resolve(opening).then((late) => late?.close?.())
-        .catch(() => {});
-      throw error;
-    });
-    if (connection === undefined) continue;
-    return makeSession(
-      machine,
-      checkConnection(plugin, connection, context.log),
-      context,
-    );
+  let opening: Awaitable<Connection | undefined>;
+  const found = await firstAnswer(
+    "connect",
+    context,
+    (plugin, own) => opening = plugin.connect(machine, own, reached),
+  ).catch((error) => {
+    // What comes too late would stay open.
+    Promise.resolve(opening).then((late) => late?.close?.())
+      .catch(() => {});
+    throw error;
+  });
+  if (found === undefined) {
+    throw new OffloadError(`no plugin connects to '${machine.name}'`);
   }
-  throw new OffloadError(`no plugin connects to '${machine.name}'`);
+  const { plugin, answer } = found;
+  const connection = checkConnection(plugin, answer, context.log);
+  return makeSession(machine, connection, context);
 }
 
 /** Checks what a plugin connects by, and later what that comes back with. */
@@ -3923,6 +4017,7 @@ function checkConnection(
     throw error;
   }
   if (isBuiltin(plugin)) return connection;
+  const use = <T>(call: () => T) => useAnswer(plugin, "connect", call);
   const { ended, pieceSize } = connection;
   return {
     ...(ended && { ended: Promise.resolve(ended) }),
@@ -3931,13 +4026,15 @@ function checkConnection(
       try {
         return connection.failure();
       } catch (error) { // it is of no use any more
-        return new Error(reason(error));
+        return hookError(plugin, "connect", error);
       }
     },
-    openSocket: async (file) =>
-      check(await connection.openSocket(file), ["write", "read", "destroy"]),
+    openSocket: async (file) => {
+      const stream = await use(() => connection.openSocket(file));
+      return check(stream, ["write", "read", "destroy"]);
+    },
     exec: async (command) => {
-      const process = await connection.exec(command);
+      const process = await use(() => connection.exec(command));
       check(process?.ended, ["then"]);
       check(process.channel, ["write", "read", "destroy"]);
       return process;
@@ -4738,7 +4835,7 @@ export async function surveyMachines(
       context,
     );
   });
-  const exclusions = await findExclusions(prospects, context);
+  const exclusions = await firstExclusions(prospects, context);
   const own = context.observations.ownDefinitions();
   prospects.forEach((it, index) => {
     const isThis = own.size > 0 && own.has(definitionOf(it.machine));
@@ -4825,7 +4922,7 @@ export async function rank(
     if (why) context.log.debug(`skipping '${prospect.machine.name}': ${why}`);
     return why === undefined;
   });
-  const scores = await scoreCandidates(eligible, request, context);
+  const scores = await sumScores(eligible, request, context);
   return eligible
     .map((prospect, index) => ({
       prospect,
@@ -4984,7 +5081,7 @@ async function makeReady(
   context: Context,
 ): Promise<boolean> {
   const { facts } = prospect;
-  const [excluded] = await findExclusions([prospect], context);
+  const [excluded] = await firstExclusions([prospect], context);
   if (excluded !== undefined) return false;
   if (prospect.session !== undefined) return true;
   const { login = 0 } = facts ?? {};
@@ -5138,34 +5235,25 @@ class NotAdmitted extends OffloadError {}
 
 /** Takes leave of all plugins to build on the machine. */
 async function admit(context: BuildContext): Promise<void> {
-  const { machine, settings } = context;
-  for (const plugin of pluginsWith("admit", context)) {
-    const admitted = await callHook(
-      plugin,
-      "admit",
-      settings.connectTimeout,
-      () => plugin.admit(machine, contextFor(plugin, context)),
-    );
-    if (admitted === false) {
-      throw new NotAdmitted(`others use all slots of '${machine.name}'`);
-    }
-  }
+  const { machine } = context;
+  const isAdmitted = await allAgree(
+    "admit",
+    context,
+    (plugin, own) => plugin.admit(machine, own),
+  );
+  if (isAdmitted) return;
+  throw new NotAdmitted(`others use all slots of '${machine.name}'`);
 }
 
 /** The transport of the first plugin that has one for the machine. */
 async function chooseTransport(context: BuildContext): Promise<Transport> {
-  const { machine, settings } = context;
-  for (const plugin of pluginsWith("transport", context)) {
-    const transport = await callHook(
-      plugin,
-      "transport",
-      settings.hookTimeout,
-      () => plugin.transport(machine, contextFor(plugin, context)),
-    );
-    if (transport === undefined) continue;
-    const methods = ["missing", "send", "retrieve"] as const;
-    return checkMethods(plugin, "transport", transport, methods);
-  }
+  const { machine } = context;
+  const found = await firstAnswer(
+    "transport",
+    context,
+    (plugin, own) => plugin.transport(machine, own),
+  );
+  if (found !== undefined) return checkTransport(found.plugin, found.answer);
   throw new OffloadError(`no transport to '${machine.name}'`);
 }
 
@@ -5927,7 +6015,7 @@ export async function processRequest(
   conversation: Conversation,
   context: Context,
 ): Promise<boolean> {
-  const { machines: listed, areAll } = await gatherMachines(context);
+  const { machines: listed, areAll } = await concatMachines(context);
   const machines = listed.filter((machine) => machineMatches(machine, request));
   if (machines.length === 0) {
     if (areAll) conversation.answer("decline"); // none will ever match

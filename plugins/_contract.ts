@@ -34,6 +34,7 @@ import type {
   Candidate,
   Connection,
   Facts,
+  Hooks,
   Machine,
   Options,
   Plugin,
@@ -107,7 +108,8 @@ export async function checkMachines(
   const { hookTimeout } = context.settings;
   demand(plugin.machines, "there is no hook 'machines'");
   const machines = await within(
-    ...[hookTimeout, "machines"] as const,
+    hookTimeout,
+    "machines",
     () => plugin.machines!(context),
   );
   demand(Array.isArray(machines), "machines: expected a list");
@@ -124,13 +126,20 @@ export async function checkMachines(
 
 /** A machine like those that `exclude` and `score` are asked about. */
 export const MACHINE: Machine = {
-  ...{ name: "example", port: 22, systems: ["x86_64-linux"], user: "offload" },
+  name: "example",
+  port: 22,
+  systems: ["x86_64-linux"],
+  user: "offload",
   privateKey: "/nonexistent",
   hostKey: "ssh-ed25519 " +
     "AAAAC3NzaC1lZDI1NTE5AAAAIHy+IsFpXiJH78ydyzMC/Wy+sp/fPwGXHhEiljoqqSf5",
-  ...{ compression: "none", compressionLevel: 3, overloadThreshold: false },
+  compression: "none",
+  compressionLevel: 3,
   daemonSocket: "/var/guix/daemon-socket/socket",
-  ...{ parallelBuilds: 2, speed: 1, features: [] },
+  overloadThreshold: false,
+  parallelBuilds: 2,
+  speed: 1,
+  features: [],
 };
 
 /** Checks `exclude`: a reason, or `undefined`; nothing is started by asking. */
@@ -142,7 +151,8 @@ export async function checkExclude(
   const { hookTimeout } = context.settings;
   demand(plugin.exclude, "there is no hook 'exclude'");
   const answer = await within(
-    ...[hookTimeout, "exclude"] as const,
+    hookTimeout,
+    "exclude",
     () => plugin.exclude!(Object.freeze({ ...machine }), context),
   );
   if (answer === undefined) return;
@@ -158,8 +168,13 @@ const FACTS: readonly (Facts | undefined)[] = [
   undefined,
   { time: Date.now() },
   {
-    ...{ time: Date.now(), load: 0.5, cores: 4, memory: 2 ** 33 },
-    ...{ roundTrip: 1, clock: -0.1, uname: "Linux example 6.12 x86_64" },
+    time: Date.now(),
+    load: 0.5,
+    cores: 4,
+    memory: 2 ** 33,
+    roundTrip: 1,
+    clock: -0.1,
+    uname: "Linux example 6.12 x86_64",
     pressure: { cpu: 0, io: 0, memory: 0 },
     store: { bytes: 2 ** 36, inodes: 2 ** 20 },
     build: { bytes: 2 ** 36, inodes: Infinity },
@@ -187,8 +202,11 @@ function makeCandidates(): Candidate[] {
 /** Requests for a build that is new, and for one that was done before. */
 function makeRequests(): ScoredRequest[] {
   const common = {
-    ...{ wantsLocal: false, system: "x86_64-linux", features: ["kvm"] },
-    ...{ name: "hello-2.12", derivation: "/gnu/store/0-hello-2.12.drv" },
+    wantsLocal: false,
+    system: "x86_64-linux",
+    features: ["kvm"],
+    name: "hello-2.12",
+    derivation: "/gnu/store/0-hello-2.12.drv",
   };
   const path = "/gnu/store/0-input";
   const past = [{ machine: "example:22", seconds: 60 }];
@@ -212,7 +230,8 @@ export async function checkScore(
   for (const request of makeRequests()) {
     for (const candidate of makeCandidates()) {
       const score = await within(
-        ...[hookTimeout, "score"] as const,
+        hookTimeout,
+        "score",
         () => plugin.score!(candidate, request, context),
       );
       if (score === undefined || score === -Infinity) continue;
@@ -242,12 +261,14 @@ export async function checkConnect(
   const { connectTimeout } = context.settings;
   demand(plugin.connect, "there is no hook 'connect'");
   const refused = await within(
-    ...[connectTimeout, "connect, with another host key"] as const,
+    connectTimeout,
+    "connect, with another host key",
     () => plugin.connect!(impostor(machine), context),
   ).then(() => false, () => true);
   demand(refused, "connect: believed a host key that is not the machine's");
   const connection = await within(
-    ...[connectTimeout, "connect"] as const,
+    connectTimeout,
+    "connect",
     () => plugin.connect!(machine, context),
   );
   demand(connection, "connect: no connection");
@@ -281,11 +302,13 @@ async function checkOpenSocket(
 ): Promise<void> {
   const stream = await connection.openSocket(machine.daemonSocket);
   await within(
-    ...[connectTimeout, "openSocket"] as const,
+    connectTimeout,
+    "openSocket",
     () => openStore(stream, "openSocket"),
   );
   const none = await within(
-    ...[connectTimeout, "openSocket of none"] as const,
+    connectTimeout,
+    "openSocket of none",
     async () => openStore(await connection.openSocket("/nonexistent"), "none"),
   ).then(() => false, () => true);
   demand(none, "openSocket: connected to a socket that is not there");
@@ -313,7 +336,11 @@ async function withConnections<T>(
   try {
     const remote = await session.openDaemon();
     return await work({
-      ...{ ...context, machine, local, remote, roundTrip: 1 },
+      ...context,
+      machine,
+      local,
+      remote,
+      roundTrip: 1,
       openDaemon: session.openDaemon,
       exec: session.exec,
       patiently: session.patiently,
@@ -398,7 +425,8 @@ export async function checkAdmit(
   demand(plugin.admit, "there is no hook 'admit'");
   return await withConnections(plugin, machine, context, async (own) => {
     const answer = await within(
-      ...[connectTimeout, "admit"] as const,
+      connectTimeout,
+      "admit",
       () => plugin.admit!(machine, own),
     );
     demand(
@@ -408,3 +436,15 @@ export async function checkAdmit(
     return answer;
   });
 }
+
+/** The check of each hook, in the order in which a build meets them. */
+export const CHECKS: Readonly<
+  Record<keyof Hooks, (plugin: Plugin, ...more: never[]) => Promise<unknown>>
+> = {
+  machines: checkMachines,
+  exclude: checkExclude,
+  connect: checkConnect,
+  score: checkScore,
+  admit: checkAdmit,
+  transport: checkTransport,
+};

@@ -11,6 +11,7 @@ import {
   checkExclude,
   checkMachines,
   checkPlugin,
+  CHECKS,
   checkScore,
   MACHINE,
   makePluginContext,
@@ -130,11 +131,7 @@ function writeExamples(): string {
 
 test("the page has an example of each hook, and a test", () => {
   const text = examples.map(({ text }) => text).join("\n");
-  for (
-    const hook of [
-      ...["machines", "exclude", "connect", "score", "admit", "transport"],
-    ]
-  ) {
+  for (const hook of Object.keys(CHECKS)) {
     assert.match(text, new RegExp(`^  (async )?${hook}[(:]`, "m"), hook);
     assert.match(page, `### \`${hook}`);
   }

@@ -19,7 +19,7 @@ import {
   loadPlugins,
   openSession,
   readSettings,
-  scoreCandidates,
+  sumScores,
 } from "../mod.ts";
 import type {
   Assignment,
@@ -139,11 +139,11 @@ test("a plugin is type-checked against mod.ts", () => {
 async function scores(...plugins: Plugin[]) {
   const { context, warnings } = makeContext({ plugins });
   const candidates = ["a", "b", "c"].map((name) => candidate({ name }));
-  const all = await scoreCandidates(candidates, request(), context);
+  const all = await sumScores(candidates, request(), context);
   return { totals: all.map(({ total }) => total), all, warnings };
 }
 
-test("scoreCandidates() sums, lets abstain and veto", async () => {
+test("sumScores() sums, lets abstain and veto", async () => {
   const { totals, all, warnings } = await scores(
     { name: "one", score: ({ machine }) => machine.name === "b" ? 2 : 1 },
     {
@@ -163,7 +163,7 @@ test("scoreCandidates() sums, lets abstain and veto", async () => {
   assert.equal(warnings, []);
 });
 
-test("scoreCandidates() passes over a plugin that fails", async () => {
+test("sumScores() passes over a plugin that fails", async () => {
   const good: Plugin = { name: "good", score: () => 1 };
   const bad: Record<string, [Plugin["score"], RegExp]> = {
     throws: [() => {
@@ -281,7 +281,7 @@ test("a plugin gets its own options, those told over the usual ones", async () =
   const { context } = makeContext({ plugins: [plugin] });
   const settings = { ...context.settings, use: { own: { bonus: 30 } } };
   const told = { ...context, settings };
-  const [{ total } = { total: 0 }] = await scoreCandidates(
+  const [{ total } = { total: 0 }] = await sumScores(
     ...[[candidate()], request(), told] as const,
   );
   assert.is(total, 35);
@@ -292,7 +292,7 @@ test("the settings choose among built-in plugins; 'use' adds", async () => {
   const names = async (score: string, use: Context["settings"]["use"]) => {
     const settings = { ...context.settings, score, use };
     const told = { ...context, settings };
-    const [first] = await scoreCandidates([candidate()], request(), told);
+    const [first] = await sumScores([candidate()], request(), told);
     return Object.keys(first!.byPlugin);
   };
   assert.equal(await names("locality", {}), ["locality"]);
@@ -365,7 +365,7 @@ test("what a start throws, and answers that are none, are told", async () => {
   const off = { why: "off", isBusy: true, start };
   const { choice, warnings } = await chooseWith(() => off, "a");
   assert.is(choice, "busy");
-  assert.match(warnings.join(), /no power/);
+  assert.match(warnings.join(), /plugin 'out': exclude: no power/);
   const odd = await chooseWith(() => ({ busy: true }) as never, "a");
   assert.match(
     odd.warnings[0]!,
@@ -415,6 +415,10 @@ test("openSession() connects by the first plugin that does", async () => {
     plugin("second", () => connection("second")),
   );
   assert.is(session.failure()?.message, "first");
+  await rejects(
+    session.exec("true"),
+    /'true' .* plugin 'first': connect: none/,
+  );
   await rejects(open(plugin("none", () => undefined)), /no plugin connects to/);
   const hint = "do that";
   const error = await rejects(
