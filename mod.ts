@@ -156,11 +156,25 @@ export const EXIT = {
 
 /** What went wrong, for programs: these words stay what they are. */
 export const ERROR_CODES = [
-  ...["usage", "configuration", "local", "plugin"] as const, // here
-  ...["connect", "host-key", "private-key", "authentication"] as const,
-  ...["daemon", "command", "late"] as const, // there
-  ...["unauthorized", "signature", "protocol"] as const, // of what is sent
-  "failed", // anything else
+  // here
+  "usage",
+  "configuration",
+  "local",
+  "plugin",
+  // there
+  "connect",
+  "host-key",
+  "private-key",
+  "authentication",
+  "daemon",
+  "command",
+  "late",
+  // of what is sent
+  "unauthorized",
+  "signature",
+  "protocol",
+  // anything else
+  "failed",
 ] as const;
 
 /** One of them. */
@@ -684,9 +698,16 @@ function define(site: Site, [target, form, ...others]: Form[]): undefined {
 
 /** Modules that bind nothing by which what is evaluated here means more. */
 const MODULES = new Set([
-  ...["(guile)", "(guix gexp)", "(guix scripts offload)", "(ice-9 format)"],
-  ...["(ice-9 match)", "(ice-9 rdelim)", "(ice-9 textual-ports)"],
-  ...["(rnrs io ports)", "(srfi srfi-1)", "(srfi srfi-26)"],
+  "(guile)",
+  "(guix gexp)",
+  "(guix scripts offload)",
+  "(ice-9 format)",
+  "(ice-9 match)",
+  "(ice-9 rdelim)",
+  "(ice-9 textual-ports)",
+  "(rnrs io ports)",
+  "(srfi srfi-1)",
+  "(srfi srfi-26)",
 ]);
 
 /** Takes note of modules that are used. */
@@ -943,13 +964,10 @@ function usualValue(
 /** All fields that a `<build-machine>` record has. */
 const fieldNames = [...Object.keys(machineFields), "system", "location"];
 
-/** The names of fields in a machine file and in {@linkcode Machine}. */
-const properties = Object.keys(machineFields).map((name) =>
-  [
-    name,
-    name.replace(/-(.)/g, (_, letter: string) => letter.toUpperCase()),
-  ] as const
-);
+/** What {@linkcode Machine} calls a field of a machine file. */
+function propertyOf(field: string): string {
+  return field.replace(/-(.)/g, (_, letter: string) => letter.toUpperCase());
+}
 
 /**
  * Makes a machine of fields, or says what is wrong with them. The names are
@@ -963,12 +981,11 @@ export function machineFromFields(
   const machine: Record<string, unknown> = {};
   const reasons = Object.keys(fields).filter((it) => !fieldNames.includes(it))
     .map((name) => `unknown field '${name}'`);
-  for (const [name, property] of properties) {
-    const [rule] = machineFields[name]!;
+  for (const [name, [rule]] of Object.entries(machineFields)) {
     const [expected, accepts, take = (it: unknown) => it] = rule;
     const value = fields[name] ?? usualValue(name, userInfo().homedir);
     if (accepts(value)) {
-      machine[property] = take(value);
+      machine[propertyOf(name)] = take(value);
       continue;
     }
     const found = JSON.stringify(value)?.slice(0, 60) ?? typeof value;
@@ -983,9 +1000,9 @@ export function machineFromFields(
 /** Gives the fields of a machine by their names in the machine file. */
 export function machineToJson(machine: Machine): Record<string, unknown> {
   const values: Record<string, unknown> = { ...machine };
-  return Object.fromEntries(
-    properties.map(([name, property]) => [name, values[property]]),
-  );
+  const entries = Object.keys(machineFields)
+    .map((name) => [name, values[propertyOf(name)]]);
+  return Object.fromEntries(entries);
 }
 
 /** Turns a value into plain data. */
@@ -1047,8 +1064,13 @@ export function evaluateMachineFile(
     ? content.replace(/^\ufeff/, "")
     : new TextDecoder().decode(content);
   const source: Source = {
-    ...{ file, text, home, globals: {} },
-    ...{ position: 0, depth: 0, steps: 0 },
+    file,
+    text,
+    home,
+    globals: {},
+    position: 0,
+    depth: 0,
+    steps: 0,
     located: { at: 0, line: 1, column: 0 },
   };
   const nothing = { file, machines: [], problems: [] };
@@ -1228,7 +1250,7 @@ function parseJson(text: string, where: string): unknown {
   }
 }
 
-/** Refuses a file that somebody else could have written. */
+/** Refuses a file, or directory, that somebody else could have written. */
 function checkOwner(file: string): void {
   const { uid, mode } = statSync(file);
   const trusted = uid === 0 || uid === process.getuid?.();
@@ -1244,8 +1266,7 @@ function checkOwner(file: string): void {
 function readSettingsFile(file: string): Record<string, unknown> {
   if (!existsSync(file)) return {};
   // Some settings name programs to run.
-  checkOwner(dirname(file));
-  checkOwner(file);
+  [dirname(file), file].forEach(checkOwner);
   const settings = parseJson(readFileSync(file, "utf8"), file);
   if (settings?.constructor === Object) return { ...settings };
   throw new OffloadError(`${file}: expected an object`);
@@ -1694,8 +1715,7 @@ export async function loadPlugin(
   taken: readonly string[],
   seconds: number,
 ): Promise<Plugin> {
-  checkOwner(dirname(file));
-  checkOwner(file);
+  [dirname(file), file].forEach(checkOwner);
   const { default: plugin } = await within(
     seconds,
     import(pathToFileURL(file).href),
@@ -1845,10 +1865,7 @@ function checkMethods<T extends object, K extends keyof T & string>(
 ): T {
   const odd = methods.find((it) => typeof answer?.[it] !== "function");
   if (odd === undefined) return answer;
-  throw new OffloadError(
-    `plugin '${plugin.name}': ${hook}: '${odd}' is no function`,
-    { code: "plugin" },
-  );
+  throw hookError(plugin, hook, new Error(`'${odd}' is no function`));
 }
 
 /** Checks what a `machines` hook came back with. */

@@ -27,6 +27,7 @@ import {
   queryPathInfos,
   readSettings,
   restoreNar,
+  within,
   writableDirectory,
 } from "../mod.ts";
 import type {
@@ -49,21 +50,13 @@ function demand(condition: unknown, message: string): asserts condition {
 }
 
 /** Settles as `answer` does, within seconds. */
-async function within<T>(
+function answerWithin<T>(
   seconds: number,
   what: string,
   answer: () => Awaitable<T>,
 ): Promise<T> {
-  const late = Promise.withResolvers<never>();
-  const timer = setTimeout(
-    () => late.reject(new Error(`${what}: no answer within ${seconds} s`)),
-    seconds * 1000,
-  );
-  try {
-    return await Promise.race([(async () => await answer())(), late.promise]);
-  } finally {
-    clearTimeout(timer);
-  }
+  const message = `${what}: no answer within ${seconds} s`;
+  return within(seconds, (async () => await answer())(), message);
 }
 
 /** Makes the context of a plugin that has these options. */
@@ -107,7 +100,7 @@ export async function checkMachines(
 ): Promise<readonly Machine[]> {
   const { hookTimeout } = context.settings;
   demand(plugin.machines, "there is no hook 'machines'");
-  const machines = await within(
+  const machines = await answerWithin(
     hookTimeout,
     "machines",
     () => plugin.machines!(context),
@@ -150,7 +143,7 @@ export async function checkExclude(
 ): Promise<void> {
   const { hookTimeout } = context.settings;
   demand(plugin.exclude, "there is no hook 'exclude'");
-  const answer = await within(
+  const answer = await answerWithin(
     hookTimeout,
     "exclude",
     () => plugin.exclude!(Object.freeze({ ...machine }), context),
@@ -229,7 +222,7 @@ export async function checkScore(
   demand(plugin.score, "there is no hook 'score'");
   for (const request of makeRequests()) {
     for (const candidate of makeCandidates()) {
-      const score = await within(
+      const score = await answerWithin(
         hookTimeout,
         "score",
         () => plugin.score!(candidate, request, context),
@@ -260,13 +253,13 @@ export async function checkConnect(
 ): Promise<void> {
   const { connectTimeout } = context.settings;
   demand(plugin.connect, "there is no hook 'connect'");
-  const refused = await within(
+  const refused = await answerWithin(
     connectTimeout,
     "connect, with another host key",
     () => plugin.connect!(impostor(machine), context),
   ).then(() => false, () => true);
   demand(refused, "connect: believed a host key that is not the machine's");
-  const connection = await within(
+  const connection = await answerWithin(
     connectTimeout,
     "connect",
     () => plugin.connect!(machine, context),
@@ -277,7 +270,11 @@ export async function checkConnect(
   const waiting = await connection.exec("cat");
   waiting.channel.on("error", () => {}).resume();
   connection.close();
-  await within(connectTimeout, "the end, after close", () => waiting.ended);
+  await answerWithin(
+    connectTimeout,
+    "the end, after close",
+    () => waiting.ended,
+  );
 }
 
 /** Demands that commands get their input, and give their output back. */
@@ -301,12 +298,12 @@ async function checkOpenSocket(
   connectTimeout: number,
 ): Promise<void> {
   const stream = await connection.openSocket(machine.daemonSocket);
-  await within(
+  await answerWithin(
     connectTimeout,
     "openSocket",
     () => openStore(stream, "openSocket"),
   );
-  const none = await within(
+  const none = await answerWithin(
     connectTimeout,
     "openSocket of none",
     async () => openStore(await connection.openSocket("/nonexistent"), "none"),
@@ -424,7 +421,7 @@ export async function checkAdmit(
   const { connectTimeout } = context.settings;
   demand(plugin.admit, "there is no hook 'admit'");
   return await withConnections(plugin, machine, context, async (own) => {
-    const answer = await within(
+    const answer = await answerWithin(
       connectTimeout,
       "admit",
       () => plugin.admit!(machine, own),
