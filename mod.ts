@@ -5670,6 +5670,24 @@ async function transferAndOffload(
 }
 
 /**
+ * The same; anew, a message at a time, where the daemon's socket is some relay's
+ * that breaks them into pieces.
+ */
+async function transferInStep(
+  work: Work,
+  session: Session,
+  context: Context,
+): Promise<void> {
+  try {
+    await transferAndOffload(work, session, context, false);
+  } catch (error) {
+    if (!isOutOfStep(error)) throw error;
+    session.askOneByOne();
+    await transferAndOffload(work, session, context, true);
+  }
+}
+
+/**
  * Gives a session up over which nothing passes for too long, unless that may
  * be, or at whose end the daemon is dead.
  */
@@ -5728,14 +5746,7 @@ async function attempt(
     const session = prospect.session ??= await remind(what, log, open);
     session.useSocket(prospect.facts?.socket);
     unwatch = watchSession(session, context.settings);
-    const transfer = (isAdmitted: boolean) =>
-      transferAndOffload(work, session, { ...context, signal }, isAdmitted);
-    const done = transfer(false).catch((error) => {
-      if (!isOutOfStep(error)) throw error;
-      // Its socket is some relay's, which breaks messages into pieces.
-      session.askOneByOne();
-      return transfer(true);
-    });
+    const done = transferInStep(work, session, { ...context, signal });
     await Promise.race([done, session.lost]);
   } catch (error) {
     throw lossOf(error, prospect, context);
