@@ -6385,6 +6385,18 @@ function makeReport(log: Log): Pick<Context, "problems" | "report"> {
   return { problems, report };
 }
 
+/** A log whose warnings are problems: a plugin that is gone may list machines. */
+function reporting(log: Log, report: Context["report"]): Log {
+  const warn = (problem: unknown) =>
+    report({
+      severity: "error",
+      message: reason(problem),
+      toldAs: "warning",
+      code: "plugin",
+    });
+  return { ...log, warn };
+}
+
 /** Makes what is the same for all requests of a process. */
 export async function makeContext(
   hook: HookArguments,
@@ -6399,15 +6411,7 @@ export async function makeContext(
   const settings = readSettings(plugins, environment);
   const machines = machineFile ?? `${configDirectory}/machines.scm`;
   const { problems, report } = makeReport(log);
-  // A plugin that does not load may have listed machines.
-  const warn = (problem: unknown) =>
-    report({
-      severity: "error",
-      toldAs: "warning",
-      code: "plugin",
-      message: reason(problem),
-    });
-  const loading = machineFile === undefined ? { ...log, warn } : log;
+  const loading = machineFile === undefined ? reporting(log, report) : log;
   return {
     ...hook,
     log,

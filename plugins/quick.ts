@@ -190,9 +190,23 @@ async function substitute(
   }
 }
 
+/**
+ * Another connection to the daemon there, which has signed something: that takes
+ * a while to start, and the build takes a while anyway.
+ */
+async function openExporter(
+  derivation: string,
+  { openDaemon, signal }: TransportContext,
+): Promise<StoreConnection> {
+  const store = await openDaemon();
+  const chunks = exportPath(store, derivation);
+  await discard(bounded(chunks, LIMITS.chunk, signal));
+  return store;
+}
+
 /** Over connections to the daemon, but for bulk. */
 function quickTransport(context: TransportContext): Transport {
-  const { remote, roundTrip, openDaemon, patiently, signal } = context;
+  const { remote, roundTrip, patiently } = context;
   const plain = plainTransport(context);
   let mayFetch = context.settings.substitutes;
   let exporter: Promise<StoreConnection> | undefined;
@@ -210,12 +224,8 @@ function quickTransport(context: TransportContext): Transport {
       size < BULK ? undefined : await patiently(() => lockUploads(context)),
     send: (items) => send(items, context),
     prepare: (derivation) => {
-      // Signing takes a while to start, and the build takes a while anyway.
-      exporter = openDaemon().then(async (store) => {
-        const chunks = exportPath(store, derivation);
-        await discard(bounded(chunks, LIMITS.chunk, signal));
-        return ready = store;
-      });
+      exporter = openExporter(derivation, context)
+        .then((store) => ready = store);
       exporter.catch(() => {});
     },
     retrieve: async function* (paths, size = 0) {
