@@ -2416,6 +2416,8 @@ export interface StoreConnection {
   readonly minor: number;
   /** Bytes of requests that it takes ahead of its answers; 0: one request. */
   readonly ahead: number;
+  /** Seconds that each of their answers may take; forever unless told. */
+  readonly patience?: number | undefined;
 }
 
 /**
@@ -2587,8 +2589,8 @@ export async function operateAll(
     let refused: DaemonError | undefined;
     for (const { result } of message) {
       try {
-        await finish(store, streams);
-        await result(store.reader);
+        const answer = finish(store, streams).then(() => result(store.reader));
+        await awaitAnswer(store, message.length === 1, answer);
       } catch (error) {
         if (!(error instanceof DaemonError) || isOutOfStep(error)) {
           throw await failed(refused ?? error);
@@ -2600,15 +2602,33 @@ export async function operateAll(
   }
 }
 
+/** What a daemon says that got something while it was at work, or does not. */
+const OUT_OF_STEP = /^EOF expected|^no answer to requests that came together/;
+
 /** Whether a daemon got something while it was at work: it lost count then. */
 export function isOutOfStep(error: unknown): boolean {
   return error instanceof OffloadError && !(error instanceof LocalError) &&
-    (isOutOfStep(error.cause) || error.message.startsWith("EOF expected"));
+    (isOutOfStep(error.cause) || OUT_OF_STEP.test(error.message));
+}
+
+/**
+ * Waits for an answer. A daemon that lost count of requests may say so, or wait
+ * for the rest of one that it takes for longer than it is.
+ */
+async function awaitAnswer(
+  { patience }: StoreConnection,
+  isAlone: boolean,
+  answer: Promise<unknown>,
+): Promise<void> {
+  const late = "no answer to requests that came together";
+  if (isAlone || patience === undefined) await answer;
+  else await within(patience, answer, late);
 }
 
 /**
  * Shakes hands with the guix-daemon at the other end of `stream`, where so many
- * bytes arrive in one piece if they were written in one.
+ * bytes arrive in one piece if they were written in one, or should: it answers
+ * within `patience` seconds then.
  *
  * @throws {OffloadError} where the peer is none or too old.
  */
@@ -2616,6 +2636,7 @@ export async function openStore(
   stream: Duplex,
   name: string,
   pieceSize = 0,
+  patience?: number,
 ): Promise<StoreConnection> {
   const reader = new ByteReader(stream, name);
   // The version needn't be known to send ours: one round trip, not two.  The
@@ -2631,7 +2652,7 @@ export async function openStore(
     throw reader.error(`unsupported protocol 0x${version.toString(16)}`);
   }
   const ahead = Math.min(pieceSize, READ_SIZE);
-  const store = { name, stream, reader, minor, ahead };
+  const store = { name, stream, reader, minor, ahead, patience };
   await nextData(store);
   return store;
 }
@@ -4358,7 +4379,8 @@ export async function greetOver(
   const open = channel.then((stream) => {
     stream.on("error", () => {}); // who reads learns of it
     const called = `guix-daemon on '${link.machine.name}'`;
-    return openStore(noteUse(stream, link), called, pieceSize);
+    const { connectTimeout } = link;
+    return openStore(noteUse(stream, link), called, pieceSize, connectTimeout);
   });
   try {
     // The server may answer while the daemon behind it does not, or neither.

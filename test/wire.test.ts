@@ -8,9 +8,11 @@ import {
   ByteReader,
   encode,
   importPaths,
+  isOutOfStep,
   openStore,
   queryPathInfos,
   queryValidPaths,
+  READ_SIZE,
 } from "../mod.ts";
 import type { StoreConnection, WireValue } from "../mod.ts";
 import { chunks, Peer, rejects } from "./helpers.ts";
@@ -74,6 +76,23 @@ test("operations refuse absurd lengths and counts", async () => {
   const huge = Buffer.alloc(8, 0xff);
   const stream = new Peer([[HELLO, GREETING], [Buffer.alloc(0), huge]]);
   await rejects(openStore(stream, "peer").then(paths), /unexpected number/);
+});
+
+test("requests that came together are not waited for without end", async () => {
+  const open = () => {
+    const stream = new Duplex({ read() {}, write: (_, __, done) => done() });
+    stream.push(GREETING);
+    return openStore(stream, "guix-daemon on 'w1'", READ_SIZE, 0.05);
+  };
+  const store = await open();
+  const alone = addTempRoots(store, [MISSING]);
+  const [together] = await Promise.allSettled([
+    addTempRoots(await open(), [MISSING, MISSING]),
+  ]);
+  assert.is(together!.status, "rejected");
+  assert.ok(isOutOfStep((together as PromiseRejectedResult).reason));
+  store.stream.push(encode(LAST, 1)); // as late as that
+  await alone;
 });
 
 test("operations refuse more than makes sense in all", async () => {

@@ -263,6 +263,23 @@ export function forget(master: string): void {
 /** Has machines waited for long enough, however busy this one is. */
 export const PATIENT = "OFFLOAD_DECISION_TIMEOUT=10";
 
+/** Has what machines said of themselves believed for as long as a test takes. */
+export const ACQUAINTED = "OFFLOAD_FACTS_LIFETIME=600";
+
+/**
+ * Has head know its machines: who takes a build is then no matter of who answers
+ * first, however busy this machine is.
+ */
+export async function meetMachines(runtime: Runtime): Promise<void> {
+  const [derivation] = makeWork("head");
+  const explain = offloadCommand(runtime, "explain", "--json", derivation!);
+  await until("all machines have answered", () => {
+    const { stdout } = run("head", ...explain);
+    return /"machine"/.test(stdout) &&
+      !/not (answered|asked)|no answer/.test(stdout);
+  });
+}
+
 /** The command line of Offload on a master, under a runtime. */
 export function offloadCommand(
   runtime: Runtime,

@@ -12,6 +12,7 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { askHook, closure } from "./hook.ts";
 import {
+  ACQUAINTED,
   assertOffloaded,
   build,
   buildCommand,
@@ -20,6 +21,7 @@ import {
   inHost,
   lab,
   makeWork,
+  meetMachines,
   offloadCommand,
   ROOT,
   root,
@@ -221,13 +223,14 @@ function suiteUnder(runtime: Runtime): void {
     assert.is((await ask(derivation!, runtime, plugins)).answer, "accept");
   });
 
-  test("round-robin takes turns", () => {
+  test("round-robin takes turns", async () => {
     useMachines(
       "head",
       ["w1", "w2"],
       (text) => text.replace('(name "w1")', '(name "w1") (speed 9.)'),
     );
-    useOffload("head", runtime, "OFFLOAD_SCORE=round-robin");
+    useOffload("head", runtime, "OFFLOAD_SCORE=round-robin", ACQUAINTED);
+    await meetMachines(runtime);
     const used = [1, 2, 3, 4].map(() => {
       const [derivation, result] = buildWork();
       return assertOffloaded(derivation, result, ["w1", "w2"]);
@@ -334,7 +337,9 @@ function suiteUnder(runtime: Runtime): void {
       );
       writeFileSync(`${directory}/${name}`, here);
     }
+    useOffload("head", runtime, ACQUAINTED);
     try {
+      await meetMachines(runtime);
       const [derivation] = makeWork("head", "--inputs=2");
       const running = watch(start("head", ...buildCommand([derivation!])));
       await until(
