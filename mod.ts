@@ -2092,6 +2092,7 @@ function checkTransport(plugin: Plugin, transport: Transport): Transport {
   const use = <T>(call: () => T) => useAnswer(plugin, "transport", call);
   return {
     missing: (paths) => use(() => transport.missing(paths)),
+    reserve: (size) => use(() => transport.reserve?.(size)),
     send: (items) => use(() => transport.send(items)),
     prepare: (derivation) => use(() => transport.prepare?.(derivation)),
     retrieve: async function* (...args) {
