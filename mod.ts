@@ -979,11 +979,14 @@ export function machineFromFields(
   where: string,
 ): Machine | Problem {
   const machine: Record<string, unknown> = {};
-  const reasons = Object.keys(fields).filter((it) => !fieldNames.includes(it))
+  const reasons = Object.keys(fields)
+    .filter((name) => !Object.hasOwn(machineFields, name))
     .map((name) => `unknown field '${name}'`);
   for (const [name, [rule]] of Object.entries(machineFields)) {
     const [expected, accepts, take = (it: unknown) => it] = rule;
-    const value = fields[name] ?? usualValue(name, userInfo().homedir);
+    const value = fields[name] === undefined
+      ? usualValue(name, userInfo().homedir)
+      : fields[name];
     if (accepts(value)) {
       machine[propertyOf(name)] = take(value);
       continue;
@@ -1018,10 +1021,11 @@ function machinesOfRecords(source: Source, records: BuildMachine[]) {
   const machines: Machine[] = [];
   const problems: Problem[] = [];
   for (const { at, fields: values } of records) {
-    const fields: Record<string, unknown> = {};
-    for (const name in values) fields[name] = plain(source, at, values[name]);
-    if (fields.systems === false && fields.system !== false) {
-      fields.systems = [fields.system];
+    const all: Record<string, unknown> = {};
+    for (const name in values) all[name] = plain(source, at, values[name]);
+    const { system, location: _, ...fields } = all;
+    if (fields.systems === false && system !== false) {
+      fields.systems = [system];
       const where = place(source, at);
       const message =
         `${where}: The 'system' field is deprecated, please use 'systems' instead.`;
@@ -1592,7 +1596,8 @@ const HOOKS: Readonly<
   connect: ({ connectTimeout }) => 1.5 * connectTimeout,
   score: ({ hookTimeout }) => hookTimeout,
   admit: ({ connectTimeout }) => connectTimeout,
-  transport: ({ hookTimeout }) => hookTimeout,
+  // What is ours may have to be loaded.
+  transport: ({ hookTimeout }, isOurs) => isOurs ? 60 : hookTimeout,
 };
 
 /** The hooks of which the setting of that name chooses one built-in plugin's. */
@@ -1601,6 +1606,25 @@ type Choice = keyof Hooks & keyof Settings;
 /** Tells those hooks. */
 function isChoice(hook: string): hook is Choice {
   return hook in HOOKS && hook in SETTINGS;
+}
+
+/** What a command has to have, each of the type of these. */
+const COMMAND: Readonly<Required<Omit<Command, "order" | "around">>> = {
+  usage: "",
+  summary: "",
+  description: [],
+  options: [],
+  examples: [],
+  run: () => Promise.reject(),
+};
+
+/** Says what a command lacks, if it lacks anything. */
+function lackOf(command: unknown): string | undefined {
+  const its = Object(command) as Partial<Record<string, unknown>>;
+  return Object.entries(COMMAND).find(([name, example]) =>
+    typeof its[name] !== typeof example ||
+    Array.isArray(its[name]) !== Array.isArray(example)
+  )?.[0];
 }
 
 /** Says what is wrong with a plugin, if anything is. */
@@ -1617,10 +1641,8 @@ export function pluginProblem(plugin: unknown): string | undefined {
   const unknown = keys.find((key) => !Object.hasOwn(HOOKS, key));
   if (unknown !== undefined) return `unknown key '${unknown}'`;
   if (keys.length === 0 && command === undefined) return "it has no hook";
-  const { usage, run } = (command ?? {}) as Partial<Command>;
-  if (command !== undefined && (typeof usage !== "string" || !run)) {
-    return "'command' is no command";
-  }
+  const lacking = command === undefined ? undefined : lackOf(command);
+  if (lacking !== undefined) return `'command' lacks '${lacking}'`;
   if (options?.constructor !== Object) return "'options' is no object";
   const odd = keys.find((key) => typeof hooks[key] !== "function");
   return odd && `'${odd}' is no function`;
@@ -1633,7 +1655,10 @@ declare const BUNDLED_PLUGINS: string;
 function listBuiltinFiles(): readonly string[] {
   if (typeof BUNDLED_PLUGINS !== "undefined") return BUNDLED_PLUGINS.split(" ");
   const directory = new URL("plugins", import.meta.url);
-  return existsSync(directory) ? readdirSync(directory) : [];
+  if (!existsSync(directory)) return [];
+  // Where others may make a directory, it need not be ours.
+  const owners = [0, statSync(new URL(import.meta.url)).uid];
+  return owners.includes(statSync(directory).uid) ? readdirSync(directory) : [];
 }
 
 /** The names of the plugins that are built in, by which they are found. */
@@ -1642,10 +1667,19 @@ export function builtinNames(): string[] {
     .map((file) => file.slice(0, -".ts".length).replaceAll("_", "-")).sort();
 }
 
-/** Imports a file of plugins/, by its name without the end, if it is there. */
+/**
+ * Imports a file of plugins/, by its name without the end, if it is there.
+ *
+ * @throws {LocalError} where it can't be: that is no machine's fault.
+ */
 async function importFromPlugins<T>(name: string): Promise<T | undefined> {
   if (!listBuiltinFiles().includes(`${name}.ts`)) return undefined;
-  return await import(`./plugins/${name}.ts`);
+  try {
+    return await import(`./plugins/${name}.ts`);
+  } catch (cause) {
+    const message = `failed to load plugins/${name}.ts: ${reason(cause)}`;
+    throw new LocalError(message, { cause });
+  }
 }
 
 /** Imports one that can't be done without; `what` says what is lacking else. */
@@ -1673,12 +1707,12 @@ function turnOf(plugin: Plugin): number {
 
 /**
  * Loads built-in plugins with hooks, all unless told which, in the order in
- * which they are asked: as a build meets them, then by name.
+ * which they are asked: as a build meets them, then as they are named.
  */
 export async function loadBuiltins(
   names: readonly string[] = builtinNames(),
 ): Promise<Plugin[]> {
-  const plugins = await Promise.all(names.toSorted().map(loadBuiltin));
+  const plugins = await Promise.all(names.map(loadBuiltin));
   return plugins.filter((plugin) => plugin !== undefined)
     .filter((plugin) => turnOf(plugin) >= 0)
     .sort((a, b) => turnOf(a) - turnOf(b));
@@ -2085,14 +2119,20 @@ async function firstExclusions(
 }
 
 /** Checks what a plugin moves archives by, and names it in later errors. */
-function checkTransport(plugin: Plugin, transport: Transport): Transport {
+export function checkTransport(
+  plugin: Plugin,
+  transport: Transport,
+): Transport {
   const methods = ["missing", "send", "retrieve"] as const;
   checkMethods(plugin, "transport", transport, methods);
   if (isBuiltin(plugin)) return transport;
   const use = <T>(call: () => T) => useAnswer(plugin, "transport", call);
   return {
     missing: (paths) => use(() => transport.missing(paths)),
-    reserve: (size) => use(() => transport.reserve?.(size)),
+    reserve: async (size) => {
+      const leave = await use(() => transport.reserve?.(size));
+      return leave && checkMethods(plugin, "transport", leave, ["release"]);
+    },
     send: (items) => use(() => transport.send(items)),
     prepare: (derivation) => use(() => transport.prepare?.(derivation)),
     retrieve: async function* (...args) {
@@ -2536,6 +2576,8 @@ export interface Call {
   readonly request: Buffer;
   /** Reads what comes back. */
   readonly result: (reader: ByteReader) => Promise<unknown>;
+  /** Whether the answer may take as long as it likes. */
+  readonly takesLong?: boolean;
 }
 
 /** Any of a kind, also one after another. */
@@ -2588,10 +2630,10 @@ export async function operateAll(
     next = messages.next(); // made while the daemon is at work
     next.catch(() => {}); // it is told when it is awaited
     let refused: DaemonError | undefined;
-    for (const { result } of message) {
+    for (const { result, takesLong = message.length === 1 } of message) {
       try {
         const answer = finish(store, streams).then(() => result(store.reader));
-        await awaitAnswer(store, message.length === 1, answer);
+        await awaitAnswer(store, takesLong, answer);
       } catch (error) {
         if (!(error instanceof DaemonError) || isOutOfStep(error)) {
           throw await failed(refused ?? error);
@@ -2618,11 +2660,11 @@ export function isOutOfStep(error: unknown): boolean {
  */
 async function awaitAnswer(
   { patience }: StoreConnection,
-  isAlone: boolean,
+  takesLong: boolean,
   answer: Promise<unknown>,
 ): Promise<void> {
   const late = "no answer to requests that came together";
-  if (isAlone || patience === undefined) await answer;
+  if (takesLong || patience === undefined) await answer;
   else await within(patience, answer, late);
 }
 
@@ -2781,6 +2823,7 @@ export function buildCall(things: readonly string[]): Call {
   return {
     request: encode(OPERATION.buildThings, things, normalMode),
     result: (reader) => reader.number(),
+    takesLong: true,
   };
 }
 
@@ -6602,12 +6645,14 @@ async function main(args: readonly string[]): Promise<number> {
   const { env } = process;
   const hook = parseHookArguments(args);
   if (hook !== undefined) return await serveDaemon(hook, env);
-  const commands = await importFromPlugins<Commands>("_commands");
-  if (commands !== undefined) return await commands.serve(args, env);
-  const hint = "have Offload's plugins/ beside mod.ts";
-  const what = `there are no commands here, such as '${args[0] ?? "help"}'`;
-  makeLog(env).error(new OffloadError(what, { hint }));
-  return EXIT.usage;
+  try {
+    const what = `there are no commands here, such as '${args[0] ?? "help"}'`;
+    const commands = await demandFromPlugins<Commands>("_commands", what);
+    return await commands.serve(args, env);
+  } catch (error) {
+    makeLog(env).error(error);
+    return EXIT.usage;
+  }
 }
 
 if (import.meta.main) {

@@ -120,7 +120,7 @@ function makeCli(
 ) {
   const cli = cac("offload");
   for (const command of commands) {
-    const words = command.usage.split(" ")
+    const words = command.usage.split(" ").filter((word) => word !== "")
       .map((word) => word.startsWith("[") ? "[argument]" : "<argument>");
     const made = cli.command([command.name, ...words].join(" "))
       .action(() => run(command));
@@ -207,7 +207,7 @@ async function runMatched(
 
 /** A plugin's command, by its plugin's name; `undefined`: it has none. */
 function commandOf({ name, command }: Plugin): NamedCommand | undefined {
-  return command && { ...command, name };
+  return command && Object.assign(Object.create(command), { name });
 }
 
 /** Loads all commands, in the order in which help lists them. */
@@ -244,9 +244,9 @@ async function runCommand(
   const isHelp = args[0] === "help";
   const words = args.slice(isHelp ? 1 : 0);
   const commands = await loadMeant(words[0], findSite);
-  const cli = makeCli(commands, ({ run }) => {
+  const cli = makeCli(commands, (command) => {
     const { args, options } = cli;
-    return run(args.map(String), options, makeContext, screen);
+    return command.run(args.map(String), options, makeContext, screen);
   });
   cli.parse(["", "offload", ...words], { run: false });
   const { args: [word = args[0]], matchedCommandName, options } = cli;

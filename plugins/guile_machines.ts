@@ -71,8 +71,8 @@ function machineFrom(
   { fields, place }: NonNullable<Outcome["machines"]>[number],
 ): Machine[] {
   const where = place ?? "";
-  const { system, systems } = fields;
-  const deprecated = (systems ?? false) === false &&
+  const { system, location: _, ...own } = fields;
+  const deprecated = (own.systems ?? false) === false &&
     (system ?? false) !== false;
   if (deprecated) {
     const message =
@@ -83,7 +83,7 @@ function machineFrom(
     });
   }
   const machine = context.machineFromFields(
-    deprecated ? { ...fields, systems: [system] } : fields,
+    deprecated ? { ...own, systems: [system] } : own,
     where,
   );
   if (!("severity" in machine)) return [machine];

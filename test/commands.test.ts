@@ -112,6 +112,15 @@ test("a site's command is found, listed and run", async () => {
     assert.match(general.stdout, /^ {2}hello +Greet$/m);
     const own = await offloadIn(directory, "hello", "--help");
     assert.match(own.stdout, /^ {2}--loud +Shout$/m);
+    const bare = plugin.replaceAll("hello", "bare").replace("NAME", "");
+    const other = `${directory}/offload/bare.ts`;
+    writeFileSync(other, bare, { mode: 0o644 });
+    assert.is((await offloadIn(directory, "bare")).stdout, "undefined\n");
+    const lacking = bare.replace("description: [],", "");
+    writeFileSync(other, lacking, { mode: 0o644 });
+    const { code: failed, stderr } = await offloadIn(directory, "bare");
+    assert.is(failed, 2);
+    assert.match(stderr, `${other}: 'command' lacks 'description'`);
     const wrong = await offloadIn(directory, "hello");
     assert.is(wrong.code, 2);
     const completed = await offloadIn(directory, "completion", "bash");

@@ -10,9 +10,11 @@ import {
 } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
+import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
+  checkTransport,
   chooseBuildMachine,
   listMachines,
   loadBuiltins,
@@ -27,6 +29,7 @@ import type {
   Context,
   Exclusion,
   Plugin,
+  Transport,
 } from "../mod.ts";
 import { candidate, machine, makeContext, request } from "./context.ts";
 import { greeter, rejects } from "./helpers.ts";
@@ -74,6 +77,45 @@ test("loadPlugins() loads files by name, before the built-in ones", async () => 
   const { all, warnings } = await load();
   assert.equal(all.slice(0, 4), ["a", "b", "c", "guix"]);
   assert.equal(warnings, []);
+});
+
+test("loadPlugins() asks built-in ones in the order of 'use'", async () => {
+  for (const names of [["dns-sd", "command"], ["command", "dns-sd"]]) {
+    const use = Object.fromEntries(names.map((name) => [name, {}]));
+    const plugins = await loadUsing(use);
+    const found = plugins.map(({ name }) => name);
+    assert.equal(found.filter((name) => names.includes(name)), names);
+  }
+});
+
+test("a site's transport is used with all its methods, and named", async () => {
+  const refuse = () => Promise.reject(new Error("no"));
+  const transport: Required<Transport> = {
+    missing: refuse,
+    reserve: refuse,
+    send: refuse,
+    prepare: () => {
+      throw new Error("no");
+    },
+    retrieve: async function* () {
+      yield* [];
+      await refuse();
+    },
+  };
+  const used = checkTransport({ name: "own" }, transport);
+  assert.equal(Object.keys(used).sort(), Object.keys(transport).sort());
+  const named = /^plugin 'own': transport: no$/;
+  await rejects(Promise.resolve(used.missing([])), named);
+  await rejects(Promise.resolve(used.reserve!(1)), named);
+  await rejects(Promise.resolve(used.send(new Map())), named);
+  assert.throws(() => used.prepare!("x"), named);
+  await rejects(buffer(used.retrieve([])), named);
+  const odd = checkTransport({ name: "own" }, {
+    ...transport,
+    reserve: () => ({} as { release(): void }),
+  });
+  const lacking = /^plugin 'own': transport: 'release' is no function$/;
+  await rejects(Promise.resolve(odd.reserve!(1)), lacking);
 });
 
 test("loadPlugins() reports file and key of what is no plugin", async () => {

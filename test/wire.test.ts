@@ -5,11 +5,13 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
   addTextToStore,
+  buildCall,
   ByteReader,
   encode,
   importPaths,
   isOutOfStep,
   openStore,
+  operateAll,
   queryPathInfos,
   queryValidPaths,
   READ_SIZE,
@@ -86,13 +88,18 @@ test("requests that came together are not waited for without end", async () => {
   };
   const store = await open();
   const alone = addTempRoots(store, [MISSING]);
+  const other = await open();
+  const build = buildCall([MISSING]);
+  const built = operateAll(other, [build, build]);
   const [together] = await Promise.allSettled([
     addTempRoots(await open(), [MISSING, MISSING]),
   ]);
   assert.is(together!.status, "rejected");
   assert.ok(isOutOfStep((together as PromiseRejectedResult).reason));
-  store.stream.push(encode(LAST, 1)); // as late as that
-  await alone;
+  // As late as that, what came alone and builds are answered.
+  store.stream.push(encode(LAST, 1));
+  other.stream.push(encode(LAST, 1, LAST, 1));
+  await Promise.all([alone, built]);
 });
 
 test("operations refuse more than makes sense in all", async () => {

@@ -274,6 +274,21 @@ function suiteUnder(runtime: Runtime): void {
     assert.match(result.stderr, /'w1' has lost 1 store item/);
   });
 
+  test("a build may take longer than connecting", async () => {
+    useMachines("head", ["w1"]);
+    useOffload("head", runtime, "OFFLOAD_CONNECT_TIMEOUT=5");
+    try {
+      const [derivation] = makeWork("head", "--seconds=7");
+      const building = watch(start("head", ...buildCommand([derivation!])));
+      const result = await within("the build", building.ended);
+      assertOffloaded(derivation!, result, ["w1"]);
+      const told = result.stderr.match(/^offloading '/gm);
+      assert.is(told?.length, 1, result.stderr);
+    } finally {
+      useOffload("head", runtime);
+    }
+  });
+
   test("a relay before a daemon may break messages into pieces", async () => {
     const directory = `${root("w1")}/var/guix/daemon-socket`;
     let connections = 0;
@@ -302,7 +317,7 @@ function suiteUnder(runtime: Runtime): void {
         "head",
         runtime,
         "OFFLOAD_ATTEMPTS=1",
-        "OFFLOAD_CONNECT_TIMEOUT=10",
+        "OFFLOAD_CONNECT_TIMEOUT=5",
         'OFFLOAD_USE={"leases": {}}',
       );
       useMachines("head", ["w1"], (text) => {
