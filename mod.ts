@@ -3,8 +3,8 @@
  * GNU Guix's guix-daemon sends builds to other machines over SSH.
  *
  * With deps.ts it is a complete offloader of plain machine files; plugins/ has
- * all else, found by its name when it is needed. The file reads from top to
- * bottom, callees first, and so does a build's way through its sections:
+ * all else, found by its name when it is needed. What is called stands above
+ * what calls it:
  *
  *     Types
  *     Errors and log
@@ -12,10 +12,10 @@
  *     Plugins           readSettings(), loadPlugins(), listMachines()
  *     Wire              openStore(), queryPathInfos(), operateAll()
  *     Archives          exportBundle(), restoreItem(), checkSignature()
- *     Synchronization   acquireBuildSlot(), openObservations()
+ *     Synchronization   acquireBuildSlot(), afterFailure(), openObservations()
  *     Sessions          openSession(), openRemoteDaemon()
- *     Scheduling        parseRequest(), surveyMachines(), rank(),
- *                       chooseBuildMachine()
+ *     Scheduling        parseRequest(), surveyMachines(), exclusion(), rank(),
+ *                       chooseBuildMachine(), chooseReadyMachine()
  *     Offloading        clearLeftovers(), sendAndBuild(), retrieveOutputs(),
  *                       attempt(), offload(), processRequest()
  *     Commands          what plugins/_commands.ts runs
@@ -3753,7 +3753,10 @@ function observeAlone(): Observations {
   return {
     machines: () => records,
     claim: () => true,
-    saveFacts: (id, facts) => note(id, { facts }),
+    saveFacts: (id, facts) => {
+      const isLate = records.get(id)?.problem === UNANSWERED;
+      note(id, { facts, ...(isLate && { until: 0, failures: 0 }) });
+    },
     saveFailure: (machine, problem, settings) => {
       const id = machineId(machine);
       note(id, afterFailure(machine, records.get(id), problem, settings));
@@ -3762,7 +3765,7 @@ function observeAlone(): Observations {
     saveIdentity: () => {},
     identity: () => undefined,
     ownDefinitions: () => new Set(),
-    saveBuild: () => {},
+    saveBuild: (id) => note(id, { until: 0, failures: 0 }),
     history: () => [],
     held: () => [],
     saveBandwidth: () => {},

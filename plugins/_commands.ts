@@ -21,6 +21,7 @@ import {
   makeLog,
   OffloadError,
   pluginDirectory,
+  readSettings,
   reason,
   SETTINGS,
   STANDARD_ERROR,
@@ -325,6 +326,15 @@ async function makeCommandContext(
   }
 }
 
+/** The seconds that loading a plugin may take, even if no setting can be read. */
+function loadingTime(directory: string, environment: Variables): number {
+  try {
+    return readSettings(directory, environment).hookTimeout;
+  } catch {
+    return SETTINGS.hookTimeout[0];
+  }
+}
+
 /** Serves who calls a command; returns its exit code. */
 export async function serve(
   args: readonly string[],
@@ -345,7 +355,7 @@ export async function serve(
       (file) => makeCommandContext(NO_HOOK, environment, log, signal, file),
       async () => {
         const directory = pluginDirectory(environment);
-        const [seconds] = SETTINGS.hookTimeout;
+        const seconds = loadingTime(directory, environment);
         return (await loadSite(directory, seconds, log)).plugins;
       },
       makeScreen(environment, foot),

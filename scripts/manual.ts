@@ -52,7 +52,7 @@ function paragraphs(texts: readonly string[]): string {
 /** The macros for a command and what may follow it. */
 function usage({ name, usage, options }: NamedCommand): string {
   const brackets: Record<string, string> = { "[": "Oo", "]": "Oc" };
-  const words = usage.match(/[^\s[\]]+(\[[^\s\]]+\])?|[[\]]/g)!
+  const words = (usage.match(/[^\s[\]]+(\[[^\s\]]+\])?|[[\]]/g) ?? [])
     .map((word) => brackets[word] ?? `Ar ${word}`);
   const more = options.length > 0 ? ["Oo Ar OPTION Oc Ns ..."] : [];
   return [`.Cm ${name}`, ...more, ...words].join(" ");
