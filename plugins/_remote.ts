@@ -319,11 +319,24 @@ function pressureIn({ words }: Answers): Facts["pressure"] {
     : undefined;
 }
 
-/** Reads the facts from what the probe printed. */
+/**
+ * By how many seconds a clock is ahead that said `told` at a time within `took`
+ * before `time`, all in seconds: at least, for what it said may have come late.
+ */
+function clockDifference(told: number, time: number, took: number): number {
+  const difference = told - time;
+  return difference < 0 ? Math.min(0, difference + took) : difference;
+}
+
+/**
+ * Reads the facts from what the probe printed, which took so many milliseconds
+ * until `time`.
+ */
 export function parseFacts(
   text: string,
   time: number,
   roundTrip: number,
+  took = 0,
 ): Facts {
   const answers = readAnswers(text);
   const { number, words } = answers;
@@ -338,7 +351,9 @@ export function parseFacts(
     pressure: pressureIn(answers),
     store: freeSpace(answers, "store"),
     build: freeSpace(answers, "build"),
-    clock: clock === undefined ? undefined : clock - time / 1000,
+    clock: clock === undefined
+      ? undefined
+      : clockDifference(clock, time / 1000, took / 1000),
     ...(socket !== undefined && { socket }),
     uname: words("uname")?.replace(/\p{Cc}/gu, ""),
   };
@@ -353,6 +368,7 @@ export async function probe(
   context: Context,
 ): Promise<Facts> {
   const start = performance.now();
+  const began = Date.now();
   const command = probeCommand(context.storeDirectory);
   const process = await session.exec(command, true).catch((error) => {
     if (session.failure() || error.cause instanceof Late) throw error;
@@ -367,7 +383,7 @@ export async function probe(
     time = Date.now() - roundTrip / 2; // the clock is told last
     if (text.length > LONGEST_FACTS) break; // and hear no more of it
   }
-  return parseFacts(text, time, roundTrip);
+  return parseFacts(text, time, roundTrip, time - began);
 }
 
 const remote: RemoteCommands = { execute, executeThere, openRelay, probe };

@@ -89,6 +89,12 @@ test("parseFacts() reads what the probe prints", () => {
   assert.is(facts.uname, "Linux w1 6.1.0 x86_64");
 });
 
+test("parseFacts() takes no clock for late whose answer was", () => {
+  const clockAt = (took: number) =>
+    parseFacts("clock 1699999998", 1_700_000_000_000, 1, took).clock;
+  assert.equal([0, 500, 2000, 9000].map(clockAt), [-2, -1.5, 0, 0]);
+});
+
 test("parseFacts() leaves out what was not said", () => {
   const said = "This account is not available.\nmemory-stall\n";
   const facts = parseFacts(said, 1, 1);
