@@ -30,7 +30,7 @@ function demandProblem(demand: Record<string, unknown>): string | undefined {
 }
 
 /** Makes machines of a list, and reports what is wrong with those in it. */
-export function machinesOfList(
+function machinesOfList(
   list: readonly (object | null | undefined)[],
   where: string,
   context: PluginContext,

@@ -16,7 +16,7 @@ import { hasErrors, JSON_OPTION, machinePlugins } from "./_machines.ts";
 import { formatTable } from "./_screen.ts";
 
 /** `offload machines [FILE]`. */
-export async function machinesCommand(
+async function machinesCommand(
   [file]: readonly string[],
   options: CommandOptions,
   context: Context,

@@ -334,7 +334,7 @@ function warnOfClocks(
 }
 
 /** `offload status [FILE [REGEXP]]`. */
-export async function statusCommand(
+async function statusCommand(
   args: readonly string[],
   options: CommandOptions,
   context: Context,

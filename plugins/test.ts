@@ -52,7 +52,7 @@ function mayUse(file: string, bits: number, account: Stats): boolean {
  * Checks that guix-daemon's user, who owns the store, gets at what the
  * hook needs there: root, who runs a command, would not notice.
  */
-export function checkInstallation(
+function checkInstallation(
   machines: readonly Machine[],
   context: PluginContext & Pick<Context, "storeDirectory">,
 ): Problem[] {
@@ -156,7 +156,7 @@ export function formatJunit(reports: readonly TestReport[]): string {
 }
 
 /** Writes, as JUnit does, that there was no test at all, and why. */
-export function formatJunitError(error: unknown): string {
+function formatJunitError(error: unknown): string {
   const { hint = "" } = (error ?? {}) as Partial<OffloadError>;
   return junitDocument(
     '<testsuite name="offload test" tests="1" failures="0" errors="1" ' +
@@ -191,7 +191,7 @@ function writeReport(file: string, text: string): OffloadError | undefined {
  * Runs a command that may write a report; whatever becomes of it, none of the
  * run before is left.
  */
-export async function withReport(
+async function withReport(
   { junit }: CommandOptions,
   run: () => Promise<CommandResult>,
 ): Promise<CommandResult> {
@@ -211,7 +211,7 @@ export async function withReport(
 }
 
 /** `offload test [FILE [REGEXP]]`. */
-export async function testCommand(
+async function testCommand(
   args: readonly string[],
   options: CommandOptions,
   context: Context,

@@ -369,7 +369,7 @@ function tellOtherKey(
 }
 
 /** `offload trust USER@HOST[:PORT]`. */
-export async function trustCommand(
+async function trustCommand(
   [text]: readonly string[],
   options: CommandOptions,
   context: Context,
