@@ -9,10 +9,11 @@ import {
   assertStoreIsSound,
   build,
   buildCommand,
-  builds,
+  buildOneByOne,
   inHost,
   lab,
   makeWork,
+  oneSlot,
   ROOT,
   root,
   run,
@@ -107,23 +108,8 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("no more is built than there are slots", async () => {
-    useMachines(
-      "head",
-      ["w1"],
-      (text) => text.replace(/parallel-builds \d+/, "parallel-builds 1"),
-    );
-    const work = makeWork("head", "--count=3", "--seconds=1");
-    const building = watch(start("head", ...buildCommand(work)));
-    let isOver = false;
-    building.ended.finally(() => isOver = true);
-    let most = 0;
-    await until("the builds", () => {
-      most = Math.max(most, builds("w1"));
-      return isOver;
-    });
-    const result = await building.ended;
-    for (const derivation of work) assertOffloaded(derivation, result, ["w1"]);
-    assert.is(most, 1);
+    useMachines("head", ["w1"], oneSlot);
+    await buildOneByOne(3);
   });
 
   test("a server that forwards to no socket is left out", () => {

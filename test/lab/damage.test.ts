@@ -10,21 +10,18 @@ import { machine, makeContext, request } from "../context.ts";
 import {
   assertOffloaded,
   build,
-  buildCommand,
-  builds,
+  buildOneByOne,
   inHost,
   makeWork,
   OBSERVATIONS,
+  oneSlot,
   root,
   run,
   RUNTIMES,
-  start,
   STATE,
-  until,
   up,
   useMachines,
   useOffload,
-  watch,
 } from "./lab.ts";
 import type { Result, Runtime } from "./lab.ts";
 
@@ -55,26 +52,6 @@ function offload(): Result {
   const result = build("head", derivation!);
   assertOffloaded(derivation!, result, ["w1"]);
   return result;
-}
-
-function oneSlot(text: string): string {
-  return text.replace(/parallel-builds \d+/, "parallel-builds 1");
-}
-
-/** Builds two, of which never both may run on the machine. */
-async function buildOneByOne(): Promise<void> {
-  const work = makeWork("head", "--count=2", "--seconds=1");
-  const building = watch(start("head", ...buildCommand(work)));
-  let isOver = false;
-  building.ended.finally(() => isOver = true);
-  let most = 0;
-  await until("the builds", () => {
-    most = Math.max(most, builds("w1"));
-    return isOver;
-  });
-  const result = await building.ended;
-  for (const derivation of work) assertOffloaded(derivation, result, ["w1"]);
-  assert.is(most, 1);
 }
 
 /** Builds while the state is in a small file system of its own. */
@@ -131,7 +108,7 @@ function suiteUnder(runtime: Runtime): void {
         await withSmallState(async () => {
           prepare();
           inHost("head", "sh", "-c", script);
-          await buildOneByOne();
+          await buildOneByOne(2);
         });
       }
     });

@@ -13,6 +13,7 @@ import {
   inHost,
   lab,
   makeWork,
+  oneSlot,
   outputsOf,
   root,
   RUNTIMES,
@@ -345,9 +346,4 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test.run();
-}
-
-/** One slot a machine. */
-function oneSlot(text: string): string {
-  return text.replaceAll("(parallel-builds 2)", "(parallel-builds 1)");
 }

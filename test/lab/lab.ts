@@ -558,3 +558,24 @@ export function bytesPath(directory: string, latin1: string): Buffer {
     Buffer.from(latin1, "latin1"),
   ]);
 }
+
+/** Edits a machine file so that machines have one slot each. */
+export function oneSlot(text: string): string {
+  return text.replaceAll(/\(parallel-builds \d+\)/g, "(parallel-builds 1)");
+}
+
+/** Builds so many, of which never two may run on 'w1' at once. */
+export async function buildOneByOne(many: number): Promise<void> {
+  const work = makeWork("head", `--count=${many}`, "--seconds=1");
+  const building = watch(start("head", ...buildCommand(work)));
+  let isOver = false;
+  building.ended.finally(() => isOver = true);
+  let most = 0;
+  await until("the builds", () => {
+    most = Math.max(most, builds("w1"));
+    return isOver;
+  });
+  const result = await building.ended;
+  for (const derivation of work) assertOffloaded(derivation, result, ["w1"]);
+  assert.is(most, 1);
+}

@@ -1,6 +1,6 @@
 /** Leases: masters that know of each other build no more than there are slots. */
 
-import { existsSync, rmSync } from "node:fs";
+import { existsSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -13,12 +13,11 @@ import {
   forget,
   inHost,
   makeWork,
+  oneSlot,
   root,
   RUNTIMES,
   start,
-  STATE,
   until,
-  up,
   useMachines,
   useOffload,
   usePlugins,
@@ -26,6 +25,7 @@ import {
   within,
 } from "./lab.ts";
 import type { Running, Runtime } from "./lab.ts";
+import { withoutKept } from "./suites.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
@@ -73,21 +73,7 @@ const ALL_USED = "others use all slots of 'w1'";
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`leases under ${runtime}`);
 
-  test.before(() => {
-    up("head", "w1", "w2", "head2:master");
-    rmSync(`${root("head")}/etc/guix/offload`, {
-      recursive: true,
-      force: true,
-    });
-    for (const directory of ["programs-0", "w1:22", "w1:2222"]) {
-      const path = `${STATE}/${directory}`;
-      rmSync(root("head") + path, { recursive: true, force: true });
-    }
-  });
-  test.before.each(() => {
-    useMachines("head", ["w1"]);
-    useOffload("head", runtime);
-  });
+  withoutKept(test, runtime);
 
   test("machines without leases build more than they have slots", async () => {
     for (const master of ["head", "head2"]) {
@@ -183,17 +169,8 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("the leases of a master that dies are free again", async () => {
-    useMachines(
-      "head",
-      ["w1"],
-      (text) => text.replace("(parallel-builds 2)", "(parallel-builds 1)"),
-    );
-    useMachines(
-      "head2",
-      ["w1"],
-      (text) => text.replace("(parallel-builds 2)", "(parallel-builds 1)"),
-    );
     for (const master of ["head", "head2"]) {
+      useMachines(master, ["w1"], oneSlot);
       usePlugins(master, runtime, { leases: {} });
     }
     const [long] = makeWork("head2", "--seconds=30");

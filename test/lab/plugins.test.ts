@@ -31,7 +31,6 @@ import {
   STATE,
   SYSTEM,
   until,
-  up,
   useMachines,
   useOffload,
   usePlugins,
@@ -40,6 +39,7 @@ import {
   wrongKey,
 } from "./lab.ts";
 import type { Runtime } from "./lab.ts";
+import { withoutKept } from "./suites.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
@@ -168,21 +168,7 @@ process.exit();
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`plugins under ${runtime}`);
 
-  test.before(() => {
-    up("head", "w1", "w2", "head2:master");
-    rmSync(`${root("head")}/etc/guix/offload`, {
-      recursive: true,
-      force: true,
-    });
-    for (const directory of ["programs-0", "w1:22", "w1:2222"]) {
-      const path = `${STATE}/${directory}`;
-      rmSync(root("head") + path, { recursive: true, force: true });
-    }
-  });
-  test.before.each(() => {
-    useMachines("head", ["w1"]);
-    useOffload("head", runtime);
-  });
+  withoutKept(test, runtime);
 
   test("json-machines and command list machines", () => {
     const list = (name: string) => JSON.stringify([fieldsOf(name)]);

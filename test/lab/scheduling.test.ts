@@ -1,6 +1,6 @@
 /** Which machine takes a build, and what happens where one fails. */
 
-import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -19,7 +19,7 @@ import {
   OBSERVATIONS,
   offloadCommand,
   onDatabase,
-  PLUGINS,
+  oneSlot,
   root,
   run,
   RUNTIMES,
@@ -35,6 +35,7 @@ import {
 } from "./lab.ts";
 import type { Result, Running, Runtime } from "./lab.ts";
 import { addressOf, relayed, startRelay } from "./relay.ts";
+import { withoutSite } from "./suites.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
@@ -101,17 +102,7 @@ function assertBuilt({ status, stderr }: Result): void {
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`scheduling under ${runtime}`);
 
-  test.before(() => {
-    up("head", "w1", "w2");
-    useOffload("head", runtime);
-  });
-  test.before.each(() => {
-    rmSync(root("head") + PLUGINS, { recursive: true, force: true });
-    useMachines("head", ["w1", "w2"]);
-  });
-  test.after(() => {
-    rmSync(root("head") + PLUGINS, { recursive: true, force: true });
-  });
+  withoutSite(test, runtime);
 
   test("no machine runs more builds than it has slots", async () => {
     const work = makeWork("head", "--count=8", "--seconds=3");
@@ -225,11 +216,7 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("busy machines mean postpone, also where head could build", async () => {
-    useMachines(
-      "head",
-      ["w1"],
-      (text) => text.replace("(parallel-builds 2)", "(parallel-builds 1)"),
-    );
+    useMachines("head", ["w1"], oneSlot);
     const [long, other] = makeWork("head", "--count=2", "--seconds=60");
     const running = startBuild(long!);
     await until("a build on w1", () => builds("w1") > 0);
@@ -285,8 +272,7 @@ function suiteUnder(runtime: Runtime): void {
       "head",
       ["mortal", "w1"],
       (text) =>
-        text.replace('(name "mortal")', '(name "mortal") (speed 9.)')
-          .replaceAll("(parallel-builds 2)", "(parallel-builds 1)"),
+        oneSlot(text).replace('(name "mortal")', '(name "mortal") (speed 9.)'),
     );
     const [first, second] = makeWork("head", "--count=2", "--seconds=5");
     const dying = startBuild(first!);

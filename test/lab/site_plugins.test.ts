@@ -13,18 +13,18 @@ import {
   OBSERVATIONS,
   offloadCommand,
   onDatabase,
+  oneSlot,
   PLUGINS,
   root,
   run,
   RUNTIMES,
   until,
-  up,
   useMachines,
-  useOffload,
   within,
   writePlugin,
 } from "./lab.ts";
 import type { Runtime } from "./lab.ts";
+import { withoutSite } from "./suites.ts";
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
 
@@ -38,17 +38,7 @@ function pretendSlow(): void {
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`a site's plugins under ${runtime}`);
 
-  test.before(() => {
-    up("head", "w1", "w2");
-    useOffload("head", runtime);
-  });
-  test.before.each(() => {
-    rmSync(root("head") + PLUGINS, { recursive: true, force: true });
-    useMachines("head", ["w1", "w2"]);
-  });
-  test.after(() => {
-    rmSync(root("head") + PLUGINS, { recursive: true, force: true });
-  });
+  withoutSite(test, runtime);
 
   test("a site's plugin changes the choice", () => {
     writePlugin(
@@ -178,8 +168,6 @@ export default plugin as Plugin;
   });
 
   test("a slot is free again whatever a plugin does at the end", async () => {
-    const oneSlot = (text: string) =>
-      text.replaceAll("(parallel-builds 2)", "(parallel-builds 1)");
     useMachines("head", ["w1"], oneSlot);
     const [derivation] = makeWork("head");
     assert.is((await askHook(derivation!, { runtime })).answer, "accept");

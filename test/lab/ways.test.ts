@@ -18,6 +18,7 @@ import {
   lab,
   makeWork,
   offloadCommand,
+  oneSlot,
   outputsOf,
   root,
   run,
@@ -322,8 +323,8 @@ function suiteUnder(runtime: Runtime): void {
       );
       useMachines("head", ["w1"], (text) => {
         const file = '"/var/guix/daemon-socket/pieces"';
-        return text.replace('(name "w1")', `$& (daemon-socket ${file})`)
-          .replace(/\(parallel-builds \d+\)/, "(parallel-builds 1)");
+        return oneSlot(text)
+          .replace('(name "w1")', `$& (daemon-socket ${file})`);
       });
       const [derivation] = makeWork("head", "--inputs=30");
       const building = watch(start("head", ...buildCommand([derivation!])));
