@@ -5,10 +5,11 @@
  * @module
  */
 
+import { createHash } from "node:crypto";
 import { rmSync } from "node:fs";
-import { dirname } from "node:path";
+import { basename, dirname } from "node:path";
 import { DatabaseSync } from "node:sqlite";
-import type { SQLInputValue, SQLOutputValue } from "node:sqlite";
+import type { SQLInputValue } from "node:sqlite";
 import {
   afterFailure,
   asOwner,
@@ -34,120 +35,26 @@ import type {
   UsedSlot,
 } from "../mod.ts";
 
-/** Undoes that JSON has null where a number of inodes is infinite. */
-function restoreInfinity(key: string, value: unknown): unknown {
-  return key === "inodes" ? value ?? Infinity : value;
-}
-
-/** The latest time that there is, in milliseconds since 1970. */
-const LATEST_TIME = 8.64e15;
-
-/** Types of values, by name; a time is a number of milliseconds since 1970. */
-type Types = Readonly<Record<string, "string" | "number" | "object" | "time">>;
-
-/**
- * Sees that what somebody else wrote has those types, where it is not null.
- *
- * @throws {SyntaxError} where it has not, which is damage as well.
- */
-function checkTypes<T extends object>(
-  value: object,
-  types: Types,
-): T {
-  for (const [name, type] of Object.entries(types)) {
-    const it = (value as Record<string, unknown>)[name] ?? undefined;
-    if (it === undefined) continue;
-    const expected = type === "time" ? "number" : type;
-    const isNoTime = type === "time" &&
-      !isWithin(it, -LATEST_TIME, LATEST_TIME);
-    if (typeof it !== expected || isNoTime) {
-      throw new SyntaxError(`'${name}' is no ${type}`);
-    }
-  }
-  return value as T;
-}
-
-const FACTS_TYPES: Types = {
-  time: "time",
-  roundTrip: "number",
-  login: "number",
-  load: "number",
-  cores: "number",
-  memory: "number",
-  clock: "number",
-  uname: "string",
-  socket: "string",
-  pressure: "object",
-  store: "object",
-  build: "object",
-};
-
-const FACTS_PARTS: Types = {
-  cpu: "number",
-  io: "number",
-  memory: "number",
-  bytes: "number",
-  inodes: "number",
-};
-
-function toFacts(text: string): Facts {
-  const facts: Facts = JSON.parse(text, restoreInfinity);
-  checkTypes({ facts }, { facts: "object" });
-  checkTypes(facts, FACTS_TYPES);
-  for (const part of [facts.pressure, facts.store, facts.build]) {
-    checkTypes(part ?? {}, FACTS_PARTS);
-  }
-  return facts;
-}
-
-const RECORD_TYPES: Types = {
-  id: "string",
-  facts: "string",
-  problem: "string",
-  definition: "string",
-  failures: "number",
-  until: "time",
-  asked: "time",
-  bandwidth: "number",
-  doubts: "number",
-};
-
-const SLOT_TYPES: Types = {
-  file: "string",
-  derivation: "string",
-  time: "time",
-  inode: "string",
-};
-
-/** When a machine last began a build. */
-type Use = { readonly machine: string; readonly time: number };
-
-const USE_TYPES: Types = { machine: "string", time: "time" };
-
-function toRecord(row: Row): MachineRecord {
-  checkTypes(row, RECORD_TYPES);
-  const { id: _, facts, bandwidth, ...record } = row;
-  return {
-    ...record as unknown as MachineRecord,
-    bandwidth: bandwidth as number | null ?? undefined,
-    facts: facts === null ? undefined : toFacts(`${facts}`),
-  };
-}
+import { checkTypes, SLOT_TYPES, toRecord, USE_TYPES } from "./_records.ts";
+import type { Row, Types, Use } from "./_records.ts";
 
 /** For how long a machine is believed to be this one or another, in ms. */
 const IDENTITY_LIFETIME = 86_400_000;
 
-/** For how long an item is believed to be on a machine, in ms. */
-const HELD_LIFETIME = 30 * 86_400_000;
+/** For how long it is known when a machine last began a build, in ms. */
+const USE_LIFETIME = 30 * 86_400_000;
 
-/** How old what a machine holds may become before it is noted anew, in ms. */
-const HELD_FRESHNESS = 86_400_000;
+/**
+ * After how long, in ms, or how many items, what machines hold is noted anew.
+ * What was noted before is believed until that is so again.
+ */
+const HELD_LIMITS = { age: 15 * 86_400_000, rows: 250_000 } as const;
 
-/** How many rows are kept, the latest ones, of what each build adds to. */
-const KEPT_ROWS = { build: 100_000, held: 500_000 } as const;
+/** How many builds are kept, the latest ones. */
+const KEPT_BUILDS = 100_000;
 
-/** How many new rows there are before old ones go. */
-const PRUNED_ROWS = 1000;
+/** How many new builds there are before old ones go. */
+const PRUNED_BUILDS = 1000;
 
 /** For how long a build speaks against its machine, in ms. */
 const DOUBT_LIFETIME = 3_600_000;
@@ -167,7 +74,7 @@ const OBSERVATIONS_PRAGMAS = `
 `;
 
 /** Another number here makes the tables anew that changed. */
-const OBSERVATIONS_VERSION = 1;
+const OBSERVATIONS_VERSION = 2;
 
 const OBSERVATIONS_SCHEMA = `
   BEGIN IMMEDIATE;
@@ -181,9 +88,10 @@ const OBSERVATIONS_SCHEMA = `
   CREATE INDEX IF NOT EXISTS build_name ON build (name, time);
   DROP TABLE IF EXISTS held;
   DROP TABLE IF EXISTS slot;
-  CREATE TABLE held (
-    id INTEGER PRIMARY KEY, machine TEXT, item TEXT, time REAL,
-    UNIQUE (machine, item));
+  CREATE TABLE held (key INTEGER PRIMARY KEY);
+  CREATE TABLE IF NOT EXISTS held_before (key INTEGER PRIMARY KEY);
+  CREATE TABLE IF NOT EXISTS noted (
+    id INTEGER PRIMARY KEY, since REAL NOT NULL, rows INTEGER NOT NULL);
   CREATE TABLE slot (
     file TEXT PRIMARY KEY, derivation TEXT, time REAL, inode TEXT);
   CREATE TABLE IF NOT EXISTS own (
@@ -208,13 +116,28 @@ const OBSERVATIONS_STATE = `
 /** What is noted of a build that succeeded. */
 const NOTES_OF_BUILD = [
   "INSERT INTO build VALUES (?, ?, ?, ?)",
-  `INSERT INTO held (machine, item, time)
-   SELECT ?1, value, ?2 FROM json_each(?3) WHERE true
-   ON CONFLICT DO UPDATE SET time = ?2
-   WHERE time NOT BETWEEN ?2 - ?4 AND ?2`,
+  "INSERT OR IGNORE INTO held SELECT value FROM json_each(?)",
   "UPDATE machine SET failures = 0, until = 0 WHERE id = ?",
   "DELETE FROM doubt WHERE machine = ?",
 ] as const;
+
+/** Begins to note anew what machines hold. */
+const HELD_ANEW = `
+  DROP TABLE held_before;
+  ALTER TABLE held RENAME TO held_before;
+  CREATE TABLE held (key INTEGER PRIMARY KEY);`;
+
+/**
+ * What stands for an item on a machine: a number of some 48 bits, since an index
+ * of names is one that a new process reads for long. It begins with the item's
+ * own hash, in digits that are a part of those that parseInt() knows.
+ */
+function heldKeys(id: string, paths: readonly string[]): number[] {
+  const machine = createHash("sha256").update(id).digest().readUIntBE(0, 6);
+  return paths.map((path) =>
+    machine + (Number.parseInt(basename(path).slice(0, 9), 36) || 0)
+  );
+}
 
 /**
  * What our processes see of machines and builds, shared in a small database
@@ -468,40 +391,46 @@ export class SharedObservations implements Observations {
     items: readonly string[],
   ): void {
     const now = Date.now();
-    const results = this.#use((database) => {
+    const keys = JSON.stringify(heldKeys(id, items));
+    const last = this.#use((database) => {
       // What is prepared beforehand makes nobody wait.
       const [build, held, failures, doubts] = NOTES_OF_BUILD
         .map((sql) => database.prepare(sql));
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
-      const results = {
-        build: build!.run(name, id, seconds, now),
-        held: held!.run(id, now, JSON.stringify(items), HELD_FRESHNESS),
-      };
+      const { lastInsertRowid } = build!.run(name, id, seconds, now);
+      const { changes } = held!.run(keys);
+      if (changes > 0) this.#countHeld(database, Number(changes), now);
       failures!.run(id);
       doubts!.run(id);
       database.exec("COMMIT");
-      return results;
+      return Number(lastInsertRowid);
     });
-    for (const table of ["build", "held"] as const) {
-      const last = Number(results[table].lastInsertRowid);
-      const before = last - Number(results[table].changes);
-      const blocks = (rows: number) => Math.floor(rows / PRUNED_ROWS);
-      if (blocks(last) !== blocks(before)) this.#prune(table);
-    }
+    if (last % PRUNED_BUILDS === 0) this.#prune(last);
   }
 
-  /** Drops the oldest rows of a table; with builds, what outlived its use. */
-  #prune(table: keyof typeof KEPT_ROWS): void {
-    this.#query(
-      `DELETE FROM ${table}
-       WHERE rowid <= (SELECT max(rowid) FROM ${table}) - ?`,
-      KEPT_ROWS[table],
+  /** Counts new rows of what machines hold, which begins anew at its limits. */
+  #countHeld(database: DatabaseSync, added: number, now: number): void {
+    const [row] = database.prepare(
+      `INSERT INTO noted VALUES (0, ?, ?) ON CONFLICT DO UPDATE
+       SET rows = rows + excluded.rows RETURNING *`,
+    ).all(now, added);
+    const noted = checkTypes<{ rows: number; since: number }>(
+      row!,
+      { rows: "number", since: "time" },
     );
-    if (table !== "build") return;
+    const isYoung = isWithin(now - noted.since, 0, HELD_LIMITS.age);
+    if (isYoung && noted.rows < HELD_LIMITS.rows) return;
+    database.exec(HELD_ANEW);
+    database.prepare("UPDATE noted SET rows = 0, since = ?").run(now);
+  }
+
+  /** Drops the oldest builds, and what outlived its use. */
+  #prune(last: number): void {
+    this.#query("DELETE FROM build WHERE rowid <= ?", last - KEPT_BUILDS);
     const now = Date.now();
     const day = now - IDENTITY_LIFETIME;
     this.#query("DELETE FROM own WHERE time NOT BETWEEN ? AND ?", day, now);
-    const month = now - HELD_LIFETIME;
+    const month = now - USE_LIFETIME;
     this.#query("DELETE FROM used WHERE time NOT BETWEEN ? AND ?", month, now);
     this.#query(
       `DELETE FROM machine WHERE until < ? AND asked < ?1
@@ -522,13 +451,15 @@ export class SharedObservations implements Observations {
 
   /** Those of `paths` that a machine was seen to hold. */
   held(id: string, paths: readonly string[]): string[] {
-    return this.#query(
-      `SELECT item FROM held WHERE machine = ?
-       AND item IN (SELECT value FROM json_each(?)) AND time > ?`,
-      id,
-      JSON.stringify(paths),
-      Date.now() - HELD_LIFETIME,
-    ).map(({ item }) => item as string);
+    const keys = heldKeys(id, paths);
+    const rows = this.#query(
+      `WITH asked AS MATERIALIZED (SELECT value AS key FROM json_each(?))
+       SELECT key FROM held JOIN asked USING (key)
+       UNION SELECT key FROM held_before JOIN asked USING (key)`,
+      JSON.stringify(keys),
+    );
+    const held = new Set(rows.map(({ key }) => key));
+    return paths.filter((_, index) => held.has(keys[index]!));
   }
 
   /** Notes how fast a machine received a lot, in bytes a second. */
@@ -588,6 +519,3 @@ export class SharedObservations implements Observations {
     this.#query("UPDATE wait SET vain = released + 1");
   }
 }
-
-/** A row of the database. */
-type Row = Record<string, SQLOutputValue>;

@@ -334,21 +334,41 @@ test("Observations keep so many rows and no more, the latest", () => {
     `WITH RECURSIVE number(n) AS
        (VALUES (2) UNION ALL SELECT n + 1 FROM number WHERE n < ${last})`;
   database.exec(`BEGIN;
-      ${numbers(599_999)} INSERT INTO held SELECT n, 'a:22', n, 0 FROM number;
       ${numbers(199_999)} INSERT INTO build SELECT n, 'a:22', 1, 0 FROM number;
       INSERT INTO own SELECT name, 1, 0 FROM build;
       INSERT INTO used SELECT name, 0 FROM build;
       INSERT INTO machine (id) SELECT name FROM build;
       COMMIT`);
-  observations.saveBuild("a:22", "last", 1, ["/gnu/store/last"]);
-  assert.is(rows("held"), 500_000);
+  observations.saveBuild("a:22", "last", 1, []);
   assert.is(rows("build"), 100_000);
   for (const table of ["own", "used", "machine"]) assert.is(rows(table), 0);
-  assert.equal(observations.held("a:22", ["/gnu/store/last"]), [
-    "/gnu/store/last",
-  ]);
-  assert.equal(observations.held("a:22", ["/gnu/store/first"]), []);
-  assert.is(observations.history("last").length, 1);
+});
+
+test("Observations know what machines held of late, of so many items", () => {
+  const { observations, stateDirectory } = makeContext().context;
+  const item = (number: number) =>
+    `/gnu/store/${number.toString(36).padStart(9, "0").padEnd(32, "0")}-item`;
+  const items = (build: number) =>
+    Array.from({ length: 100_000 }, (_, it) => item(build * 100_000 + it));
+  const note = (...builds: readonly number[]) => {
+    for (const build of builds) {
+      observations.saveBuild("a:22", "some", 1, items(build));
+    }
+  };
+  const asked = [0, 250_000, 599_999].map(item);
+  const held = () => observations.held("a:22", asked);
+  note(0, 1, 2);
+  assert.equal(held(), asked.slice(0, 2));
+  note(2, 2, 3); // what is used goes on to be known, and counts once
+  assert.equal(held(), asked.slice(0, 2));
+  note(4, 5);
+  assert.equal(held(), asked.slice(1));
+  const database = new DatabaseSync(`${stateDirectory}/observations.sqlite`);
+  database.exec("UPDATE noted SET since = 1e14"); // a clock that stepped back
+  observations.saveBuild("a:22", "some", 1, [item(1_000_000)]);
+  const [noted] = database.prepare("SELECT * FROM noted").all();
+  assert.ok(Number(noted!.since) <= Date.now());
+  assert.equal(held(), asked.slice(2));
   database.close();
 });
 

@@ -1,0 +1,118 @@
+/**
+ * What rows of the observations hold, which others may have written: a value of
+ * another type is damage.
+ *
+ * @module
+ */
+
+import type { SQLOutputValue } from "node:sqlite";
+import { isWithin } from "../mod.ts";
+import type { Facts, MachineRecord } from "../mod.ts";
+
+/** A row of the database. */
+export type Row = Record<string, SQLOutputValue>;
+
+/** Undoes that JSON has null where a number of inodes is infinite. */
+function restoreInfinity(key: string, value: unknown): unknown {
+  return key === "inodes" ? value ?? Infinity : value;
+}
+
+/** The latest time that there is, in milliseconds since 1970. */
+const LATEST_TIME = 8.64e15;
+
+/** Types of values, by name; a time is a number of milliseconds since 1970. */
+export type Types = Readonly<
+  Record<string, "string" | "number" | "object" | "time">
+>;
+
+/**
+ * Sees that what somebody else wrote has those types, where it is not null.
+ *
+ * @throws {SyntaxError} where it has not, which is damage as well.
+ */
+export function checkTypes<T extends object>(
+  value: object,
+  types: Types,
+): T {
+  for (const [name, type] of Object.entries(types)) {
+    const it = (value as Record<string, unknown>)[name] ?? undefined;
+    if (it === undefined) continue;
+    const expected = type === "time" ? "number" : type;
+    const isNoTime = type === "time" &&
+      !isWithin(it, -LATEST_TIME, LATEST_TIME);
+    if (typeof it !== expected || isNoTime) {
+      throw new SyntaxError(`'${name}' is no ${type}`);
+    }
+  }
+  return value as T;
+}
+
+const FACTS_TYPES: Types = {
+  time: "time",
+  roundTrip: "number",
+  login: "number",
+  load: "number",
+  cores: "number",
+  memory: "number",
+  clock: "number",
+  uname: "string",
+  socket: "string",
+  pressure: "object",
+  store: "object",
+  build: "object",
+};
+
+const FACTS_PARTS: Types = {
+  cpu: "number",
+  io: "number",
+  memory: "number",
+  bytes: "number",
+  inodes: "number",
+};
+
+function toFacts(text: string): Facts {
+  const facts: Facts = JSON.parse(text, restoreInfinity);
+  checkTypes({ facts }, { facts: "object" });
+  checkTypes(facts, FACTS_TYPES);
+  for (const part of [facts.pressure, facts.store, facts.build]) {
+    checkTypes(part ?? {}, FACTS_PARTS);
+  }
+  return facts;
+}
+
+const RECORD_TYPES: Types = {
+  id: "string",
+  facts: "string",
+  problem: "string",
+  definition: "string",
+  failures: "number",
+  until: "time",
+  asked: "time",
+  bandwidth: "number",
+  doubts: "number",
+};
+
+/** Of what a slot was used for. */
+export const SLOT_TYPES: Types = {
+  file: "string",
+  derivation: "string",
+  time: "time",
+  inode: "string",
+};
+
+/** When a machine last began a build. */
+export type Use = { readonly machine: string; readonly time: number };
+
+/** The same of that. */
+export const USE_TYPES: Types = { machine: "string", time: "time" };
+
+/** Makes a record of a row. */
+export function toRecord(row: Row): MachineRecord {
+  checkTypes(row, RECORD_TYPES);
+  const { id: _, facts, bandwidth, ...record } = row;
+  return {
+    ...record as unknown as MachineRecord,
+    bandwidth: bandwidth as number | null ?? undefined,
+    facts: facts === null ? undefined : toFacts(`${facts}`),
+  };
+}
