@@ -5,11 +5,13 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { askHook, closure, startHook } from "./hook.ts";
 import {
+  ACQUAINTED,
   assertOffloaded,
   build,
   forget,
   inHost,
   makeWork,
+  meetMachines,
   OBSERVATIONS,
   offloadCommand,
   onDatabase,
@@ -20,6 +22,7 @@ import {
   RUNTIMES,
   until,
   useMachines,
+  useOffload,
   within,
   writePlugin,
 } from "./lab.ts";
@@ -40,7 +43,9 @@ function suiteUnder(runtime: Runtime): void {
 
   withoutSite(test, runtime);
 
-  test("a site's plugin changes the choice", () => {
+  test("a site's plugin changes the choice", async () => {
+    useOffload("head", runtime, ACQUAINTED);
+    await meetMachines(runtime); // else who answers first has the build
     writePlugin(
       "prefer.ts",
       `import type { Plugin } from "/offload/mod.ts";
@@ -55,6 +60,7 @@ export default plugin as Plugin;
       const [derivation] = makeWork("head");
       assertOffloaded(derivation!, build("head", derivation!), ["w2"]);
     }
+    useOffload("head", runtime);
   });
 
   test("a site's plugin that fails stops no build, and is named", () => {
