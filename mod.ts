@@ -258,7 +258,7 @@ export async function within<T>(
 }
 
 /** Cleans up, each step whatever became of the one before. */
-function cleanUp(log: Log, ...steps: readonly (() => unknown)[]): void {
+export function cleanUp(log: Log, ...steps: readonly (() => unknown)[]): void {
   for (const step of steps) {
     try {
       step();
@@ -1146,6 +1146,9 @@ export const SETTINGS = {
   keepaliveTimeout: [60, 1, 3600,
     "seconds without a sign of life after which a connection is given up, " +
     "and the guix-daemon at its end asked for one"],
+  keepConnections: [60, 0, 600,
+    "seconds for which a process that stays keeps a connection that no build " +
+    "uses, and four times as long at all"],
   maximumArchiveSize: [2 ** 36, 2 ** 20, 2 ** 50,
     "bytes that the outputs of a build may take, on the way and on the disk, " +
     "where each file, directory and link takes 4096 at least"],
@@ -1154,6 +1157,10 @@ export const SETTINGS = {
   outageTimeout: [300, 0, DAY,
     "seconds for which a build whose machine failed waits for one that can " +
     "be reached"],
+  resident: [false,
+    "whether a process stays that serves further builds"],
+  residentIdle: [600, 1, DAY,
+    "seconds without a build after which it ends"],
   score: ["guix",
     "the built-in plugin that scores machines"],
   stepTimeout: [1800, 1, DAY,
@@ -1434,6 +1441,8 @@ export interface TransportContext extends PluginContext {
   readonly roundTrip: number;
   /** Opens another connection to the daemon of the build machine. */
   openDaemon(): Promise<StoreConnection>;
+  /** Leaves one, on which nothing went wrong, to who opens one next. */
+  leaveDaemon(store: StoreConnection): void;
   /** Runs a shell command on the machine. */
   exec(command: string): Promise<RemoteProcess>;
   /**
@@ -1477,8 +1486,18 @@ export interface Connection {
   readonly pieceSize?: number;
   /** Runs a shell command there. */
   exec(command: string): Promise<RemoteProcess>;
+  /** What builds leave there, where it is kept for the next. */
+  readonly kept?: Kept;
   /** Ends it and all that runs over it; because of an error, at once. */
   close(error?: Error): void;
+}
+
+/** What is kept with a connection to a machine. */
+export interface Kept {
+  /** Connections to its guix-daemon that nobody uses: the last is used next. */
+  readonly daemons: StoreConnection[];
+  /** When something last passed over a channel, by `performance.now()`. */
+  used: number;
 }
 
 /** Why a machine gets no build now. */
@@ -1583,6 +1602,10 @@ export interface Context extends PluginContext {
   readonly problems: readonly Problem[];
   /** What our processes saw of the machines. */
   readonly observations: Observations;
+  /** Connects to machines, where connections to them are kept. */
+  readonly connect?: typeof connectByPlugin;
+  /** Connections to the daemon here that are kept, where they are. */
+  readonly localDaemons?: StoreConnection[];
 }
 
 /** Seconds that each hook may take, in the order in which a build meets them. */
@@ -2459,6 +2482,8 @@ export interface StoreConnection {
   readonly ahead: number;
   /** Seconds that each of their answers may take; forever unless told. */
   readonly patience?: number | undefined;
+  /** Whether what signs for it has been started, which takes a while. */
+  hasSigned?: boolean;
 }
 
 /**
@@ -2523,6 +2548,9 @@ async function daemonError(store: StoreConnection): Promise<DaemonError> {
   return new DaemonError(message.trim(), status);
 }
 
+/** Connections that a build has left, and on which no answer came since. */
+const LEFT = new WeakSet<StoreConnection>();
+
 /**
  * Serves a daemon's operation until it hands out data (a non-empty result) or
  * ends (`undefined`).
@@ -2534,6 +2562,7 @@ async function nextData(
   const { reader } = store;
   for (let heard = 0;;) {
     const code = await reader.number();
+    LEFT.delete(store);
     if (code === STDERR.last) return undefined;
     if (code === STDERR.write) return reader.bytes(LIMITS.chunk);
     if (code === STDERR.error) throw await daemonError(store);
@@ -2700,13 +2729,9 @@ export async function openStore(
   return store;
 }
 
-/** Sets the options of the builds of this connection. */
-export function setBuildOptions(
-  store: StoreConnection,
-  options: BuildOptions,
-  substitutes = false,
-): Promise<void> {
-  return operate(store, [
+/** Sets the options of the builds of a connection. */
+export function optionsCall(options: BuildOptions, substitutes = false): Call {
+  const request = encode(
     OPERATION.setOptions,
     false, // keep failed builds
     false, // keep going
@@ -2722,7 +2747,8 @@ export function setBuildOptions(
     String(options.buildTimeout),
     "build-max-silent-time",
     String(options.maxSilentTime),
-  ]);
+  );
+  return { request, result: () => Promise.resolve() };
 }
 
 /** Returns those of `paths` that are valid in the store. */
@@ -2871,6 +2897,7 @@ export async function* exportBundle(
       yield* readExport(store, path);
     }
   }
+  store.hasSigned = true;
   yield encode(0);
 }
 
@@ -3858,6 +3885,8 @@ export interface Session
   openDaemon(): Promise<StoreConnection>;
   /** Does so now, for the next who calls `openDaemon`, who may ask before. */
   greetDaemon(): Promise<StoreConnection>;
+  /** Leaves one, on which nothing went wrong, to who opens one next. */
+  leaveDaemon(store: StoreConnection): void;
   /** Has daemons that are connected to from now on be asked one by one. */
   askOneByOne(): void;
 }
@@ -4065,9 +4094,25 @@ function sshOptions(
  */
 export async function openSession(
   machine: Machine,
-  context: Omit<PluginContext, "options"> & Pick<Context, "plugins">,
+  context: ConnectContext & Pick<Context, "connect">,
   reached?: (what: Reached) => void,
 ): Promise<Session> {
+  const { connect = connectByPlugin } = context;
+  const connection = await connect(machine, context, reached);
+  return makeSession(machine, connection, context);
+}
+
+/** What connecting to a machine needs. */
+export type ConnectContext =
+  & Omit<PluginContext, "options">
+  & Pick<Context, "plugins">;
+
+/** The connection of the first plugin that has one. */
+export async function connectByPlugin(
+  machine: Machine,
+  context: ConnectContext,
+  reached?: (what: Reached) => void,
+): Promise<Connection> {
   let opening: Awaitable<Connection | undefined>;
   const found = await firstAnswer(
     "connect",
@@ -4083,8 +4128,7 @@ export async function openSession(
     throw new OffloadError(`no plugin connects to '${machine.name}'`);
   }
   const { plugin, answer } = found;
-  const connection = checkConnection(plugin, answer, context.log);
-  return makeSession(machine, connection, context);
+  return checkConnection(plugin, answer, context.log);
 }
 
 /** Checks what a plugin connects by, and later what that comes back with. */
@@ -4131,11 +4175,17 @@ function checkConnection(
 /** The part of a session that is about what runs over it. */
 function channelMethods(link: Link) {
   let greeted: Promise<StoreConnection> | undefined;
+  const leaveDaemon = (store: StoreConnection) => {
+    LEFT.add(store);
+    const { daemons } = link.kept;
+    if (store.hasSigned) daemons.push(store);
+    else daemons.unshift(store);
+  };
   return {
     exec: async (...args: [command: string, isShort?: boolean]) =>
       (await demandRemote(link.machine)).executeThere(link, ...args),
     ping: async () => {
-      const another = { ...link }; // it is no use of the session
+      const another = { ...link, kept: newKept() }; // it is no use of this
       const daemon = openRemoteDaemon(another);
       await daemon.then(({ stream }) => stream.destroy(), (error) => {
         // Who refuses, as where no second session may be opened, is alive.
@@ -4143,14 +4193,16 @@ function channelMethods(link: Link) {
       });
     },
     openDaemon: () => {
-      const daemon = greeted ?? openRemoteDaemon(link);
+      const daemon = greeted ?? takeDaemon(link);
       greeted = undefined;
       return daemon;
     },
     greetDaemon: () => {
       greeted?.then(({ stream }) => stream.destroy(), () => {});
-      return greeted = openRemoteDaemon(link);
+      return greeted = takeDaemon(link);
     },
+    leaveDaemon,
+    leaveGreeted: () => void greeted?.then(leaveDaemon, () => {}),
     askOneByOne: () => void (link.pieceSize = 0),
     useSocket: (socket: string | undefined) => {
       const { socket: before, hasSocket } = link;
@@ -4158,6 +4210,11 @@ function channelMethods(link: Link) {
       return link.socket !== before;
     },
   };
+}
+
+/** What is kept with a new connection. */
+export function newKept(): Kept {
+  return { daemons: [], used: performance.now() };
 }
 
 function makeLink(
@@ -4169,7 +4226,7 @@ function makeLink(
     machine,
     connection,
     connectTimeout,
-    used: performance.now(),
+    kept: connection.kept ?? newKept(),
     socket: machine.daemonSocket,
     hasSocket: machine.daemonSocket !== DAEMON_SOCKET,
     pieceSize: connection.pieceSize ?? 0,
@@ -4180,12 +4237,12 @@ function makeLink(
 function patienceMethods(link: Link) {
   let patient = 0;
   return {
-    idle: () => performance.now() - link.used,
+    idle: () => performance.now() - link.kept.used,
     patiently: <T>(work: () => Promise<T>) => {
       patient++;
       return work().finally(() => {
         patient--;
-        link.used = performance.now();
+        link.kept.used = performance.now();
       });
     },
     isPatient: () => patient > 0,
@@ -4200,6 +4257,7 @@ export function makeSession(
 ): Session {
   const { log, signal, settings: { connectTimeout } } = context;
   const link = makeLink(machine, connection, connectTimeout);
+  const { leaveGreeted, ...channels } = channelMethods(link);
   const lost = Promise.withResolvers<never>();
   lost.promise.catch(() => {});
   let isClosed = false;
@@ -4223,8 +4281,9 @@ export function makeSession(
     fail,
     lost: lost.promise,
     ...patienceMethods(link),
-    ...channelMethods(link),
+    ...channels,
     close: () => {
+      leaveGreeted();
       signal.removeEventListener("abort", abort);
       if (!isClosed) cleanUp(log, () => connection.close());
       isClosed = true;
@@ -4323,8 +4382,8 @@ export interface Link {
   readonly connection: Connection;
   /** Seconds that an answer may take. */
   readonly connectTimeout: number;
-  /** When something last passed, by `performance.now()`. */
-  used: number;
+  /** What passes to and from there. */
+  readonly kept: Kept;
   /** The socket of the daemon there: a file name or, as Guix takes it, a URI. */
   socket: string;
   /** Whether the machine file names it: else the login there may. */
@@ -4340,7 +4399,7 @@ export function noteUse<T extends Duplex>(channel: T, link: Link): T {
   for (const name of ["push", "write"] as const) {
     const pass = channel[name] as (...args: unknown[]) => boolean;
     const noted = (...args: unknown[]) => {
-      link.used = performance.now();
+      link.kept.used = performance.now();
       return pass.apply(channel, args);
     };
     Object.assign(channel, { [name]: noted });
@@ -4461,10 +4520,33 @@ async function openRemoteDaemon(link: Link): Promise<StoreConnection> {
   }
 }
 
+/** Takes a connection to the daemon there that was left, or makes one. */
+async function takeDaemon(link: Link): Promise<StoreConnection> {
+  return link.kept.daemons.pop() ?? await openRemoteDaemon(link);
+}
+
+/** Ends the use of a connection to this machine's daemon. */
+export function closeLocalDaemon(
+  store: StoreConnection,
+  { localDaemons }: Context,
+  isClean = false,
+): void {
+  if (!isClean || localDaemons === undefined) store.stream.destroy();
+  else localDaemons.push(store);
+}
+
 /** Connects to this machine's daemon. */
 export async function openLocalDaemon(
-  { daemonSocket: path, settings: { connectTimeout } }: Context,
+  { daemonSocket: path, localDaemons, settings: { connectTimeout } }: Context,
 ): Promise<StoreConnection> {
+  for (let left; (left = localDaemons?.pop()) !== undefined;) {
+    const { stream } = left;
+    const answer = queryValidPaths(left, []);
+    const alive = within(connectTimeout, answer, "no answer")
+      .then(() => true, () => false);
+    if (await alive) return left;
+    stream.destroy();
+  }
   const stream = createConnection({ path });
   await new Promise<void>((resolve, reject) => {
     stream.once("connect", resolve).once("error", (cause) => {
@@ -4732,6 +4814,7 @@ async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
     return session;
   } catch (error) {
     const lost = session.failure();
+    session.fail(error as Error); // something may be under way
     session.close();
     throw lost === undefined ? error : connectionError(machine, lost);
   }
@@ -5314,7 +5397,10 @@ export function plainTransport(
 }
 
 /** What a build needs on a machine to which there are connections. */
-interface BuildContext extends Context, TransportContext {}
+interface BuildContext extends Context, TransportContext {
+  /** What goes with the build: its options, where they are not yet set. */
+  readonly first: readonly Call[];
+}
 
 /** Thrown where others build on a machine as much as it may. */
 class NotAdmitted extends OffloadError {}
@@ -5542,12 +5628,14 @@ async function* exportFromHere(
   context: Context,
 ): AsyncGenerator<Buffer, void> {
   const local = await openLocalDaemon(context);
+  let isDone = false;
   try {
     yield* exportBundle(local, paths);
+    isDone = true;
   } catch (cause) {
     throw new LocalError(`failed to export: ${reason(cause)}`, { cause });
   } finally {
-    local.stream.destroy();
+    closeLocalDaemon(local, context, isDone);
   }
 }
 
@@ -5603,7 +5691,7 @@ async function buildRemotely(
   { derivation, outputs }: Work,
   recipe: PathInfo | undefined,
   prepare: () => void,
-  { buildLog, log, machine, remote }: BuildContext,
+  { buildLog, first, log, machine, remote }: BuildContext,
 ): Promise<Built> {
   log.info(`offloading '${derivation}' to '${machine.name}'...`);
   log.trace(`@ build-remote ${derivation} ${machine.name}`);
@@ -5628,7 +5716,7 @@ async function buildRemotely(
   } else prepare();
   const start = performance.now();
   try {
-    await operateAll(remote, calls, { log: take });
+    await operateAll(remote, [...first, ...calls], { log: take });
     return { seconds: (performance.now() - start) / 1000, size };
   } catch (cause) {
     if (!(cause instanceof DaemonError)) throw cause;
@@ -5674,85 +5762,138 @@ async function sendAndBuild(
   }
 }
 
+/** Thrown where a connection that was left proves to be gone. */
+class Gone extends OffloadError {}
+
+/**
+ * Sets the options of a build. What is sent for that alone tells how far the
+ * machine is; where that is known, they go with the build.
+ */
+async function setOptions(
+  remote: StoreConnection,
+  machine: Machine,
+  { buildOptions, observations, settings: { substitutes } }: Context,
+): Promise<Pick<BuildContext, "first" | "roundTrip">> {
+  const id = machineId(machine);
+  const { facts } = observations.machines(id).get(id) ?? {};
+  const options = optionsCall(buildOptions, substitutes);
+  const known = facts?.roundTrip;
+  // Those that say whether it may fetch are for what comes before, too.
+  if (LEFT.has(remote) && known !== undefined && !substitutes) {
+    return { roundTrip: known, first: [options] };
+  }
+  const before = performance.now();
+  await operateAll(remote, [options]);
+  const took = performance.now() - before;
+  // Of two looks at a busy machine, the shorter one says how far it is.
+  return { roundTrip: Math.min(took, known ?? took), first: [] };
+}
+
 /** Connects the stores of both sides, and tells what their connection is like. */
 async function connectStores(
   session: Session,
+  remote: StoreConnection,
   local: Promise<StoreConnection>,
   derivation: string,
   context: Context,
 ): Promise<BuildContext> {
-  const { machine, openDaemon, exec, patiently } = session;
-  const { buildOptions, observations, settings } = context;
-  const remote = await openDaemon();
+  const { machine, openDaemon, leaveDaemon, exec, patiently } = session;
   // It may not have been asked, or not to the end.
   if (await isThisMachine(machine, remote, derivation, context)) {
     throw new OffloadError(`'${machine.name}': ${THIS_MACHINE.why}`);
   }
-  const before = performance.now();
-  await setBuildOptions(remote, buildOptions, settings.substitutes);
-  const took = performance.now() - before;
-  // Of two looks at a busy machine, the shorter one says how far it is.
-  const id = machineId(machine);
-  const { facts } = observations.machines(id).get(id) ?? {};
-  const roundTrip = Math.min(took, facts?.roundTrip ?? took);
   return {
     ...contextFor(guixPlugin, context),
     machine,
     remote,
-    roundTrip,
+    ...await setOptions(remote, machine, context),
     local: await local,
     openDaemon,
+    leaveDaemon,
     exec,
     patiently,
     exportBundle: (paths) => exportFromHere(paths, context),
   };
 }
 
+/** What came of a build on a machine so far. */
+interface Course {
+  /** Whether all plugins have given leave. */
+  isAdmitted: boolean;
+  /** Whether the daemon there is asked one by one. */
+  isOneByOne: boolean;
+}
+
 /** Sends the inputs, builds, and retrieves the outputs. */
+async function buildThere(
+  work: Work,
+  progress: Course,
+  context: BuildContext,
+): Promise<void> {
+  if (!progress.isAdmitted) await admit(context);
+  progress.isAdmitted = true;
+  const transport = await chooseTransport(context);
+  const { derivation, needed, outputs } = work;
+  const { seconds, size } = await sendAndBuild(work, transport, context);
+  await retrieveOutputs(outputs, size, transport, context);
+  context.observations.saveBuild(
+    machineId(context.machine),
+    derivationName(derivation),
+    seconds,
+    [...needed, ...outputs],
+  );
+  context.log.info(`done with offloaded '${derivation}'`);
+}
+
+/** Connects the stores of both sides, builds, and leaves them to others. */
 async function transferAndOffload(
   work: Work,
   session: Session,
   context: Context,
-  isAdmitted: boolean,
+  progress: Course,
 ): Promise<void> {
-  const { derivation, needed, outputs } = work;
-  const { machine } = session;
   readAcl(context.configDirectory); // without one, why build
   const local = openLocalDaemon(context);
   local.catch(() => {}); // it is told below
+  let isDone = false;
+  let remote: StoreConnection | undefined;
   try {
-    const own = await connectStores(session, local, derivation, context);
-    if (!isAdmitted) await admit(own);
-    const transport = await chooseTransport(own);
-    const { seconds, size } = await sendAndBuild(work, transport, own);
-    await retrieveOutputs(outputs, size, transport, own);
-    context.observations.saveBuild(
-      machineId(machine),
-      derivationName(derivation),
-      seconds,
-      [...needed, ...outputs],
-    );
-    context.log.info(`done with offloaded '${derivation}'`);
+    const { derivation } = work;
+    remote = await session.openDaemon();
+    const own = connectStores(session, remote, local, derivation, context);
+    await buildThere(work, progress, await own);
+    session.leaveDaemon(remote);
+    isDone = true;
+  } catch (cause) {
+    remote?.stream.destroy();
+    const isGone = remote && LEFT.has(remote) && remote.stream.readableEnded;
+    if (!isGone || isFinal(cause) || cause instanceof NotAdmitted) throw cause;
+    throw new Gone(reason(cause), { cause });
   } finally {
-    (await local.catch(() => undefined))?.stream.destroy();
+    local.then((it) => closeLocalDaemon(it, context, isDone), () => {});
   }
 }
 
 /**
- * The same; anew, a message at a time, where the daemon's socket is some relay's
- * that breaks them into pieces.
+ * The same; anew, where it was over a connection that was gone, and a message at
+ * a time, where the daemon's socket is some relay's that breaks them into pieces.
  */
 async function transferInStep(
   work: Work,
   session: Session,
   context: Context,
+  progress: Course = { isAdmitted: false, isOneByOne: false },
 ): Promise<void> {
   try {
-    await transferAndOffload(work, session, context, false);
+    await transferAndOffload(work, session, context, progress);
   } catch (error) {
-    if (!isOutOfStep(error)) throw error;
-    session.askOneByOne();
-    await transferAndOffload(work, session, context, true);
+    const isGone = error instanceof Gone && session.failure() === undefined;
+    context.signal.throwIfAborted();
+    const mayGoOn = isOutOfStep(error) && !progress.isOneByOne;
+    if (!isGone && !mayGoOn) throw error;
+    if (!isGone) session.askOneByOne();
+    progress.isOneByOne ||= !isGone;
+    await transferInStep(work, session, context, progress);
   }
 }
 
@@ -6069,7 +6210,7 @@ export interface Conversation {
   /** The next line from the daemon, `undefined` at the end. */
   readLine(): Promise<string | undefined>;
   /** Answers the request. */
-  answer(word: "accept" | "decline" | "postpone"): void;
+  answer(word: "accept" | "decline" | "postpone"): Awaitable<void>;
 }
 
 /** Reads what the daemon says after an accept: two lines of store paths. */
@@ -6091,14 +6232,14 @@ async function readWork(
  * Answers while something is wrong here. The daemon fails a build for good
  * that is declined and that it can't do itself, so that has to wait.
  */
-function answerAnyway(
+async function answerAnyway(
   request: Request,
   { answer }: Conversation,
   context: Parameters<typeof mayBuildHere>[1] & Pick<Context, "log">,
-): void {
-  if (mayBuildHere(request, context)) return answer("decline");
+): Promise<void> {
+  if (mayBuildHere(request, context)) return await answer("decline");
   context.log.warn(`'${request.derivation}' waits until that is corrected`);
-  answer("postpone");
+  await answer("postpone");
 }
 
 /**
@@ -6115,25 +6256,58 @@ export async function processRequest(
   const { machines: listed, areAll } = await concatMachines(context);
   const machines = listed.filter((machine) => machineMatches(machine, request));
   if (machines.length === 0) {
-    if (areAll) conversation.answer("decline"); // none will ever match
-    else answerAnyway(request, conversation, context);
+    if (areAll) await conversation.answer("decline"); // none will ever match
+    else await answerAnyway(request, conversation, context);
     return false;
   }
   const scored = scoredRequest(request, context);
   const choice = await chooseReadyMachine(machines, scored, context);
   if (typeof choice === "string") {
     const gone = choice === "unreachable" && mayBuildHere(request, context);
-    conversation.answer(gone ? "decline" : "postpone");
+    await conversation.answer(gone ? "decline" : "postpone");
     return false;
   }
-  conversation.answer("accept");
-  const work = await readWork(request.derivation, conversation)
-    .catch((error) => {
-      letGo(choice, context);
-      throw error;
-    });
+  let work;
+  try {
+    await conversation.answer("accept");
+    work = await readWork(request.derivation, conversation);
+  } catch (error) {
+    letGo(choice, context);
+    throw error;
+  }
   await offload(work, scored, machines, choice, context);
   return true;
+}
+
+/**
+ * Serves what the daemon asks in a line; returns whether that is built. What is
+ * wrong here, such as in `start`, must not fail the builds.
+ */
+export async function serveRequest(
+  line: string,
+  { readLine, answer }: Conversation,
+  start: () => Promise<Context>,
+  { system, log, signal }: Pick<Context, "system" | "log" | "signal">,
+): Promise<boolean> {
+  const request = parseRequest(line);
+  let isAnswered = false;
+  const conversation: Conversation = {
+    readLine,
+    answer: (word) => {
+      isAnswered = true;
+      return answer(word);
+    },
+  };
+  let context: Context | undefined;
+  try {
+    context = await start();
+    return await processRequest(request, conversation, context);
+  } catch (error) {
+    if (isAnswered || signal.aborted) throw error;
+    log.error(error);
+    await answerAnyway(request, conversation, context ?? { system, log });
+    return false;
+  }
 }
 
 // ---------------------------------------------------------------------------
@@ -6213,52 +6387,64 @@ function sleep(milliseconds: number): void {
   Atomics.wait(never, 0, 0, milliseconds);
 }
 
-/** The process of guix-daemon, whose child or grandchild this hook is. */
-function daemonProcess(): number {
-  const parent = process.ppid;
-  if (process.env.OFFLOAD_SHIM !== String(parent)) return parent;
-  const stat = readFileSync(`/proc/${parent}/stat`, "latin1");
+/** The parent of a process. */
+export function parentOf(pid: number): number {
+  const stat = readFileSync(`/proc/${pid}/stat`, "latin1");
   return Number(stat.slice(stat.lastIndexOf(")")).split(" ")[2]);
 }
 
+/** The process of guix-daemon, whose child or grandchild this hook is. */
+function daemonProcess(): number {
+  const { ppid, env: { OFFLOAD_SHIM } } = process;
+  return OFFLOAD_SHIM === String(ppid) ? parentOf(ppid) : ppid;
+}
+
+/** The places in the kernel where a process waits for what comes next. */
+const IDLE =
+  /^(poll_|ep_poll|do_(select|poll|epoll_wait|wait)|(anon_)?pipe_(read|wait))/;
+
 /**
- * Waits while guix-daemon still reads, or waits for its client to: what is in
- * the pipe of a hook that has ended, it forgets. Where it waits for what comes
- * next, it has read all.
+ * Asks again and again whether guix-daemon still reads, or waits for its client
+ * to: what is in the pipe of a hook that has ended, it forgets. Where it waits
+ * for what comes next, it has read all.
  */
-function awaitDaemon(): void {
-  const idle =
-    /^(poll_|ep_poll|do_(select|poll|epoll_wait|wait)|(anon_)?pipe_(read|wait))/;
+export function* whileReading(daemon: () => number): Generator<void> {
   for (let unknown = 0; unknown < 200;) {
     let place = "0";
     try {
-      place = readFileSync(`/proc/${daemonProcess()}/wchan`, "latin1").trim();
+      place = readFileSync(`/proc/${daemon()}/wchan`, "latin1").trim();
     } catch {
       // It is gone, or another's.
     }
-    if (idle.test(place)) return;
+    if (IDLE.test(place)) return;
     unknown = place === "0" ? unknown + 1 : 0;
-    sleep(5);
+    yield;
   }
 }
 
 /** Where a client reads, who may stop: nothing here waits for that. */
-class Outlet {
+export class Outlet {
   readonly #file: number;
   readonly #left: Uint8Array[] = [];
   #size = 0;
   #wasFull = false;
+  #isClosed = false;
   /** Why what was written last is lost, if it is. */
   problem: unknown;
 
   /** Writes to an open file which, where it can, refuses rather than waits. */
   constructor(file: number) {
     this.#file = file;
-    process.on("exit", () => {
-      this.drain();
-      // After the end, guix-daemon may read no more.
-      if (this.#wasFull) awaitDaemon();
-    });
+  }
+
+  /** Whether nothing is left to write. */
+  get isEmpty(): boolean {
+    return this.#left.length === 0;
+  }
+
+  /** Whether it was refused something. */
+  get wasFull(): boolean {
+    return this.#wasFull;
   }
 
   /** Whether as much is kept as may be. */
@@ -6266,8 +6452,15 @@ class Outlet {
     return this.#size + PIECE * this.#left.length > LARGEST_BACKLOG;
   }
 
+  /** Writes no more: the file is about to be closed. */
+  close(): void {
+    this.#isClosed = true;
+    this.#left.length = this.#size = 0;
+  }
+
   /** Writes, in order, what there is room for, and keeps the rest. */
   write(text: Uint8Array): void {
+    if (this.#isClosed) return;
     this.#left.push(text);
     this.#size += text.length;
     if (this.#left.length === 1) this.#flush(); // else a timer does
@@ -6304,14 +6497,28 @@ class Outlet {
   }
 }
 
+/** An outlet which, when this process ends, first waits for who reads there. */
+function drainAtExit(outlet: Outlet): Outlet {
+  process.on("exit", () => {
+    outlet.drain();
+    if (!outlet.wasFull) return;
+    // After the end, guix-daemon may read no more.
+    for (const _ of whileReading(daemonProcess)) sleep(5);
+  });
+  return outlet;
+}
+
 /**
  * Opens a descriptor anew (by number, Deno can't use all): to write to a pipe
  * won't wait then, as it goes on to do for others who share the descriptor.
  */
-function reopen(descriptor: number): number {
+export function reopen(
+  descriptor: number,
+  process: number | "self" = "self",
+): number {
   const { O_APPEND, O_NONBLOCK, O_WRONLY } = fileConstants;
   const flags = O_APPEND | O_NONBLOCK | O_WRONLY;
-  return openSync(`/proc/self/fd/${descriptor}`, flags);
+  return openSync(`/proc/${process}/fd/${descriptor}`, flags);
 }
 
 /** Standard error; what else than a pipe it is, such as a terminal, may wait. */
@@ -6322,7 +6529,7 @@ function openMessages(): Outlet {
   } catch {
     // It is closed, or another account's.
   }
-  return new Outlet(file);
+  return drainAtExit(new Outlet(file));
 }
 
 /**
@@ -6362,16 +6569,8 @@ export function makeLog(
   };
 }
 
-/** Opens the log of the build, file descriptor 4. */
-function openBuildLog(): Context["buildLog"] {
-  let file = STANDARD_ERROR;
-  try {
-    file = reopen(4);
-  } catch (error) {
-    // It is run by hand, unless that is what Deno was not allowed.
-    if ((error as Error).name === "NotCapable") throw error;
-  }
-  const outlet = new Outlet(file);
+/** Writes the log of a build to an outlet. */
+export function buildLogTo(outlet: Outlet): Context["buildLog"] {
   return async (text) => {
     outlet.write(text);
     const { problem: cause } = outlet;
@@ -6383,11 +6582,23 @@ function openBuildLog(): Context["buildLog"] {
   };
 }
 
+/** Opens the log of the build, file descriptor 4. */
+function openBuildLog(): Context["buildLog"] {
+  let file = STANDARD_ERROR;
+  try {
+    file = reopen(4);
+  } catch (error) {
+    // It is run by hand, unless that is what Deno was not allowed.
+    if ((error as Error).name === "NotCapable") throw error;
+  }
+  return buildLogTo(drainAtExit(new Outlet(file)));
+}
+
 /** What the daemon tells the hook when it starts it. */
 export type HookArguments = Pick<Context, "system" | "buildOptions">;
 
 /** Reads the daemon's four arguments; `undefined` where it is a command. */
-function parseHookArguments(
+export function parseHookArguments(
   args: readonly string[],
 ): HookArguments | undefined {
   const [system = ""] = args;
@@ -6425,7 +6636,7 @@ export function configDirectory(environment: Variables): string {
 }
 
 /** Where Guix has what, as its own variables say. */
-function placesOf(
+export function placesOf(
   environment: Variables,
 ): Pick<
   Context,
@@ -6443,7 +6654,7 @@ function placesOf(
 }
 
 /** Makes what notes problems, and tells them. */
-function makeReport(log: Log): Pick<Context, "problems" | "report"> {
+export function makeReport(log: Log): Pick<Context, "problems" | "report"> {
   const problems: Problem[] = [];
   const report = (problem: Problem) => {
     problems.push(problem);
@@ -6520,7 +6731,7 @@ export function checkRuntime(): void {
  * A log that tells what is wrong once, for the daemon asks again every few
  * seconds, until `isOver`.
  */
-function tellOnce(log: Log, isOver: () => boolean): Log {
+export function tellOnce(log: Log, isOver: () => boolean): Log {
   const told = new Set<string>();
   const once = (tell: (problem: unknown) => void) => (problem: unknown) => {
     const text = reason(problem);
@@ -6544,14 +6755,14 @@ function tellShim({ OFFLOAD_SHIM }: Variables): void {
   }, 1000).unref();
 }
 
-/** Serves the daemon's requests until one is accepted and built. */
+/** Serves the daemon's requests until one is built; returns whether one was. */
 async function runHook(
   { system }: HookArguments,
   start: (log: Log) => Promise<Context>,
   everything: Log,
   messages: Outlet,
   signal: AbortSignal,
-): Promise<void> {
+): Promise<boolean> {
   const input = createInterface({ input: process.stdin, signal });
   const lines = input[Symbol.asyncIterator]();
   let answered: string | undefined;
@@ -6569,19 +6780,16 @@ async function runHook(
     },
   };
   let context: Context | undefined;
-  for (let line; (line = await conversation.readLine()) !== undefined;) {
-    const request = parseRequest(line);
-    answered = undefined;
-    try {
-      context ??= await start(log);
-      if (await processRequest(request, conversation, context)) return;
-    } catch (error) {
-      if (answered || signal.aborted) throw error;
-      // What is wrong here must not fail the builds.
-      log.error(error);
-      answerAnyway(request, conversation, context ?? { system, log });
-    }
+  const begin = async () => context ??= await start(log);
+  const own = { system, log, signal };
+  // One that the shim has read.
+  let line = process.env.OFFLOAD_REQUEST ?? await conversation.readLine();
+  delete process.env.OFFLOAD_REQUEST; // it is for nobody that we start
+  while (line !== undefined) {
+    if (await serveRequest(line, conversation, begin, own)) return true;
+    line = await conversation.readLine();
   }
+  return false;
 }
 
 /** Ends the work, and with it what it holds, when a signal comes. */
@@ -6625,11 +6833,23 @@ async function serveDaemon(
     process.on("uncaughtException", (error) => log.warn(error));
     const start = (log: Log) => makeContext(hook, environment, log, signal);
     tellShim(environment);
-    await runHook(hook, start, log, messages, signal);
+    const hasBuilt = await runHook(hook, start, log, messages, signal);
+    if (hasBuilt) await startResident(environment, log);
     return 0;
   } catch (error) {
     log.error(error);
     return exitCodeOf(error);
+  }
+}
+
+/** Starts the process that serves the next hooks, where it is to stay. */
+async function startResident(environment: Variables, log: Log): Promise<void> {
+  type Module = { start(environment: Variables): void };
+  try {
+    const resident = await importFromPlugins<Module>("_resident_start");
+    resident?.start(environment);
+  } catch (error) { // the build is done
+    log.debug(reason(error));
   }
 }
 

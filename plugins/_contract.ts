@@ -339,6 +339,7 @@ async function withConnections<T>(
       remote,
       roundTrip: 1,
       openDaemon: session.openDaemon,
+      leaveDaemon: session.leaveDaemon,
       exec: session.exec,
       patiently: session.patiently,
       exportBundle: (paths) => exportBundle(local, paths),

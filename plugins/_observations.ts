@@ -166,6 +166,7 @@ export class SharedObservations implements Observations {
     const inode = isMemory ? "memory" : inodeOf(this.#file);
     // Another process may have replaced it, or somebody removed it.
     if (this.#database !== undefined && inode === this.#inode) {
+      if (!isMemory) makePrivate(this.#file);
       return this.#database;
     }
     this.#close();

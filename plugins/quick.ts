@@ -199,8 +199,14 @@ async function openExporter(
   { openDaemon, signal }: TransportContext,
 ): Promise<StoreConnection> {
   const store = await openDaemon();
-  const chunks = exportPath(store, derivation);
-  await discard(bounded(chunks, LIMITS.chunk, signal));
+  try {
+    const chunks = exportPath(store, derivation);
+    await discard(bounded(chunks, LIMITS.chunk, signal));
+  } catch (error) { // the build may be over
+    store.stream.destroy();
+    throw error;
+  }
+  store.hasSigned = true;
   return store;
 }
 
@@ -224,9 +230,9 @@ function quickTransport(context: TransportContext): Transport {
       size < BULK ? undefined : await patiently(() => lockUploads(context)),
     send: (items) => send(items, context),
     prepare: (derivation) => {
-      exporter = openExporter(derivation, context)
-        .then((store) => ready = store);
-      exporter.catch(() => {});
+      if (remote.hasSigned) return;
+      exporter = openExporter(derivation, context);
+      exporter.then((store) => exporter && (ready = store), () => {});
     },
     retrieve: async function* (paths, size = 0) {
       // From afar, it may take longer than to start the signing over there.
@@ -240,6 +246,8 @@ function quickTransport(context: TransportContext): Transport {
       yield* archive === undefined
         ? exportBundle(store, paths)
         : readArchive(archive);
+      exporter?.then(context.leaveDaemon, () => {});
+      exporter = ready = undefined; // another build's, from now on
     },
   };
 }

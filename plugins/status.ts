@@ -50,6 +50,7 @@ import {
   unlessAborted,
 } from "./_screen.ts";
 import { probe } from "./_remote.ts";
+import { residentStatus } from "./_resident_start.ts";
 
 /** How a machine is, as `offload status` shows it. */
 interface MachineStatus {
@@ -289,6 +290,18 @@ function formatStatusTable(
   return formatTable([header.split(","), ...rows], screen);
 }
 
+/** Says what the process does that stays, where there is one. */
+function tellResident({ log, stateDirectory }: Context): void {
+  const status = residentStatus(stateDirectory);
+  if (status === undefined) return;
+  const { pid, since, builds, served, connections } = status;
+  const start = new Date(since).toLocaleString("sv");
+  log.info(
+    `process ${pid} serves builds since ${start}: ${builds} under way, ` +
+      `${served} done, ${connections} connections to machines`,
+  );
+}
+
 /** Seconds between two looks at a machine. */
 const WATCH_INTERVAL = 2;
 
@@ -344,6 +357,7 @@ async function statusCommand(
   const machines = await selectMachines(args, context);
   warnOfSlots(context);
   context.log.info(`getting status of ${machines.length} build machines...`);
+  tellResident(context);
   const sessions = new Map<string, Session>();
   const look = (machine: Machine) =>
     inspect(machine, seconds, sessions, context);

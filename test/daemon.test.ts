@@ -8,9 +8,10 @@ import {
   DaemonError,
   importPaths,
   openStore,
+  operateAll,
+  optionsCall,
   queryPathInfos,
   queryValidPaths,
-  setBuildOptions,
 } from "../mod.ts";
 import type { PathInfo, StoreConnection } from "../mod.ts";
 import {
@@ -147,13 +148,15 @@ for (const [version, daemon] of Object.entries(daemons)) {
     assert.is(log, `building path(s) \`${output}'\n${lines}`);
   });
 
-  test(`setBuildOptions() writes what Guix ${version} reads`, async () => {
+  test(`optionsCall() makes what Guix ${version} reads`, async () => {
     const turns = goldenTurns(daemon, "set-options");
     const written: Uint8Array[] = [];
     const store = await openStore(new Peer(turns.slice(0, 1)), "daemon");
     store.stream.write = (bytes: Uint8Array) => !!written.push(bytes);
     await rejects(
-      setBuildOptions(store, { maxSilentTime: 3600, buildTimeout: 86400 }),
+      operateAll(store, [
+        optionsCall({ maxSilentTime: 3600, buildTimeout: 86400 }),
+      ]),
       /unexpected end/,
     );
     const ours = await readOptions(Buffer.concat(written));

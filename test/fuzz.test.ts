@@ -19,6 +19,8 @@ import {
   importPaths,
   OffloadError,
   openStore,
+  operateAll,
+  optionsCall,
   parseAcl,
   parseRequest,
   parseSexp,
@@ -26,7 +28,6 @@ import {
   queryValidPaths,
   restoreNar,
   restoreOutputs,
-  setBuildOptions,
 } from "../mod.ts";
 import type { StoreConnection } from "../mod.ts";
 import {
@@ -348,7 +349,9 @@ const PATH = daemons["1.5"]!.output;
 const OPERATIONS: Record<string, (store: StoreConnection) => Promise<unknown>> =
   {
     "set-options": (store) =>
-      setBuildOptions(store, { maxSilentTime: 1, buildTimeout: 1 }),
+      operateAll(store, [
+        optionsCall({ maxSilentTime: 1, buildTimeout: 1 }),
+      ]),
     "add-text-to-store": (store) => addTextToStore(store, "x", hash, []),
     "add-temp-root": (store) => addTempRoots(store, [PATH]),
     "query-valid-paths": (store) => queryValidPaths(store, [PATH]),

@@ -15,94 +15,17 @@ import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { ROOT, run, runtimes, settled, withDirectory } from "./helpers.ts";
+import { ROOT, run, runtimes, settled } from "./helpers.ts";
+import {
+  findTool,
+  HOOK,
+  type Sandbox,
+  sandbox,
+  SHELLS,
+  STARTED,
+} from "./sandbox.ts";
 
 const test = suite("shim");
-
-/** All that the shim needs of the system. */
-const TOOLS = ["readlink", "dirname", "cat"];
-
-function findTool(name: string): string {
-  const directories = (process.env.PATH ?? "").split(":");
-  const file = directories.map((directory) => `${directory}/${name}`)
-    .find((file) => existsSync(file));
-  assert.ok(file, `${name} is missing`);
-  return file!;
-}
-
-/** A checkout with programs that print how they were called. */
-class Sandbox {
-  readonly directory: string;
-
-  /** Copies the shim, so that no runtime is beside it. */
-  constructor(directory: string) {
-    this.directory = directory;
-    mkdirSync(`${directory}/checkout/scripts`, { recursive: true });
-    copyFileSync(`${ROOT}/scripts/guix`, this.shim);
-    const library = `${dirname(this.shim)}/runtime.sh`;
-    copyFileSync(`${ROOT}/scripts/runtime.sh`, library);
-    mkdirSync(`${directory}/checkout/node_modules`);
-    writeFileSync(this.mod, "");
-    // There may be runtimes, or even a guix, where the system's tools are.
-    mkdirSync(`${directory}/tools`);
-    for (const name of TOOLS) {
-      symlinkSync(findTool(name), `${directory}/tools/${name}`);
-    }
-  }
-
-  get shim(): string {
-    return `${this.directory}/checkout/scripts/guix`;
-  }
-
-  get mod(): string {
-    return `${this.directory}/checkout/mod.ts`;
-  }
-
-  /** Makes a program and returns its file name. */
-  program(name: string, script: string): string {
-    const file = `${this.directory}/${name}`;
-    mkdirSync(dirname(file), { recursive: true });
-    writeFileSync(file, `#!/bin/sh\n${script}\n`, { mode: 0o755 });
-    return file;
-  }
-
-  /** Makes a runtime of that version. */
-  runtime(name: string, version: string): string {
-    return this.pretend(
-      ...[name, version, `echo "${name}:"; printf '%s\\n' "$@"`] as const,
-    );
-  }
-
-  /** Makes a runtime that does something else. */
-  pretend(name: string, version: string, script: string): string {
-    const say =
-      `if [ "$1" = --version ]; then printf '${version}\\n'; exit; fi`;
-    return this.program(name, `${say}\n${script}`);
-  }
-
-  /** Makes a guix of that name. */
-  guix(name: string): string {
-    return this.program(name, `echo "${name}:"; printf '%s\\n' "$@"`);
-  }
-
-  /** Calls the shim; `bin` is the directories in PATH. */
-  async call(
-    args: readonly string[],
-    { bin = "bin", env = {}, shim = this.shim, input = "" } = {},
-  ) {
-    const PATH = `${bin}:tools`.split(":")
-      .map((name) => `${this.directory}/${name}`).join(":");
-    const result = await settled(run(shim, args, {
-      env: { PATH, HOME: this.directory, ...env },
-      input,
-    }));
-    return { ...result, stdout: result.stdout.toString() };
-  }
-}
-
-function sandbox(work: (box: Sandbox) => Promise<void>): Promise<void> {
-  return withDirectory((directory) => work(new Sandbox(directory)));
-}
 
 const NODE_OPTIONS =
   "--disable-warning=ExperimentalWarning\n--max-semi-space-size=2";
@@ -182,7 +105,6 @@ test("guix says where there is no real guix", async () => {
 });
 
 /** How the daemon starts its hook. */
-const HOOK = ["offload", "x86_64-linux", "3600", "true", "86400"] as const;
 
 test("guix offload runs mod.ts with Node, else Deno", async () => {
   await sandbox(async (box) => {
@@ -342,13 +264,6 @@ test("guix offload accepts the oldest runtimes and previews", async () => {
     }
   });
 });
-
-/** What the shim waits for, and notes, before what else a runtime does. */
-const STARTED = 'kill -USR1 "$PPID"; ' +
-  "while [ -e /proc/$PPID/fd/8 ]; do :; done";
-
-/** Shells that are there: the daemon's /bin/sh may be any. */
-const SHELLS = ["dash", "bash"];
 
 /** Demands that the hook's requests go to the real guix, and commands fail. */
 async function assertHandedOver(

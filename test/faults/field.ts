@@ -106,7 +106,8 @@ const PROGRAM = {
   sessions: "-x 'sshd-session|sshd-auth'",
   builder: "-u guixbuilder01,guixbuilder02,guixbuilder03,guixbuilder04",
   archive: "-f '[g]uix archive'",
-  hook: "-f '[o]ffload/mod.ts|[g]uix offload'",
+  // One that stays is none: it serves others.
+  hook: "-f '([o]ffload/mod.ts|[g]uix offload) [a-z0-9_]+-linux '",
   // The first keep a connection, the others are a hook's.
   kept: "-f '^ssh: .*[[]mux]'",
   ssh: "-f '^ssh -'",

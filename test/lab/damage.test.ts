@@ -71,7 +71,8 @@ function suiteUnder(runtime: Runtime): void {
   test.before(() => {
     up("head", "w1");
     useMachines("head", ["w1"]);
-    useOffload("head", runtime);
+    // What a process that stays is told of the state is in its own log.
+    useOffload("head", runtime, "OFFLOAD_RESIDENT=false");
     offload();
   });
 

@@ -75,7 +75,7 @@ function retrieved({ temporary }: Retrieval): number {
 
 test.before(() => {
   up("head", "w1");
-  useOffload("head", "node");
+  useOffload("head", "node", "OFFLOAD_RESIDENT=false");
   useMachines("head", ["w1"]);
 });
 
@@ -104,7 +104,8 @@ test("an output that comes back is spared", async () => {
 
 test("what a killed hook left is removed", async () => {
   const { derivation, temporary, output, client } = await startRetrieval();
-  useOffload("head", "node"); // the lab kills the daemon and all its children
+  // The lab kills the daemon and all its children.
+  useOffload("head", "node", "OFFLOAD_RESIDENT=false");
   signalSessions("CONT");
   await within("the client's end", client.ended);
   assert.ok(existsSync(temporary), "nothing was left");
@@ -117,7 +118,7 @@ test("what a killed hook left is removed", async () => {
 
 test("what a killed hook left is replaced by the next", async () => {
   const { derivation, temporary, output, client } = await startRetrieval();
-  useOffload("head", "node");
+  useOffload("head", "node", "OFFLOAD_RESIDENT=false");
   signalSessions("CONT");
   await within("the client's end", client.ended);
   assert.ok(existsSync(temporary), "nothing was left");

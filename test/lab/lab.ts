@@ -19,6 +19,7 @@ import {
 } from "node:fs";
 import { machine } from "node:os";
 import { basename } from "node:path";
+import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { gunzipSync } from "node:zlib";
@@ -299,14 +300,20 @@ export function wrongKey(text: string): string {
   return edited;
 }
 
-/** Restarts a master's daemon so that it offloads with this checkout. */
+/**
+ * Restarts a master's daemon so that it offloads with this checkout. Hooks have
+ * a process each, as is so unless told, or one that stays where the variable
+ * OFFLOAD_TEST_RESIDENT is `true`.
+ */
 export function useOffload(
   master: string,
   runtime: Runtime,
   ...variables: readonly string[]
 ): void {
+  const { OFFLOAD_TEST_RESIDENT: stays = "false" } = process.env;
+  const usual = [`OFFLOAD_RUNTIME=${runtime}`, `OFFLOAD_RESIDENT=${stays}`];
   const guix = "GUIX=/offload/scripts/guix";
-  lab("daemon", master, guix, `OFFLOAD_RUNTIME=${runtime}`, ...variables);
+  lab("daemon", master, guix, ...usual, ...variables);
 }
 
 /** Restarts a master's daemon with these settings of plugins. */

@@ -1,0 +1,107 @@
+/**
+ * Starts the process that stays, `offload serve`, for the next builds.
+ *
+ * @module
+ */
+
+import { spawn } from "node:child_process";
+import { existsSync, readFileSync } from "node:fs";
+import {
+  lockFile,
+  makeStateDirectory,
+  parentOf,
+  placesOf,
+  pluginDirectory,
+  readSettings,
+} from "../mod.ts";
+import type { Variables } from "../mod.ts";
+import { withoutRuntime } from "./_ground.ts";
+
+/** Where it meets the shims. */
+export function residentDirectory(stateDirectory: string): string {
+  return `${stateDirectory}/offload/resident`;
+}
+
+/** Whether one is there: it holds a lock, which ends with it. */
+export function isThere(directory: string): boolean {
+  if (!existsSync(`${directory}/lock`)) return false;
+  try {
+    const lock = lockFile(`${directory}/lock`);
+    lock?.release();
+    return lock === undefined;
+  } catch {
+    return false; // it is another account's, say
+  }
+}
+
+/** What one says of itself. */
+export interface ResidentStatus {
+  /** Its process. */
+  readonly pid: number;
+  /** When it was started, in milliseconds since 1970. */
+  readonly since: number;
+  /** How many builds it has under way. */
+  readonly builds: number;
+  /** How many it has done. */
+  readonly served: number;
+  /** How many connections to machines it has. */
+  readonly connections: number;
+}
+
+/** What the one that is there says of itself. */
+export function residentStatus(
+  stateDirectory: string,
+): ResidentStatus | undefined {
+  const directory = residentDirectory(stateDirectory);
+  if (!isThere(directory)) return undefined;
+  try {
+    return JSON.parse(readFileSync(`${directory}/status.json`, "utf8"));
+  } catch {
+    return undefined; // it begins or ends
+  }
+}
+
+/** Starts one where the settings want it, and none is there. */
+export function start(environment: Variables): void {
+  // Nothing but the shim can start it, and passes requests on.
+  if (environment.OFFLOAD_SELF === undefined) return;
+  const settings = readSettings(pluginDirectory(environment), environment);
+  const { stateDirectory } = placesOf(environment);
+  if (!settings.resident || isThere(residentDirectory(stateDirectory))) return;
+  const { OFFLOAD_SHIM: shim } = environment;
+  const daemon = shim ? daemonOf(parentOf(Number(shim))) : undefined;
+  spawnResident(settings.residentIdle, stateDirectory, environment, daemon);
+}
+
+/** The guix-daemon of its process for a client, if that can be told. */
+export function daemonOf(client: number): number | undefined {
+  const parent = parentOf(client);
+  return parent > 1 ? parent : undefined; // it is gone, or none
+}
+
+/** Starts one in the background, whose messages go to `resident.log`. */
+export function spawnResident(
+  idle: number,
+  stateDirectory: string,
+  environment: Variables,
+  daemon?: number,
+): void {
+  const { OFFLOAD_SELF: self = "", OFFLOAD_SHIM: _, ...env } = withoutRuntime(
+    environment,
+  );
+  const directory = `${stateDirectory}/offload`;
+  makeStateDirectory(directory);
+  const end = [`--idle=${idle}`, ...daemon ? [`--daemon=${daemon}`] : []];
+  const script =
+    'umask 077; log=$1; shift; exec "$@" </dev/null >"$log" 2>&1 4>&-';
+  const log = `${directory}/resident.log`;
+  const serve = [self, "offload", "serve", "--foreground", ...end];
+  const child = spawn("/bin/sh", ["-c", script, "sh", log, ...serve], {
+    cwd: "/",
+    detached: true,
+    env: env as NodeJS.ProcessEnv,
+    stdio: "ignore",
+  });
+  child.on("error", () => {}); // the next hook tries again
+  child.unref();
+}

@@ -1,0 +1,78 @@
+/** What a process that stays stands on. */
+
+import { mkdirSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import {
+  differentVariable,
+  Ground,
+  parseEnvironment,
+  withoutRuntime,
+} from "../plugins/_ground.ts";
+import { withDirectory } from "./helpers.ts";
+
+const test = suite("ground");
+
+test("parseEnvironment() reads what /proc has of a process", () => {
+  const text = "HOME=/root\0EMPTY=\0A=b=c\nd\0odd\0";
+  assert.equal(parseEnvironment(text), {
+    HOME: "/root",
+    EMPTY: "",
+    A: "b=c\nd",
+  });
+  assert.equal(parseEnvironment(""), {});
+});
+
+test("differentVariable() finds what builds depend on", () => {
+  const ours = { HOME: "/root", GUIX: "/a/guix", TERM: "xterm" };
+  assert.is(differentVariable(ours, { ...ours, TERM: "dumb" }), undefined);
+  assert.is(differentVariable(ours, { ...ours, HOME: "/" }), "HOME");
+  for (const name of ["OFFLOAD_ATTEMPTS", "NIX_STORE", "GUIX_STATE", "PATH"]) {
+    assert.is(differentVariable(ours, { ...ours, [name]: "1" }), name);
+    assert.is(differentVariable({ ...ours, [name]: "1" }, ours), name);
+  }
+});
+
+test("differentVariable() minds nothing that the shim sets", () => {
+  const names = ["OFFLOAD_SHIM", "OFFLOAD_SELF", "OFFLOAD_DEPTH"];
+  for (const name of [...names, "OFFLOAD_REQUEST", "OFFLOAD_GUIX"]) {
+    assert.is(differentVariable({ [name]: "1" }, {}), undefined);
+  }
+  const theirs = { OFFLOAD_GUIX: "/b/guix" };
+  const ours = { OFFLOAD_GUIX: "/a/guix" };
+  assert.is(differentVariable(ours, theirs), "OFFLOAD_GUIX");
+});
+
+test("withoutRuntime() leaves out what Deno puts into PATH", () => {
+  const PATH = "/root/.cache/deno/node_compat_bin:/usr/bin:/bin";
+  assert.equal(withoutRuntime({ PATH, A: "b" }), {
+    A: "b",
+    PATH: "/usr/bin:/bin",
+  });
+  assert.equal(withoutRuntime({ PATH: "/x/node_compat_bin" }), {});
+  assert.equal(withoutRuntime({}), {});
+});
+
+test("Ground sees new, changed and removed files", () =>
+  withDirectory((directory) => {
+    const file = `${directory}/settings.json`;
+    const changes: readonly (() => void)[] = [
+      () => writeFileSync(file, "{}"),
+      () => writeFileSync(file, '{"attempts": 2}'),
+      () => utimesSync(file, 1, 1),
+      () => rmSync(file),
+      () => mkdirSync(`${directory}/more`),
+    ];
+    for (const change of changes) {
+      const ground = new Ground(directory);
+      assert.is(ground.changed(), undefined);
+      change();
+      assert.match(ground.changed() ?? "", directory);
+    }
+    const none = new Ground(`${directory}/none`);
+    assert.is(none.changed(), undefined);
+    mkdirSync(`${directory}/none`);
+    assert.is(none.changed(), `${directory}/none`);
+  }));
+
+test.run();
