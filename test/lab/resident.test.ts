@@ -214,7 +214,10 @@ function suiteUnder(runtime: Runtime): void {
     await until("another one", () => isServing() && status()!.pid !== pid);
   });
 
-  test("one that is frozen is killed, and loses nothing", async () => {
+  // It takes half a minute, and is the work of a shell's program.
+  const testOnce = runtime === "node" ? test : () => {};
+
+  testOnce("one that is frozen is killed, and loses nothing", async () => {
     const pid = await serveAnew(runtime);
     signal("STOP");
     const { client, derivations } = startWork();
