@@ -4526,10 +4526,10 @@ async function takeDaemon(link: Link): Promise<StoreConnection> {
 }
 
 /** Ends the use of a connection to this machine's daemon. */
-export function closeLocalDaemon(
+function closeLocalDaemon(
   store: StoreConnection,
   { localDaemons }: Context,
-  isClean = false,
+  isClean: boolean,
 ): void {
   if (!isClean || localDaemons === undefined) store.stream.destroy();
   else localDaemons.push(store);
@@ -5827,11 +5827,11 @@ interface Course {
 /** Sends the inputs, builds, and retrieves the outputs. */
 async function buildThere(
   work: Work,
-  progress: Course,
+  course: Course,
   context: BuildContext,
 ): Promise<void> {
-  if (!progress.isAdmitted) await admit(context);
-  progress.isAdmitted = true;
+  if (!course.isAdmitted) await admit(context);
+  course.isAdmitted = true;
   const transport = await chooseTransport(context);
   const { derivation, needed, outputs } = work;
   const { seconds, size } = await sendAndBuild(work, transport, context);
@@ -5850,7 +5850,7 @@ async function transferAndOffload(
   work: Work,
   session: Session,
   context: Context,
-  progress: Course,
+  course: Course,
 ): Promise<void> {
   readAcl(context.configDirectory); // without one, why build
   const local = openLocalDaemon(context);
@@ -5861,7 +5861,7 @@ async function transferAndOffload(
     const { derivation } = work;
     remote = await session.openDaemon();
     const own = connectStores(session, remote, local, derivation, context);
-    await buildThere(work, progress, await own);
+    await buildThere(work, course, await own);
     session.leaveDaemon(remote);
     isDone = true;
   } catch (cause) {
@@ -5882,18 +5882,18 @@ async function transferInStep(
   work: Work,
   session: Session,
   context: Context,
-  progress: Course = { isAdmitted: false, isOneByOne: false },
+  course: Course = { isAdmitted: false, isOneByOne: false },
 ): Promise<void> {
   try {
-    await transferAndOffload(work, session, context, progress);
+    await transferAndOffload(work, session, context, course);
   } catch (error) {
     const isGone = error instanceof Gone && session.failure() === undefined;
     context.signal.throwIfAborted();
-    const mayGoOn = isOutOfStep(error) && !progress.isOneByOne;
+    const mayGoOn = isOutOfStep(error) && !course.isOneByOne;
     if (!isGone && !mayGoOn) throw error;
     if (!isGone) session.askOneByOne();
-    progress.isOneByOne ||= !isGone;
-    await transferInStep(work, session, context, progress);
+    course.isOneByOne ||= !isGone;
+    await transferInStep(work, session, context, course);
   }
 }
 
@@ -6636,7 +6636,7 @@ export function configDirectory(environment: Variables): string {
 }
 
 /** Where Guix has what, as its own variables say. */
-export function placesOf(
+function placesOf(
   environment: Variables,
 ): Pick<
   Context,
@@ -6755,14 +6755,14 @@ function tellShim({ OFFLOAD_SHIM }: Variables): void {
   }, 1000).unref();
 }
 
-/** Serves the daemon's requests until one is built; returns whether one was. */
+/** Serves the daemon's requests until one is built; returns by what it was. */
 async function runHook(
   { system }: HookArguments,
   start: (log: Log) => Promise<Context>,
   everything: Log,
   messages: Outlet,
   signal: AbortSignal,
-): Promise<boolean> {
+): Promise<Context | undefined> {
   const input = createInterface({ input: process.stdin, signal });
   const lines = input[Symbol.asyncIterator]();
   let answered: string | undefined;
@@ -6786,10 +6786,10 @@ async function runHook(
   let line = process.env.OFFLOAD_REQUEST ?? await conversation.readLine();
   delete process.env.OFFLOAD_REQUEST; // it is for nobody that we start
   while (line !== undefined) {
-    if (await serveRequest(line, conversation, begin, own)) return true;
+    if (await serveRequest(line, conversation, begin, own)) return context;
     line = await conversation.readLine();
   }
-  return false;
+  return undefined;
 }
 
 /** Ends the work, and with it what it holds, when a signal comes. */
@@ -6833,8 +6833,8 @@ async function serveDaemon(
     process.on("uncaughtException", (error) => log.warn(error));
     const start = (log: Log) => makeContext(hook, environment, log, signal);
     tellShim(environment);
-    const hasBuilt = await runHook(hook, start, log, messages, signal);
-    if (hasBuilt) await startResident(environment, log);
+    const built = await runHook(hook, start, log, messages, signal);
+    if (built?.settings.resident) await startResident(built);
     return 0;
   } catch (error) {
     log.error(error);
@@ -6842,14 +6842,14 @@ async function serveDaemon(
   }
 }
 
-/** Starts the process that serves the next hooks, where it is to stay. */
-async function startResident(environment: Variables, log: Log): Promise<void> {
-  type Module = { start(environment: Variables): void };
+/** Starts the process that stays and serves the next hooks. */
+async function startResident(context: Context): Promise<void> {
+  type Module = { start(context: Context): void };
   try {
     const resident = await importFromPlugins<Module>("_resident_start");
-    resident?.start(environment);
+    resident?.start(context);
   } catch (error) { // the build is done
-    log.debug(reason(error));
+    context.log.debug(reason(error));
   }
 }
 

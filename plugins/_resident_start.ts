@@ -6,15 +6,8 @@
 
 import { spawn } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
-import {
-  lockFile,
-  makeStateDirectory,
-  parentOf,
-  placesOf,
-  pluginDirectory,
-  readSettings,
-} from "../mod.ts";
-import type { Variables } from "../mod.ts";
+import { lockFile, makeStateDirectory, parentOf } from "../mod.ts";
+import type { Context, Variables } from "../mod.ts";
 import { withoutRuntime } from "./_ground.ts";
 
 /** Where it meets the shims. */
@@ -61,14 +54,14 @@ export function residentStatus(
   }
 }
 
-/** Starts one where the settings want it, and none is there. */
-export function start(environment: Variables): void {
+/** Starts one for the hooks after this one, where none is there. */
+export function start(
+  { environment, settings, stateDirectory }: Context,
+): void {
+  const { OFFLOAD_SELF: self, OFFLOAD_SHIM: shim } = environment;
   // Nothing but the shim can start it, and passes requests on.
-  if (environment.OFFLOAD_SELF === undefined) return;
-  const settings = readSettings(pluginDirectory(environment), environment);
-  const { stateDirectory } = placesOf(environment);
-  if (!settings.resident || isThere(residentDirectory(stateDirectory))) return;
-  const { OFFLOAD_SHIM: shim } = environment;
+  if (self === undefined) return;
+  if (isThere(residentDirectory(stateDirectory))) return;
   const daemon = shim ? daemonOf(parentOf(Number(shim))) : undefined;
   spawnResident(settings.residentIdle, stateDirectory, environment, daemon);
 }
