@@ -304,29 +304,34 @@ export class Keeper {
   /** Asks machines that are in use for their facts, before these are too old. */
   async refresh(context: Context): Promise<void> {
     const age = context.settings.factsLifetime * 1000 * FACTS_AGE;
-    const entries = [...this.#all];
-    const asked = entries.filter(({ machine }, index) => {
-      const id = machineId(machine);
-      const isFirst = (it: Entry) => machineId(it.machine) === id;
-      if (entries.findIndex(isFirst) !== index) return false;
-      const { facts } = context.observations.machines(id).get(id) ?? {};
-      return facts !== undefined && Date.now() - facts.time >= age;
+    // Over one connection to each machine.
+    const entries = new Map(
+      [...this.#all].map((entry) => [machineId(entry.machine), entry]),
+    );
+    if (entries.size === 0) return;
+    const records = context.observations.machines();
+    const asking = [...entries].map(async ([id, entry]) => {
+      const { facts } = records.get(id) ?? {};
+      if (!facts || Date.now() - facts.time < age) return;
+      await this.#ask(entry, id, facts.login, context);
     });
-    await Promise.all(asked.map((entry) => this.#ask(entry, context)));
+    await Promise.all(asking);
   }
 
   /** Asks a machine beside what builds do over the connection. */
-  async #ask({ machine, connection }: Entry, context: Context): Promise<void> {
+  async #ask(
+    { machine, connection }: Entry,
+    id: string,
+    login: number | undefined,
+    context: Context,
+  ): Promise<void> {
     const beside = { ...connection, kept: newKept(), close: () => {} };
     const session = makeSession(machine, beside, context);
-    const { observations } = context;
-    const id = machineId(machine);
+    const { observations, settings: { connectTimeout } } = context;
     try {
       const { default: remote } = await import("./_remote.ts");
-      const { settings: { connectTimeout } } = context;
       const probing = remote.probe(session, context);
       const facts = await within(connectTimeout, probing, "no answer");
-      const { login } = observations.machines(id).get(id)?.facts ?? {};
       observations.saveFacts(id, { ...facts, login });
     } catch {
       // A build will see what is wrong.

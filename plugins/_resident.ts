@@ -187,14 +187,15 @@ export class Resident {
   }
 
   #beat(): void {
-    cleanUp(
-      this.#context.log,
-      () => {
-        const file = `${this.#beatFile}.new`;
-        writeFileSync(file, `${++this.#beats}\n`);
-        renameSync(file, this.#beatFile);
-      },
-    );
+    this.#replace(this.#beatFile, `${++this.#beats}\n`);
+  }
+
+  /** Writes a file so that who reads it sees all or nothing of that. */
+  #replace(file: string, text: string): void {
+    cleanUp(this.#context.log, () => {
+      writeFileSync(`${file}.new`, text);
+      renameSync(`${file}.new`, file);
+    });
   }
 
   /** Makes FIFOs; a runtime has no call for it. */
@@ -346,14 +347,10 @@ export class Resident {
       code = exitCodeOf(error);
     }
     this.#note();
-    if (isAnswered && !hook.isAccepted) return;
-    try {
-      if (!isAnswered) return;
-      this.#served++;
-      await hook.finish(code);
-    } finally {
-      this.#leave(number);
-    }
+    if (!isAnswered) return this.#leave(number);
+    if (!hook.isAccepted) return;
+    this.#served++;
+    await hook.finish(code).finally(() => this.#leave(number));
   }
 
   /** Notes that there is something to do. */
@@ -444,19 +441,15 @@ export class Resident {
     const text = JSON.stringify(status);
     if (text === this.#status) return;
     this.#status = text;
-    const file = `${this.#directory}/status.json`;
-    cleanUp(this.#context.log, () => {
-      writeFileSync(`${file}.new`, text);
-      renameSync(`${file}.new`, file);
-    });
+    this.#replace(`${this.#directory}/status.json`, text);
   }
 
   /** Takes no more requests, and ends after its builds. */
   #vacate(why: string): void {
     if (!this.#isOpen) return;
     this.#isOpen = false;
-    this.#context.log.info(`ending: ${why}`);
     const { log } = this.#context;
+    log.info(`ending: ${why}`);
     cleanUp(
       log,
       // What reads it in the background, and else keeps us, ends with this.
