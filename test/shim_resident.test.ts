@@ -10,6 +10,7 @@ import {
   openSync,
   readFileSync,
   readSync,
+  rmSync,
   symlinkSync,
   writeFileSync,
   writeSync,
@@ -137,7 +138,7 @@ for (const shell of SHELLS) {
             ? `# decline\nalone: ${second}\nexit 0\n`
             : `alone: ${first}\n${second}\nexit 0\n`,
         );
-        execFileSync("rm", ["-r", peer.directory]);
+        rmSync(peer.directory, { recursive: true });
       }
     }));
 
@@ -170,7 +171,7 @@ for (const shell of SHELLS) {
       peer.die();
       writeFileSync(`${peer.directory}/reply-1`, "");
       await check(); // what was another's
-      execFileSync("rm", ["-r", peer.directory]);
+      rmSync(peer.directory, { recursive: true });
       symlinkSync("/tmp", peer.directory);
       await check();
     }));

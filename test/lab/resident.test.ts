@@ -83,7 +83,7 @@ async function stop(runtime: Runtime): Promise<void> {
   if (pid) await until("its end", () => !isRunning(pid));
 }
 
-/** Starts builds that wait there for a file, as many as are named. */
+/** Starts builds, each of which is new. */
 function startWork(...options: readonly string[]): {
   readonly derivations: readonly string[];
   readonly client: Running;
@@ -106,9 +106,7 @@ function told({ status, stdout, stderr }: Result) {
   return { status, stdout: plain(stdout), stderr: plain(stderr) };
 }
 
-for (
-  const runtime of (process.env.RT ? [process.env.RT as Runtime] : RUNTIMES)
-) suiteUnder(runtime);
+for (const runtime of RUNTIMES) suiteUnder(runtime);
 
 function suiteUnder(runtime: Runtime): void {
   const test = suite(`the process that stays, under ${runtime}`);
