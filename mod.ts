@@ -64,7 +64,7 @@ import {
   clearTimeout,
   setInterval,
   setTimeout,
-} from "node:timers";
+} from "node:timers"; // those of Deno 2.7 itself lack unref()
 import { setTimeout as delay } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { format } from "node:util";
