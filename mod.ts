@@ -1612,6 +1612,15 @@ export interface Context extends PluginContext {
   readonly connect?: typeof connectByPlugin;
   /** Connections to the daemon here that are kept, where they are. */
   readonly localDaemons?: StoreConnection[];
+  /**
+   * Waits until `end`, by `performance.now()`, for a slot to be free, where this
+   * process serves several hooks; returns whether one is.
+   */
+  untilFree?(
+    isFree: () => boolean,
+    end: number,
+    signal: AbortSignal,
+  ): Promise<boolean>;
 }
 
 /** Seconds that each hook may take, in the order in which a build meets them. */
@@ -3586,7 +3595,7 @@ export function acquireBuildSlot(
  * Whether somebody holds a slot. The lock itself tells: the text of /proc/locks
  * names a device and an inode as they need not be known here.
  */
-function isLocked(file: string): boolean {
+export function isLocked(file: string): boolean {
   if (!statSync(file, { throwIfNoEntry: false })?.isFile()) return false;
   // Looks share their lock, so that they don't meet each other's.
   const database = new DatabaseSync(file, { timeout: 0, open: false });
@@ -5156,6 +5165,20 @@ export function dismiss(
   }
 }
 
+/** Waits until `end` for a slot to be free; returns whether one is. */
+async function untilFree(
+  isFree: () => boolean,
+  end: number,
+  signal: AbortSignal,
+): Promise<boolean> {
+  while (performance.now() < end) {
+    await delay(25);
+    signal.throwIfAborted();
+    if (isFree()) return true;
+  }
+  return false;
+}
+
 /**
  * Waits until one of the machines has a free slot, as long as an answer may
  * take: that keeps short builds flowing, for the daemon comes back from a
@@ -5170,11 +5193,9 @@ async function waitForSlot(
   end: number,
 ): Promise<boolean> {
   if (busy.length === 0 || !context.observations.mayWait()) return false;
-  while (performance.now() < end) {
-    await delay(25);
-    context.signal.throwIfAborted();
-    if (busy.some((prospect) => prospect.freeSlots() > 0)) return true;
-  }
+  const isFree = () => busy.some((prospect) => prospect.freeSlots() > 0);
+  const wait = context.untilFree ?? untilFree;
+  if (await wait(isFree, end, context.signal)) return true;
   context.observations.saveVainWait();
   return false;
 }
@@ -6338,7 +6359,7 @@ export interface Command {
   run(
     args: readonly string[],
     options: CommandOptions,
-    makeContext: (machineFile?: string) => Promise<Context>,
+    makeContext: (machineFile?: string, log?: Log) => Promise<Context>,
     screen: Screen,
   ): Promise<CommandResult>;
   /** Stands around the run, even of one that was called wrongly. */
@@ -6388,7 +6409,8 @@ const LARGEST_BACKLOG = 2 ** 21;
 /** What keeping a piece costs beside its bytes. */
 const PIECE = 64;
 
-function sleep(milliseconds: number): void {
+/** Does nothing for so long, nor anything else. */
+export function sleep(milliseconds: number): void {
   const never = new Int32Array(new SharedArrayBuffer(4));
   Atomics.wait(never, 0, 0, milliseconds);
 }

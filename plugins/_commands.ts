@@ -238,7 +238,7 @@ async function loadMeant(
 /** Runs the command that `args` name. */
 async function runCommand(
   args: readonly string[],
-  makeContext: (machineFile?: string) => Promise<Context>,
+  makeContext: Parameters<Command["run"]>[2],
   findSite: () => Promise<readonly Plugin[]>,
   screen: Screen,
 ): Promise<CommandResult> {
@@ -352,7 +352,8 @@ export async function serve(
     const signal = abortOnSignals();
     const { output, exitCode, problem } = await runCommand(
       args,
-      (file) => makeCommandContext(NO_HOOK, environment, log, signal, file),
+      (file, own = log) =>
+        makeCommandContext(NO_HOOK, environment, own, signal, file),
       async () => {
         const directory = pluginDirectory(environment);
         const seconds = loadingTime(directory, environment);

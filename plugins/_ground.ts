@@ -21,12 +21,21 @@ function ownFiles(): string[] {
   return HERE.endsWith(".ts") ? [directory, ...beside] : [directory];
 }
 
-/** The files in a directory, and itself. */
+/** What is in a directory and those below, as far as programs are, and itself. */
 function filesIn(place: string): string[] {
   if (!statSync(place, { throwIfNoEntry: false })?.isDirectory()) {
     return [place];
   }
-  return [place, ...readdirSync(place).map((name) => `${place}/${name}`)];
+  const entries = readdirSync(place, { withFileTypes: true })
+    .filter(({ name }) => !/^(\.|node_modules$)/.test(name));
+  // A link may lead to where it is.
+  return [
+    place,
+    ...entries.flatMap((entry) => {
+      const file = `${place}/${entry.name}`;
+      return entry.isDirectory() ? filesIn(file) : [file];
+    }),
+  ];
 }
 
 /** What says whether a file is still the same. */

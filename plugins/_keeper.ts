@@ -57,6 +57,11 @@ interface Entry {
   readonly opened: number;
   /** When a build last had it, by `performance.now()`. */
   used: number;
+  /**
+   * Tells the build that has it of its end: the connection's own promise, which
+   * lives as long, would keep what each that waited for it has left.
+   */
+  tellEnd: () => void;
 }
 
 /** What is to be the same for a connection to be used again. */
@@ -201,9 +206,15 @@ export class Keeper {
   #add(machine: Machine, connection: Connection): Entry {
     const now = performance.now();
     const kept = connection.kept ?? newKept();
-    const entry = { machine, connection, kept, opened: now, used: now };
+    const entry = {
+      ...{ machine, connection, kept, opened: now, used: now },
+      tellEnd: () => {},
+    };
     this.#all.add(entry);
-    const drop = () => void this.#all.delete(entry);
+    const drop = () => {
+      this.#all.delete(entry);
+      entry.tellEnd();
+    };
     connection.ended?.then(drop, drop);
     return entry;
   }
@@ -211,13 +222,15 @@ export class Keeper {
   /** A connection for one build, which may come back at its end. */
   #lend(entry: Entry, key: string): Connection {
     const { connection, kept } = entry;
-    const { failure, ended, pieceSize } = connection;
+    const { failure, pieceSize } = connection;
     const channels = new Channels(connection);
+    const ended = Promise.withResolvers<void>();
     let isBack = false;
     entry.used = performance.now();
+    entry.tellEnd = ended.resolve;
     return {
       failure,
-      ...(ended && { ended }),
+      ...(connection.ended && { ended: ended.promise }),
       ...(pieceSize && { pieceSize }),
       kept,
       openSocket: (file) => channels.openSocket(file),
@@ -226,6 +239,8 @@ export class Keeper {
         if (isBack) return;
         isBack = true;
         entry.used = performance.now();
+        entry.tellEnd = () => {};
+        ended.resolve();
         if (error !== undefined) return this.#end(entry, error);
         channels.endProcesses();
         this.#takeBack(entry, key, channels);
@@ -301,42 +316,48 @@ export class Keeper {
     this.#localUsed = performance.now();
   }
 
-  /** Asks machines that are in use for their facts, before these are too old. */
+  /**
+   * Asks machines for their facts before these are too old, over a connection
+   * that no build has: a machine may allow but one session in each.
+   */
   async refresh(context: Context): Promise<void> {
+    if (this.#idle.size === 0) return;
     const age = context.settings.factsLifetime * 1000 * FACTS_AGE;
-    // Over one connection to each machine.
-    const entries = new Map(
-      [...this.#all].map((entry) => [machineId(entry.machine), entry]),
-    );
-    if (entries.size === 0) return;
     const records = context.observations.machines();
-    const asking = [...entries].map(async ([id, entry]) => {
+    const asking = [...this.#idle].map(async ([key, entries]) => {
+      const id = entries.length > 0 ? machineId(entries[0]!.machine) : "";
       const { facts } = records.get(id) ?? {};
       if (!facts || Date.now() - facts.time < age) return;
-      await this.#ask(entry, id, facts.login, context);
+      await this.#ask(entries.pop()!, key, facts.login, context);
     });
     await Promise.all(asking);
   }
 
-  /** Asks a machine beside what builds do over the connection. */
+  /** Asks a machine over a connection, which is kept if it answers. */
   async #ask(
-    { machine, connection }: Entry,
-    id: string,
+    entry: Entry,
+    key: string,
     login: number | undefined,
     context: Context,
   ): Promise<void> {
-    const beside = { ...connection, kept: newKept(), close: () => {} };
-    const session = makeSession(machine, beside, context);
+    const { connection, machine } = entry;
     const { observations, settings: { connectTimeout } } = context;
+    const channels = new Channels(connection);
+    const session = makeSession(machine, {
+      failure: connection.failure,
+      openSocket: (file) => channels.openSocket(file),
+      exec: (command) => channels.exec(command),
+      close: () => channels.endProcesses(),
+    }, context);
     try {
       const { default: remote } = await import("./_remote.ts");
       const probing = remote.probe(session, context);
       const facts = await within(connectTimeout, probing, "no answer");
-      observations.saveFacts(id, { ...facts, login });
-    } catch {
-      // A build will see what is wrong.
-    } finally {
+      observations.saveFacts(machineId(machine), { ...facts, login });
       session.close();
+      await this.#takeBack(entry, key, channels);
+    } catch (error) { // a build will see what is wrong
+      this.#end(entry, error as Error);
     }
   }
 

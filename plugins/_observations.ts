@@ -404,6 +404,7 @@ export class SharedObservations implements Observations {
       failures!.run(id);
       doubts!.run(id);
       database.exec("COMMIT");
+      if (this.#inode !== "memory") this.#told.clear();
       return Number(lastInsertRowid);
     });
     if (last % PRUNED_BUILDS === 0) this.#prune(last);

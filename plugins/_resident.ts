@@ -43,18 +43,20 @@ import {
   pluginDirectory,
   reason,
   serveRequest,
+  sleep,
 } from "../mod.ts";
 import type { Context, Conversation, Slot } from "../mod.ts";
 import { Ground } from "./_ground.ts";
 import { GUARD, toolPath } from "./_guard.ts";
 import { Keeper } from "./_keeper.ts";
+import { Queue } from "./_queue.ts";
 import { daemonOf } from "./_resident_start.ts";
 import type { ResidentStatus } from "./_resident_start.ts";
-import { Hook, Watched } from "./_shim.ts";
+import { doFor, Hook, Watched } from "./_shim.ts";
 import type { Reply } from "./_shim.ts";
 
 /** How many reply FIFOs there are at first, and when more are made. */
-const REPLIES = { most: 64, least: 32 } as const;
+const REPLIES = { most: 256, least: 128 } as const;
 
 /** For how long a claim may be there before its request, in milliseconds. */
 const CLAIM_LIFETIME = 60_000;
@@ -64,6 +66,16 @@ const LOOKS = { shims: 200, ground: 2000, facts: 500 } as const;
 
 /** What the shim writes: its process, a reply's number, arguments, a request. */
 const MESSAGE = /^(\d+) (\d+) (\S+ \d+ \S+ \d+) (.+)$/;
+
+/** Locks a file; who only looks whether it is locked may be in the way. */
+function lockPatiently(file: string): Slot | undefined {
+  for (let tries = 0; tries < 10; tries++) {
+    const lock = lockFile(file);
+    if (lock !== undefined) return lock;
+    sleep(10);
+  }
+  return undefined;
+}
 
 /** When it is to end, beside that its own ground changes. */
 export interface End {
@@ -81,6 +93,7 @@ export class Resident {
   readonly #idle: number;
   readonly #ground: Ground;
   readonly #keeper: Keeper;
+  readonly #queue = new Queue();
   readonly #lock: Slot;
   readonly #replies = new Map<string, Reply>();
   readonly #hooks = new Map<string, Hook>();
@@ -116,7 +129,7 @@ export class Resident {
     this.#ground = new Ground(pluginDirectory(context.environment));
     this.#keeper = new Keeper(context);
     asOwner(directory, () => makeStateDirectory(directory));
-    const lock = lockFile(`${directory}/lock`);
+    const lock = lockPatiently(`${directory}/lock`);
     if (lock === undefined) {
       throw new OffloadError("another process serves already", {
         hint: "to end that, run 'offload serve --stop'",
@@ -249,9 +262,8 @@ export class Resident {
     const changed = this.#ground.changed();
     if (changed !== undefined) this.#vacate(`'${changed}' has changed`);
     if (!this.#isOpen) return this.#leave(number!);
-    this.#serve(hook, number!, request!).catch((error) =>
-      this.#context.log.error(error)
-    );
+    doFor(hook, () => this.#serve(hook, number!, request!))
+      .catch((error) => this.#context.log.error(error));
   }
 
   /** Begins to serve a shim, or leaves it to itself. */
@@ -317,6 +329,7 @@ export class Resident {
       buildLog: buildLogTo(buildLog),
       connect: this.#keeper.connect,
       localDaemons: this.#keeper.localDaemons,
+      untilFree: this.#queue.untilFree,
     };
   }
 
@@ -346,6 +359,7 @@ export class Resident {
       if (isAnswered) hook.log.error(error);
       code = exitCodeOf(error);
     }
+    this.#queue.tellFreed();
     this.#note();
     if (!isAnswered) return this.#leave(number);
     if (!hook.isAccepted) return;

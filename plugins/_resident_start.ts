@@ -5,8 +5,8 @@
  */
 
 import { spawn } from "node:child_process";
-import { existsSync, readFileSync } from "node:fs";
-import { lockFile, makeStateDirectory, parentOf } from "../mod.ts";
+import { readFileSync } from "node:fs";
+import { asOwner, isLocked, makeStateDirectory, parentOf } from "../mod.ts";
 import type { Context, Variables } from "../mod.ts";
 import { withoutRuntime } from "./_ground.ts";
 
@@ -17,13 +17,10 @@ export function residentDirectory(stateDirectory: string): string {
 
 /** Whether one is there: it holds a lock, which ends with it. */
 export function isThere(directory: string): boolean {
-  if (!existsSync(`${directory}/lock`)) return false;
   try {
-    const lock = lockFile(`${directory}/lock`);
-    lock?.release();
-    return lock === undefined;
+    return asOwner(directory, () => isLocked(`${directory}/lock`));
   } catch {
-    return false; // it is another account's, say
+    return false; // nothing is there, say
   }
 }
 

@@ -5,6 +5,7 @@
  * @module
  */
 
+import { AsyncLocalStorage } from "node:async_hooks";
 import {
   closeSync,
   constants,
@@ -43,6 +44,9 @@ export interface Reply {
   /** By which the shim is known to have it open. */
   readonly inode: number;
 }
+
+/** What is read at once, which is copied: most looks find nothing. */
+const SCRATCH = Buffer.alloc(65536);
 
 /** A process that can be seen to end, whoever gets its number after it. */
 export class Watched {
@@ -84,9 +88,9 @@ class Lines {
 
   /** Reads what is there; `undefined` where nothing is yet. */
   #read(): Buffer | undefined {
-    const bytes = Buffer.alloc(65536);
     try {
-      return bytes.subarray(0, readSync(this.#file, bytes));
+      const size = readSync(this.#file, SCRATCH);
+      return Buffer.from(SCRATCH.subarray(0, size));
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "EAGAIN") throw error;
       return undefined;
@@ -263,4 +267,23 @@ export class Hook {
     this.#files.splice(0).forEach((file) => closeSync(file));
     this.#shim.close();
   }
+}
+
+const serving = new AsyncLocalStorage<Hook>();
+
+/** Does something for a hook, whose client is told what there is to tell. */
+export function doFor<T>(hook: Hook, work: () => T): T {
+  return serving.run(hook, work);
+}
+
+/** A log that tells a client what is done for its hook, and `own` the rest. */
+export function logOfServed(own: Log): Log {
+  const log = () => serving.getStore()?.log ?? own;
+  return {
+    info: (...parts) => log().info(...parts),
+    trace: (...parts) => log().trace(...parts),
+    warn: (problem) => log().warn(problem),
+    error: (problem) => log().error(problem),
+    debug: (text) => log().debug(text),
+  };
 }

@@ -8,8 +8,15 @@
 import { appendFileSync, existsSync, readFileSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
-import { asOwner, OffloadError } from "../mod.ts";
-import type { CommandOptions, CommandResult, Context, Plugin } from "../mod.ts";
+import { asOwner, makeLog, OffloadError } from "../mod.ts";
+import type {
+  Command,
+  CommandOptions,
+  CommandResult,
+  Context,
+  Log,
+  Plugin,
+} from "../mod.ts";
 import { usageError } from "./_commands.ts";
 import type { End } from "./_resident.ts";
 import {
@@ -74,6 +81,12 @@ async function serveHere(
   await new Resident(context, directory, selfOf(context), end).run();
 }
 
+/** The log of one that serves here: clients are told what is done for them. */
+async function makeServingLog(): Promise<Log> {
+  const { logOfServed } = await import("./_shim.ts");
+  return logOfServed(makeLog(process.env));
+}
+
 /** The shim, which alone passes requests on. */
 function selfOf({ environment: { OFFLOAD_SELF } }: Context): string {
   if (OFFLOAD_SELF !== undefined) return OFFLOAD_SELF;
@@ -106,8 +119,10 @@ function checkAccount(directory: string): void {
 /** `offload serve`. */
 async function serveCommand(
   options: CommandOptions,
-  context: Context,
+  makeContext: Parameters<Command["run"]>[2],
 ): Promise<CommandResult> {
+  const log = options.foreground ? await makeServingLog() : undefined;
+  const context = await makeContext(undefined, log);
   const directory = residentDirectory(context.stateDirectory);
   let output = "";
   if (options.stop) output = await stop(context, directory);
@@ -143,8 +158,7 @@ const plugin = {
       ["offload serve", "starts one in the background"],
       ["offload serve --stop", "ends it"],
     ],
-    run: async (_args, options, makeContext) =>
-      serveCommand(options, await makeContext()),
+    run: (_args, options, makeContext) => serveCommand(options, makeContext),
   },
 } satisfies Plugin;
 

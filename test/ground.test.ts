@@ -1,6 +1,12 @@
 /** What a process that stays stands on. */
 
-import { mkdirSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  rmSync,
+  symlinkSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
@@ -62,6 +68,9 @@ test("Ground sees new, changed and removed files", () =>
       () => utimesSync(file, 1, 1),
       () => rmSync(file),
       () => mkdirSync(`${directory}/more`),
+      () => writeFileSync(`${directory}/more/helper.ts`, "export {};"),
+      () => writeFileSync(`${directory}/more/helper.ts`, "export { };"),
+      () => symlinkSync(directory, `${directory}/more/link`),
     ];
     for (const change of changes) {
       const ground = new Ground(directory);
@@ -69,6 +78,10 @@ test("Ground sees new, changed and removed files", () =>
       change();
       assert.match(ground.changed() ?? "", directory);
     }
+    mkdirSync(`${directory}/node_modules`);
+    const ground = new Ground(directory);
+    writeFileSync(`${directory}/node_modules/package.json`, "{}");
+    assert.is(ground.changed(), undefined);
     const none = new Ground(`${directory}/none`);
     assert.is(none.changed(), undefined);
     mkdirSync(`${directory}/none`);

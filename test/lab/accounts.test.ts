@@ -3,7 +3,7 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { closure, startHook } from "./hook.ts";
+import { closure, endKept, startHook } from "./hook.ts";
 import {
   assertOffloaded,
   build,
@@ -58,6 +58,7 @@ function callsDuring(work: () => void): string {
 /** Does work while w1's sshd has these options. */
 function withSshd(options: readonly string[], work: () => void): void {
   lab("sshd", "w1", ...options.flatMap((option) => ["-o", option]));
+  endKept();
   try {
     work();
   } finally {
@@ -79,6 +80,7 @@ function withStartUp(shell: string, text: string, work: () => void): void {
   inHost("w1", "mkdir", "-p", file.replace(/\/[^/]+$/, ""));
   inHost("w1", "usermod", "--shell", `/usr/bin/${shell}`, "root");
   writeFileSync(root("w1") + file, text);
+  endKept();
   try {
     work();
   } finally {
@@ -96,7 +98,10 @@ function suiteUnder(runtime: Runtime): void {
     up("head", "w1");
     useOffload("head", runtime, "OFFLOAD_ATTEMPTS=1");
   });
-  test.before.each(() => useMachines("head", ["w1"]));
+  test.before.each(() => {
+    useMachines("head", ["w1"]);
+    endKept();
+  });
 
   /** Builds through w1 with bulk; returns its log. */
   function buildBulk(...options: string[]): string {
@@ -163,6 +168,7 @@ function suiteUnder(runtime: Runtime): void {
   /** Does work while w1's daemon listens elsewhere. */
   async function withOtherSocket(work: () => unknown): Promise<void> {
     inHost("w1", "mv", SOCKET, OTHER);
+    endKept();
     try {
       await work();
     } finally {

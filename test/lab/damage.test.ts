@@ -7,6 +7,7 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { acquireBuildSlot, chooseBuildMachine } from "../../mod.ts";
 import { machine, makeContext, request } from "../context.ts";
+import { endKept } from "./hook.ts";
 import {
   assertOffloaded,
   build,
@@ -27,7 +28,8 @@ import type { Result, Runtime } from "./lab.ts";
 
 /** Shell scripts after which nothing can be made there. */
 const UNWRITABLE = {
-  "is read-only": `mount -o remount,ro ${STATE}`,
+  // It is not that while a process which has been told to end writes there.
+  "is read-only": `until mount -o remount,ro ${STATE}; do sleep 0.1; done`,
   "has no inodes": `number=0
     while touch ${STATE}/file$number 2>/dev/null; do
       number=$((number + 1))
@@ -71,8 +73,7 @@ function suiteUnder(runtime: Runtime): void {
   test.before(() => {
     up("head", "w1");
     useMachines("head", ["w1"]);
-    // What a process that stays is told of the state is in its own log.
-    useOffload("head", runtime, "OFFLOAD_RESIDENT=false");
+    useOffload("head", runtime);
     offload();
   });
 
@@ -116,7 +117,10 @@ function suiteUnder(runtime: Runtime): void {
 
   for (const [what, script] of Object.entries(UNWRITABLE)) {
     // Before anything is there, and with what builds leave.
-    testOneByOne(what, script, () => {}, offload);
+    testOneByOne(what, script, () => {}, () => {
+      offload();
+      endKept();
+    });
   }
   for (const [what, script] of Object.entries(WRONG_KINDS)) {
     testOneByOne(what, script, offload);

@@ -7,6 +7,7 @@
 import { readFileSync } from "node:fs";
 import {
   inHost,
+  offloadCommand,
   PATIENT,
   root,
   start,
@@ -107,6 +108,14 @@ export async function askHook(
   hook.close();
   const { stderr } = await within("the end of the hook", hook.ended);
   return { answer, took, stderr };
+}
+
+/**
+ * Ends what head's process that stays has open, if one is there: a connection is
+ * to the account, and the server, as they were when it began.
+ */
+export function endKept(): void {
+  inHost("head", ...offloadCommand("node", "serve", "--stop"));
 }
 
 /** What the daemon would name as inputs: the closure of a derivation. */

@@ -301,16 +301,16 @@ export function wrongKey(text: string): string {
 }
 
 /**
- * Restarts a master's daemon so that it offloads with this checkout. Hooks have
- * a process each, as is so unless told, or one that stays where the variable
- * OFFLOAD_TEST_RESIDENT is `true`.
+ * Restarts a master's daemon so that it offloads with this checkout. Under Node,
+ * a process that stays serves hooks; under Deno, each has its own. The variable
+ * OFFLOAD_TEST_RESIDENT, `true` or `false`, says so for both.
  */
 export function useOffload(
   master: string,
   runtime: Runtime,
   ...variables: readonly string[]
 ): void {
-  const { OFFLOAD_TEST_RESIDENT: stays = "false" } = process.env;
+  const { OFFLOAD_TEST_RESIDENT: stays = runtime === "node" } = process.env;
   const usual = [`OFFLOAD_RUNTIME=${runtime}`, `OFFLOAD_RESIDENT=${stays}`];
   const guix = "GUIX=/offload/scripts/guix";
   lab("daemon", master, guix, ...usual, ...variables);
@@ -419,18 +419,21 @@ export function buildWork(
 }
 
 /**
- * How many builds a host runs, each of which has a build user of its own. It
+ * How many builds a host runs, each of which has a build user of its own: with
+ * its group, for by that user alone guix-daemon first kills what it had. It
  * starts no process, for it is asked again and again.
  */
 export function builds(host: string): number {
   const users = readFileSync(`${root(host)}/etc/passwd`, "utf8")
-    .matchAll(/^guixbuilder\d+:[^:]*:(\d+):/gm);
+    .matchAll(/^guixbuilder\d+:[^:]*:(\d+:\d+):/gm);
   const owners = new Set(
-    readdirSync(`${root(host)}/proc`).map((name) =>
-      statSync(`${root(host)}/proc/${name}`, { throwIfNoEntry: false })?.uid
-    ),
+    readdirSync(`${root(host)}/proc`).map((name) => {
+      const file = `${root(host)}/proc/${name}`;
+      const { uid, gid } = statSync(file, { throwIfNoEntry: false }) ?? {};
+      return `${uid}:${gid}`;
+    }),
   );
-  return [...users].filter(([, uid]) => owners.has(Number(uid))).length;
+  return [...users].filter(([, ids]) => owners.has(ids!)).length;
 }
 
 /** Builds on a master itself. */

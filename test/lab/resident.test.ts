@@ -39,6 +39,20 @@ const MACHINES = ["w1", "w2"];
 /** Where the process meets shims. */
 const DIRECTORY = `${STATE}/resident`;
 
+/** Starts 200 hooks, each of which is asked for what no machine builds. */
+const MANY_HOOKS = `
+cd $(mktemp -d)
+for number in $(seq 200); do
+  {
+    echo "1 none-linux /gnu/store/none.drv " |
+      /offload/scripts/guix offload none-linux 3600 true 86400 4>/dev/null
+  } >$number 2>&1 &
+done
+wait
+cat *
+rm -r "$PWD"
+`;
+
 /** What the process says of itself, if one is there. */
 function status(): { pid: number; served: number; builds: number } | undefined {
   const file = `${root("head")}${DIRECTORY}/status.json`;
@@ -103,7 +117,16 @@ function told({ status, stdout, stderr }: Result) {
         "sending",
       )
       .replace(/[^ ]*\/drvs\/[^ ]*/, "LOG");
-  return { status, stdout: plain(stdout), stderr: plain(stderr) };
+  // They come by two pipes, of which guix-daemon reads either first.
+  const isBuilder = (line: string) =>
+    /^(building work|line \d|failing|built)/.test(line);
+  const lines = plain(stderr).split("\n");
+  return {
+    status,
+    stdout: plain(stdout),
+    log: lines.filter(isBuilder),
+    messages: lines.filter((line) => !isBuilder(line)),
+  };
 }
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);
@@ -180,10 +203,13 @@ function suiteUnder(runtime: Runtime): void {
 
   for (const name of ["KILL", "TERM"]) {
     test(`SIG${name} fails the builds that it has, and no other`, async () => {
+      const fourSlots = (text: string) =>
+        text.replace(/\(parallel-builds \d+\)/g, "(parallel-builds 4)");
+      useMachines("head", MACHINES, fourSlots);
       const pid = await serveAnew(runtime);
       const before = storeNames("head");
-      const { client, derivations } = startWork("--seconds=600", "--count=2");
-      await until("the builds", () => builds("w1") + builds("w2") === 2);
+      const { client, derivations } = startWork("--seconds=600", "--count=8");
+      await until("the builds", () => builds("w1") + builds("w2") === 8);
       signal(name);
       const { status: code } = await within("the client's end", client.ended);
       assert.is(code, 1);
@@ -198,6 +224,20 @@ function suiteUnder(runtime: Runtime): void {
       assert.not(left.some((it) => it.endsWith(".chroot")), left.join());
     });
   }
+
+  test("200 hooks at once get an answer each", async () => {
+    const pid = await serveAnew(runtime);
+    writeFileSync(`${root("head")}/tmp/many`, MANY_HOOKS);
+    // In guix-daemon's environment, as hooks are.
+    const script = `xargs -0 sh -c 'env -i "$@" sh /tmp/many' sh ` +
+      `</proc/${pid}/environ`;
+    const { stdout, stderr } = run("head", "sh", "-c", script);
+    assert.is(stdout, "# decline\n".repeat(200), stderr);
+    // The script was their daemon.
+    await until("its end", () => !isRunning(pid));
+    const left = readdirSync(`${root("head")}${DIRECTORY}`);
+    assert.equal(left, ["lock"]);
+  });
 
   test("one that is killed before it answers loses nothing", async () => {
     const pid = await serveAnew(runtime);
