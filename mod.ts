@@ -1163,7 +1163,7 @@ export const SETTINGS = {
   outageTimeout: [300, 0, DAY,
     "seconds for which a build whose machine failed waits for one that can " +
     "be reached"],
-  resident: [false,
+  resident: [true,
     "whether a process stays that serves further builds"],
   residentIdle: [600, 1, DAY,
     "seconds without a build after which it ends"],
