@@ -14,9 +14,11 @@ import {
   getCiphers,
   publicDecrypt,
 } from "node:crypto";
-import { renameSync, symlinkSync } from "node:fs";
+import { existsSync, realpathSync, renameSync, symlinkSync } from "node:fs";
 import process from "node:process";
-import type { Duplex } from "node:stream";
+import type { Duplex, Transform } from "node:stream";
+import { fileURLToPath } from "node:url";
+import * as zlib from "node:zlib";
 import type { CipherAlgorithm, Client, ParsedKey } from "ssh2";
 import nacl from "tweetnacl";
 
@@ -86,6 +88,36 @@ export function leaveGroups(): void {
   const setgroups = { parameters: ["usize", "pointer"], result: "i32" };
   deno!.dlopen("libc.so.6", { setgroups }).symbols.setgroups(0, null);
 }
+
+/** Whether a module is the program; Node before 22.18 does not say so itself. */
+export function isProgram({ main, url }: ImportMeta): boolean {
+  if (main !== undefined) return main;
+  const [, script = ""] = process.argv;
+  return existsSync(script) && realpathSync(script) === fileURLToPath(url);
+}
+
+/** What packs a stream and unpacks it. */
+export interface Compressor {
+  /** Packs, by a level as the format has them. */
+  compress(level: number): Transform;
+  /** Unpacks. */
+  decompress(): Transform;
+}
+
+/** Zstandard, where the runtime has it: Node has since 22.15. */
+export const zstd: Compressor | undefined = "createZstdCompress" in zlib
+  ? {
+    compress: (level) =>
+      zlib.createZstdCompress({
+        params: { [zlib.constants.ZSTD_c_compressionLevel]: level },
+      }),
+    // No level in use needs more than 8 MiB of memory.
+    decompress: () =>
+      zlib.createZstdDecompress({
+        params: { [zlib.constants.ZSTD_d_windowLogMax]: 23 },
+      }),
+  }
+  : undefined;
 
 // --- ssh2 (1.17)
 

@@ -73,6 +73,7 @@ import {
   convertPrivateKey,
   deno,
   glob,
+  isProgram,
   leaveGroups,
   limitUnread,
   pieceSizeOf,
@@ -3598,15 +3599,15 @@ export function acquireBuildSlot(
 export function isLocked(file: string): boolean {
   if (!statSync(file, { throwIfNoEntry: false })?.isFile()) return false;
   // Looks share their lock, so that they don't meet each other's.
-  const database = new DatabaseSync(file, { timeout: 0, open: false });
+  let database: DatabaseSync | undefined;
   try {
-    database.open();
+    database = new DatabaseSync(file, { timeout: 0 });
     database.exec("PRAGMA schema_version");
     return false;
   } catch (error) {
     return /database is locked/.test(String(error));
   } finally {
-    if (database.isOpen) database.close();
+    database?.close();
   }
 }
 
@@ -6744,7 +6745,7 @@ export async function makeContext(
 /** Refuses a runtime that is too old, on which things fail in odd ways. */
 export function checkRuntime(): void {
   const [name, version, oldest] = deno === undefined
-    ? ["Node", process.versions.node, [22, 18, 0]] as const
+    ? ["Node", process.versions.node, [22, 14, 0]] as const
     : ["Deno", deno.version.deno, [2, 7, 14]] as const;
   const numbers = version.split(".").map(Number);
   const index = oldest.findIndex((part, index) => numbers[index] !== part);
@@ -6906,7 +6907,7 @@ async function main(args: readonly string[]): Promise<number> {
   }
 }
 
-if (import.meta.main) {
+if (isProgram(import.meta)) {
   // Should nothing be left to wait for, that is no success.
   process.exitCode = EXIT.transient;
   main(process.argv.slice(2)).then((code) => process.exit(code));

@@ -69,6 +69,7 @@ const UNUSABLE =
 // The journal is in memory: whatever file lay beside the database would be of
 // the next one, too, when that is replaced, and what is mapped can be cut off.
 const OBSERVATIONS_PRAGMAS = `
+  PRAGMA busy_timeout = 250;
   PRAGMA journal_mode = MEMORY;
   PRAGMA synchronous = OFF;
 `;
@@ -178,7 +179,7 @@ export class SharedObservations implements Observations {
     }
     const name = isMemory ? ":memory:" : this.#file;
     this.#inode = isMemory ? inode : inodeOf(name);
-    this.#database = new DatabaseSync(name, { timeout: 250 });
+    this.#database = new DatabaseSync(name);
     this.#database.exec(OBSERVATIONS_PRAGMAS);
     const [row] = this.#database.prepare(OBSERVATIONS_STATE).all();
     if (row!.code !== 0) throw new SyntaxError("it holds what would be run");
@@ -197,7 +198,7 @@ export class SharedObservations implements Observations {
   #close(): void {
     const database = this.#database;
     this.#database = undefined;
-    if (database?.isOpen !== false) database?.close();
+    database?.close();
   }
 
   /** Notes what a slot is used for, also where that is to be noted later. */
@@ -304,12 +305,13 @@ export class SharedObservations implements Observations {
   /** Notes what a machine said of itself: it can be reached again. */
   saveFacts(id: string, facts: Facts): void {
     this.#query(
-      `INSERT INTO machine (id, facts) VALUES (?1, ?2) ON CONFLICT DO UPDATE
+      `INSERT INTO machine (id, facts) VALUES (?, ?) ON CONFLICT DO UPDATE
        SET facts = excluded.facts, asked = 0,
-       until = iif(problem = ?3, 0, until),
-       failures = iif(problem = ?3, 0, failures)`,
+       until = iif(problem = ?, 0, until),
+       failures = iif(problem = ?, 0, failures)`,
       id,
       JSON.stringify(facts),
+      UNANSWERED,
       UNANSWERED,
     );
   }
@@ -326,8 +328,9 @@ export class SharedObservations implements Observations {
       if (after !== record) {
         database.prepare(
           `INSERT INTO machine (id, failures, until, problem, definition)
-           VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO UPDATE
-           SET failures = ?2, until = ?3, problem = ?4, definition = ?5,
+           VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+           SET failures = excluded.failures, until = excluded.until,
+           problem = excluded.problem, definition = excluded.definition,
            asked = 0, facts = NULL`,
         ).run(id, after.failures, after.until, problem, after.definition);
       }
@@ -435,7 +438,7 @@ export class SharedObservations implements Observations {
     const month = now - USE_LIFETIME;
     this.#query("DELETE FROM used WHERE time NOT BETWEEN ? AND ?", month, now);
     this.#query(
-      `DELETE FROM machine WHERE until < ? AND asked < ?1
+      `DELETE FROM machine WHERE max(until, asked) < ?
        AND id NOT IN (SELECT machine FROM used)`,
       month,
     );
@@ -467,8 +470,9 @@ export class SharedObservations implements Observations {
   /** Notes how fast a machine received a lot, in bytes a second. */
   saveBandwidth(id: string, bandwidth: number): void {
     this.#query(
-      `UPDATE machine SET bandwidth = coalesce((bandwidth + ?1) / 2, ?1)
-       WHERE id = ?2`,
+      `UPDATE machine SET bandwidth = coalesce((bandwidth + ?) / 2, ?)
+       WHERE id = ?`,
+      bandwidth,
       bandwidth,
       id,
     );

@@ -6,16 +6,12 @@
  */
 
 import { randomBytes } from "node:crypto";
-import type { Duplex, Transform } from "node:stream";
+import type { Duplex } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
-import {
-  constants as zlibConstants,
-  createGunzip,
-  createGzip,
-  createZstdCompress,
-  createZstdDecompress,
-} from "node:zlib";
+import { createGunzip, createGzip } from "node:zlib";
+import { zstd } from "../deps.ts";
+import type { Compressor } from "../deps.ts";
 import {
   ByteReader,
   lockFile,
@@ -49,25 +45,9 @@ export async function lockUploads(
   });
 }
 
-/** What packs a stream there and unpacks it here, or the other way round. */
-interface Compressor {
-  compress(level: number): Transform;
-  decompress(): Transform;
-}
-
 /** The programs to look for on a machine, the best first: four letters each. */
 const COMPRESSORS: Readonly<Record<string, Compressor>> = {
-  zstd: {
-    compress: (level) =>
-      createZstdCompress({
-        params: { [zlibConstants.ZSTD_c_compressionLevel]: level },
-      }),
-    // No level in use needs more than 8 MiB of memory.
-    decompress: () =>
-      createZstdDecompress({
-        params: { [zlibConstants.ZSTD_d_windowLogMax]: 23 },
-      }),
-  },
+  ...(zstd && { zstd }),
   gzip: {
     compress: (level) => createGzip({ level }),
     decompress: () => createGunzip(),

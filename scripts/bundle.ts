@@ -54,7 +54,7 @@ function bundle(): { script: string; inputs: readonly string[] } {
     bundle: true,
     platform: "node",
     format: "esm",
-    target: "node22.18",
+    target: "node22.14",
     define: { BUNDLED_PLUGINS: JSON.stringify(plugins()) },
     // Compiled for some machine, and ssh2 does without.
     external: ["*.node", "cpu-features"],

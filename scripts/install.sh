@@ -229,7 +229,7 @@ choose_runtime() {
     [ ! -L "$lib/runtime" ] || set -- "$(readlink "$lib/runtime")" "$@"
     [ -z "${OFFLOAD_RUNTIME-}" ] || set -- "$OFFLOAD_RUNTIME"
     runtime=$(find_runtime "$@") ||
-        fail "neither Node 22.18 nor Deno 2.7.14, or newer, is there" \
+        fail "neither Node 22.14 nor Deno 2.7.14, or newer, is there" \
             "install one of them, or set OFFLOAD_RUNTIME to its file name"
     runtime=${runtime#* }
     runtime=$(cd "$(dirname "$runtime")" && pwd)/${runtime##*/}

@@ -30,13 +30,14 @@ END
 }
 
 # Prints "node FILE" or "deno FILE" for the first program given that can run
-# Offload.
+# Offload; "node-strip FILE" for a Node that takes TypeScript only if told.
 find_runtime() {
     for program; do
         file=$(command -v "$program") || continue
         version=$("$file" --version 2>/dev/null) || continue
         case $version in
-        v*) new_enough "${version#v}" 22 18 0 && echo "node $file" && return ;;
+        v22.1[4-7].* | v23.[0-5].*) echo "node-strip $file" && return ;;
+        v*) new_enough "${version#v}" 22 14 0 && echo "node $file" && return ;;
         "deno "*) new_enough "${version#deno }" 2 7 14 && echo "deno $file" && return ;;
         esac
     done
@@ -60,7 +61,7 @@ run() {
     node) runtime=$(find_runtime node "$node") ;;
     deno) runtime=$(find_runtime deno "$deno") ;;
     *) runtime=$(find_runtime "$OFFLOAD_RUNTIME") ;;
-    esac || cannot_start "neither Node 22.18 nor Deno 2.7.14, or newer, is there" \
+    esac || cannot_start "neither Node 22.14 nor Deno 2.7.14, or newer, is there" \
         "install one of them, or set OFFLOAD_RUNTIME to its file name"
 
     # Both compile a script once where they can keep the result, and guix-daemon
@@ -80,6 +81,8 @@ run() {
     nursery=--max-semi-space-size=2
     case $runtime in
     # Type stripping and SQLite warn while they are young.
+    node-strip*) start "${runtime#* }" --disable-warning=ExperimentalWarning \
+        --experimental-strip-types "$nursery" "$script" "$@" ;;
     node*) start "${runtime#* }" --disable-warning=ExperimentalWarning \
         "$nursery" "$script" "$@" ;;
     deno*)

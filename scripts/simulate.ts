@@ -9,7 +9,7 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { resolve } from "node:path";
 import process from "node:process";
-import { cac } from "../deps.ts";
+import { cac, isProgram } from "../deps.ts";
 import {
   builtinNames,
   loadPlugin,
@@ -191,6 +191,6 @@ async function main(args: readonly string[]): Promise<number> {
   }
 }
 
-if (import.meta.main) {
+if (isProgram(import.meta)) {
   main(process.argv.slice(2)).then((code) => process.exit(code));
 }

@@ -12,10 +12,13 @@ command -v npm >/dev/null || {
     echo "test.sh: error: npm is missing: install Node.js, any version" >&2
     exit 1
 }
-# The libraries and both runtimes, at the versions of package-lock.json.
+# The libraries and both runtimes, the oldest ones too, at the versions of
+# package-lock.json.
 npm ci --no-audit --no-fund --loglevel=error || exit 1
 node=$PWD/node_modules/node/bin/node
 deno=$(echo "$PWD"/node_modules/@deno/*/deno)
+oldest_node=$PWD/node_modules/node-oldest/bin/node
+oldest_deno=$(echo "$PWD"/node_modules/deno-oldest/node_modules/@deno/*/deno)
 
 work=$(mktemp -d)
 output=$work/output
@@ -54,14 +57,26 @@ check "deno check" "$deno" check mod.ts plugins scripts test
 check "deno doc" "$deno" doc --lint mod.ts
 check "deno publish" "$deno" publish --dry-run --allow-dirty
 
-# Both runtimes at a time.
-"$node" --disable-warning=ExperimentalWarning test/run.ts >"$work/node" 2>&1 &
-"$deno" run --allow-all test/run.ts >"$work/deno" 2>&1
-wait
-for runtime in node deno; do
-    cat "$work/$runtime"
-    count "$work/$runtime"
-done
+# units NODE DENO FILE…: runs suites, all without any, under both at a time.
+units() {
+    on_node=$1 on_deno=$2
+    shift 2
+    "$on_node" --disable-warning=ExperimentalWarning \
+        --experimental-strip-types test/run.ts "$@" >"$work/node" 2>&1 &
+    "$on_deno" run --allow-all test/run.ts "$@" >"$work/deno" 2>&1
+    wait $!
+    for runtime in node deno; do
+        cat "$work/$runtime"
+        count "$work/$runtime"
+    done
+}
+
+units "$node" "$deno"
+# The most see nothing of the runtime.
+suites=
+[ "${1-}" = --unit ] || suites=$(printf "test/%s.test.ts\n" archives bundle \
+    keys plugins requests signatures slots wire)
+units "$oldest_node" "$oldest_deno" $suites
 
 # lane LAB NET: runs suites that the other lane has not taken, in a lab of its
 # own; hosts that were up before are left up.
