@@ -29,8 +29,14 @@ const USAGE = `usage: bundle [DIRECTORY]
 Makes a release in DIRECTORY, 'dist' of this checkout unless told, and prints
 its checksums.`;
 
-/** What of scripts/ is part of a release. */
-const PROGRAMS = ["guix", "install.sh", "offload", "runtime.sh"];
+/** What of scripts/ is part of a release, with its mode. */
+const SCRIPTS: Readonly<Record<string, number>> = {
+  "choose.sh": 0o644,
+  "guix": 0o755,
+  "install.sh": 0o755,
+  "offload": 0o755,
+  "runtime.sh": 0o644,
+};
 
 /** What CommonJS packages expect to be there. */
 const BANNER = `import { createRequire } from "node:module";
@@ -119,11 +125,11 @@ function release(directory: string): string {
   const changes = readFileSync(`${ROOT}/CHANGELOG.md`, "utf8");
   const date = /^## \[.*\] - (.*)$/m.exec(changes)![1]!;
   writeFileSync(`${directory}/offload.1`, manual(date));
-  for (const name of PROGRAMS) {
+  for (const [name, mode] of Object.entries(SCRIPTS)) {
     copyFileSync(`${ROOT}/scripts/${name}`, `${directory}/${name}`);
-    chmodSync(`${directory}/${name}`, name === "runtime.sh" ? 0o644 : 0o755);
+    chmodSync(`${directory}/${name}`, mode);
   }
-  const files = ["offload.mjs", "offload.1", ...PROGRAMS];
+  const files = ["offload.mjs", "offload.1", ...Object.keys(SCRIPTS)];
   const sums = checksums(directory, files);
   writeFileSync(`${directory}/SHA256SUMS`, sums);
   return sums;

@@ -19,7 +19,8 @@ Installs Offload, or brings it up to date, and has guix-daemon use it.
                   comes with --sha256
   --sha256 SUM    demand that the release's SHA256SUMS has this checksum
   --prefix DIR    install under DIR; /usr/local unless told
-  --yes           restart guix-daemon without asking; builds that run are lost
+  --yes           don't ask: restart guix-daemon, whose builds are lost, and have
+                  Guix get Node where there is no runtime
   --uninstall     undo it all
   --dry-run       say what would be done, and change nothing
   --help          print this
@@ -41,6 +42,18 @@ told() {
     if [ -n "$dry_run" ]; then echo "would $2 $3"
     else echo "$1 $3"
     fi
+}
+
+# Asks on the terminal, since the standard input may be this script.
+ask() {
+    [ -z "$yes" ] || return 0
+    (: </dev/tty) 2>/dev/null || return 1
+    printf '%s [y/N] ' "$1" >/dev/tty
+    read -r answer </dev/tty
+    case $answer in
+    [yY]*) ;;
+    *) return 1 ;;
+    esac
 }
 
 # --- All or nothing
@@ -119,6 +132,8 @@ finish() {
     status=$?
     trap '' HUP INT TERM
     [ -n "$committed" ] || undo
+    forget_root "$work/node"
+    [ -L "$lib/node" ] || forget_root "$lib/node"
     rm -rf "$work"
     exit "$status"
 }
@@ -194,7 +209,7 @@ get_release() {
         sed -n 's/: FAILED.*//p' | head -n 1)
     [ -z "$wrong" ] || fail "'$from/$wrong' has a wrong checksum" \
         "it was damaged on the way, or is not of the same release: try again"
-    for name in guix install.sh offload offload.1 offload.mjs runtime.sh; do
+    for name in choose.sh guix install.sh offload offload.1 offload.mjs runtime.sh; do
         grep -q "^[0-9a-f]\{64\} [ *]$name\$" "$work/release/SHA256SUMS" ||
             fail "'$from/SHA256SUMS' lacks $name" "it is of no complete release"
     done
@@ -218,24 +233,24 @@ as_daemon() {
     fi
 }
 
-# Leaves the file name of a runtime that guix-daemon can use in $runtime.
-choose_runtime() {
-    . "$work/release/runtime.sh"
-    set -- node deno
-    for directory in /usr/local/bin /usr/bin /run/current-system/profile/bin; do
-        set -- "$@" "$directory/node" "$directory/deno"
+# Has the garbage collector forget that a file kept something from it.
+forget_root() {
+    for root in "${GUIX_STATE_DIRECTORY:-/var/guix}"/gcroots/auto/*; do
+        [ "$(readlink "$root")" != "$1" ] || rm -f "$root"
     done
-    # What an earlier installation found stays.
-    [ ! -L "$lib/runtime" ] || set -- "$(readlink "$lib/runtime")" "$@"
-    [ -z "${OFFLOAD_RUNTIME-}" ] || set -- "$OFFLOAD_RUNTIME"
-    runtime=$(find_runtime "$@") ||
-        fail "neither Node 22.14 nor Deno 2.7.14, or newer, is there" \
-            "install one of them, or set OFFLOAD_RUNTIME to its file name"
-    runtime=${runtime#* }
-    runtime=$(cd "$(dirname "$runtime")" && pwd)/${runtime##*/}
-    as_daemon "exec '$runtime' --version" >/dev/null 2>&1 ||
-        fail "'$account', which guix-daemon runs as, can't run '$runtime'" \
-            "install it where everybody can, such as in /usr/local, or name another in OFFLOAD_RUNTIME"
+}
+
+# Puts a link to Guix's Node in place, which keeps it from the collector.
+put_node() {
+    echo "file $lib/node" >>"$work/manifest"
+    make_directory "$lib"
+    ! same "$work/node" "$lib/node" || return 0
+    if [ -z "$dry_run" ]; then
+        keep "$lib/node"
+        rm -f "$lib/node"
+        "$guix" build node --root="$lib/node" >/dev/null
+    fi
+    told installed install "$lib/node"
 }
 
 # Prints the process id of the guix-daemon that runs, if one does; those that
@@ -282,17 +297,7 @@ has_systemd_unit() {
         systemctl cat guix-daemon.service >/dev/null 2>&1
 }
 
-# Asks on the terminal, since the standard input may be this script.
-may_restart() {
-    [ -z "$yes" ] || return 0
-    (: </dev/tty) 2>/dev/null || return 1
-    printf 'Restart guix-daemon now? Builds that run are lost. [y/N] ' >/dev/tty
-    read -r answer </dev/tty
-    case $answer in
-    [yY]*) ;;
-    *) return 1 ;;
-    esac
-}
+may_restart() { ask "Restart guix-daemon now? Builds that run are lost."; }
 
 reload_systemd() {
     [ -z "$dry_run" ] || return 0
@@ -339,6 +344,7 @@ install_files() {
     for name in runtime.sh offload.mjs guix offload install.sh; do
         put "$work/release/$name" "$lib/$name"
     done
+    [ ! -L "$work/node" ] || put_node
     put "$work/runtime" "$lib/runtime"
     put "$work/command" "$prefix/bin/offload"
     put "$work/release/offload.1" "$page"
@@ -442,6 +448,8 @@ test_machines() {
 install_offload() {
     get_release
     find_account
+    . "$work/release/runtime.sh"
+    . "$work/release/choose.sh"
     choose_runtime
     told using use "$runtime, to run Offload as $account"
     page=$prefix/share/man/man1/offload.1
