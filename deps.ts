@@ -283,7 +283,7 @@ export function verifyRsa(
 // point and its constant d.
 const FIELD = 2n ** 255n - 19n;
 const ORDER = 2n ** 252n + 27742317777372353535851937790883648493n;
-const CURVE_D = modulo(-121665n * power(121666n, FIELD - 2n, FIELD), FIELD);
+const CURVE_D = modulo(-121665n * inverse(121666n, FIELD), FIELD);
 
 function modulo(value: bigint, modulus: bigint): bigint {
   return (value % modulus + modulus) % modulus;
@@ -296,6 +296,18 @@ function power(base: bigint, exponent: bigint, modulus: bigint): bigint {
     base = base * base % modulus;
   }
   return result;
+}
+
+/** What gives 1 when multiplied with a number, by Euclid's algorithm. */
+function inverse(value: bigint, modulus: bigint): bigint {
+  let [rest, next] = [modulus, modulo(value, modulus)];
+  let [result, other] = [0n, 1n];
+  while (next !== 0n) {
+    const quotient = rest / next;
+    [rest, next] = [next, rest - quotient * next];
+    [result, other] = [other, result - quotient * other];
+  }
+  return modulo(result, modulus);
 }
 
 function bigEndian(bytes: Uint8Array): bigint {
@@ -313,26 +325,64 @@ function toLittleEndian(value: bigint): Uint8Array {
 
 /** An element of the field, and a point in extended coordinates. */
 type FieldElement = Float64Array;
-type Point = FieldElement[];
+type Point = readonly [
+  x: FieldElement,
+  y: FieldElement,
+  z: FieldElement,
+  t: FieldElement,
+];
 
 /** What tweetnacl has but does not declare. */
 interface CurveOperations {
   gf(): FieldElement;
   unpack25519(element: FieldElement, bytes: Uint8Array): void;
   pack25519(bytes: Uint8Array, element: FieldElement): void;
-  add(point: Point, other: Point): void;
-  scalarmult(result: Point, point: Point, scalar: Uint8Array): void;
-  scalarbase(result: Point, scalar: Uint8Array): void;
+  A(sum: FieldElement, element: FieldElement, other: FieldElement): void;
+  Z(difference: FieldElement, from: FieldElement, what: FieldElement): void;
+  M(product: FieldElement, element: FieldElement, other: FieldElement): void;
 }
 
 const { lowlevel } = nacl as unknown as { lowlevel: CurveOperations };
 
+function makeElement(value: bigint): FieldElement {
+  const element = lowlevel.gf();
+  lowlevel.unpack25519(element, toLittleEndian(value));
+  return element;
+}
+
 function makePoint(x: bigint, y: bigint): Point {
-  return [x, y, 1n, x * y % FIELD].map((value) => {
-    const element = lowlevel.gf();
-    lowlevel.unpack25519(element, toLittleEndian(value));
-    return element;
-  });
+  const product = makeElement(x * y % FIELD);
+  return [makeElement(x), makeElement(y), makeElement(1n), product];
+}
+
+const TWICE_D = makeElement(2n * CURVE_D % FIELD);
+
+const { gf, A: plus, Z: minus, M: times } = lowlevel;
+
+/** What an addition needs: to make it takes longer than to add. */
+const scratch = [gf(), gf(), gf(), gf(), gf(), gf(), gf(), gf()] as const;
+
+/** Adds a point to another one, or to itself (RFC 8032, section 5.1.4). */
+function addPoint([x1, y1, z1, t1]: Point, [x2, y2, z2, t2]: Point): void {
+  const [a, b, c, d, e, f, g, h] = scratch;
+  minus(a, y1, x1);
+  minus(e, y2, x2);
+  times(a, a, e);
+  plus(b, y1, x1);
+  plus(e, y2, x2);
+  times(b, b, e);
+  times(c, t1, t2);
+  times(c, c, TWICE_D);
+  times(d, z1, z2);
+  plus(d, d, d);
+  minus(e, b, a);
+  minus(f, d, c);
+  plus(g, d, c);
+  plus(h, b, a);
+  times(x1, e, f);
+  times(y1, g, h);
+  times(t1, e, h);
+  times(z1, f, g);
 }
 
 function fieldValue(element: Float64Array): bigint {
@@ -359,12 +409,24 @@ function decodePoint(bytes: Buffer): Point | undefined {
   return makePoint((x & 1n) === sign ? x : FIELD - x, y);
 }
 
-function multiply(point: Point | undefined, scalar: bigint): Point {
-  const result = makePoint(0n, 1n);
-  const bytes = toLittleEndian(scalar);
-  if (point === undefined) lowlevel.scalarbase(result, bytes);
-  else lowlevel.scalarmult(result, point, bytes);
-  return result;
+let base: Point | undefined;
+
+/**
+ * Adds a multiple of the base point to one of `point`, bit by bit of both, in a
+ * time that depends on them: nothing here is secret.
+ */
+function sumOfMultiples(ofBase: bigint, point: Point, ofPoint: bigint): Point {
+  base ??= decodePoint(Buffer.from("58".padEnd(64, "6"), "hex"))!;
+  const both = makePoint(0n, 1n);
+  for (const one of [base, point]) addPoint(both, one);
+  const sum = makePoint(0n, 1n);
+  for (let bit = 253n; bit-- > 0n;) {
+    addPoint(sum, sum);
+    const [isBase, isPoint] = [ofBase, ofPoint].map((it) => it >> bit & 1n);
+    const term = isBase ? (isPoint ? both : base) : isPoint ? point : undefined;
+    if (term !== undefined) addPoint(sum, term);
+  }
+  return sum;
 }
 
 /**
@@ -385,9 +447,8 @@ export function verifyEcdsa(
   if (r <= 0n || r >= ORDER || s <= 0n || s >= ORDER) return false;
   const key = decodePoint(q);
   if (key === undefined) return false;
-  const w = power(s, ORDER - 2n, ORDER);
-  const sum = multiply(undefined, (bigEndian(hash) >> 3n) * w % ORDER);
-  lowlevel.add(sum, multiply(key, r * w % ORDER));
-  const [x, , z] = sum.map(fieldValue);
-  return x! * power(z!, FIELD - 2n, FIELD) % FIELD % ORDER === r;
+  const w = inverse(s, ORDER);
+  const ofBase = (bigEndian(hash) >> 3n) * w % ORDER;
+  const [x, , z] = sumOfMultiples(ofBase, key, r * w % ORDER).map(fieldValue);
+  return x! * inverse(z!, FIELD) % FIELD % ORDER === r;
 }
