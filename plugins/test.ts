@@ -7,7 +7,7 @@
 import { existsSync, statSync, writeFileSync } from "node:fs";
 import type { Stats } from "node:fs";
 import { dirname } from "node:path";
-import { codeOf, OffloadError, pluginDirectory, reason } from "../mod.ts";
+import { codeOf, EXIT, OffloadError, pluginDirectory, reason } from "../mod.ts";
 import type {
   CommandOptions,
   CommandResult,
@@ -109,7 +109,7 @@ function isPlugins({ code }: Problem): boolean {
 
 /** What is no failure, and yet no success. */
 const NOTHING_TESTED: Problem = {
-  severity: "warning",
+  severity: "error",
   message: "no machine is listed, and so none was tested",
   hint: "'offload trust' adds one to the machine file",
 };
@@ -241,10 +241,11 @@ async function testCommand(
     ? undefined
     : writeReport(String(options.junit), formatJunit(reports));
   const failed = reports.some(({ outcome }) => outcome === "failed");
+  const failure = isNothing ? EXIT.usage : 1;
   const output = options.json
     ? JSON.stringify(reports, null, 2)
     : formatReports(reports, screen);
-  return { output, exitCode: failed || problem ? 1 : 0, problem };
+  return { output, exitCode: failed || problem ? failure : 0, problem };
 }
 
 const plugin = {

@@ -325,6 +325,18 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
     assert.is(broken.status, 1);
   });
 
+  test("a test of no machine is no pass", () => {
+    const [file, report] = ["/tmp/none.scm", "/tmp/none.xml"];
+    writeFileSync(root("head") + file, "(list)\n");
+    const { status, stdout, stderr } = run(
+      "head",
+      ...offloadCommand(runtime, "test", file, "--junit", report),
+    );
+    assert.is(status, 2, stderr);
+    assert.match(stdout, "no machine is listed, and so none was tested");
+    assert.match(readFileSync(root("head") + report, "utf8"), 'failures="1"');
+  });
+
   test("there are tables and colours on a terminal only", async () => {
     const status = command("status", writeGoodMachines());
     const shown = await within("the end", onTerminal("head", status).ended);
