@@ -1613,15 +1613,20 @@ export interface Context extends PluginContext {
   readonly connect?: typeof connectByPlugin;
   /** Connections to the daemon here that are kept, where they are. */
   readonly localDaemons?: StoreConnection[];
-  /**
-   * Waits until `end`, by `performance.now()`, for a slot to be free, where this
-   * process serves several hooks; returns whether one is.
-   */
-  untilFree?(
+  /** Those who wait for slots, where this process serves several hooks. */
+  readonly queue?: SlotQueue;
+}
+
+/** Those who wait for slots in a process. */
+export interface SlotQueue {
+  /** Waits for a free slot until `end`, by `performance.now()`. */
+  untilFree(
     isFree: () => boolean,
     end: number,
     signal: AbortSignal,
   ): Promise<boolean>;
+  /** Told that a slot was freed here. */
+  tellFreed(): void;
 }
 
 /** Seconds that each hook may take, in the order in which a build meets them. */
@@ -4335,14 +4340,14 @@ const CROWDED = {
 
 /** Tells how far a client has come. */
 function tellReached(client: Client, reached: (what: Reached) => void): void {
-  client.on("connect", () => {
+  client.once("connect", () => {
     reached("connect");
     // ssh2 has no event of its own for it.
     const { _sock: socket } = client as { _sock?: Duplex };
     socket?.once("data", () => reached("greeting"));
   });
   // Its first message after the host key was found to be right.
-  client.on("handshake", () => reached("host key"));
+  client.once("handshake", () => reached("host key"));
 }
 
 /** Connects to a machine over SSH, logged in unless `others` say how. */
@@ -5137,7 +5142,7 @@ export interface Assignment {
  */
 function takeSlot(
   ranking: readonly Appraisal[],
-  { log, stateDirectory }: Context,
+  { log, queue, stateDirectory }: Context,
 ): Assignment | undefined {
   const problems: unknown[] = [];
   for (const { prospect } of ranking) {
@@ -5145,7 +5150,11 @@ function takeSlot(
       const slot = acquireBuildSlot(prospect.machine, stateDirectory, log);
       if (slot === undefined) continue;
       problems.forEach((problem) => log.warn(problem));
-      return { prospect, slot };
+      const release = () => {
+        slot.release();
+        queue?.tellFreed();
+      };
+      return { prospect, slot: { ...slot, release } };
     } catch (error) {
       problems.push(error);
     }
@@ -5195,7 +5204,7 @@ async function waitForSlot(
 ): Promise<boolean> {
   if (busy.length === 0 || !context.observations.mayWait()) return false;
   const isFree = () => busy.some((prospect) => prospect.freeSlots() > 0);
-  const wait = context.untilFree ?? untilFree;
+  const wait = context.queue?.untilFree ?? untilFree;
   if (await wait(isFree, end, context.signal)) return true;
   context.observations.saveVainWait();
   return false;

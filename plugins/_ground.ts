@@ -6,6 +6,7 @@
  */
 
 import { existsSync, readdirSync, statSync } from "node:fs";
+import type { Dirent } from "node:fs";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { Variables } from "../mod.ts";
@@ -26,16 +27,20 @@ function filesIn(place: string): string[] {
   if (!statSync(place, { throwIfNoEntry: false })?.isDirectory()) {
     return [place];
   }
-  const entries = readdirSync(place, { withFileTypes: true })
-    .filter(({ name }) => !/^(\.|node_modules$)/.test(name));
-  // A link may lead to where it is.
-  return [
-    place,
-    ...entries.flatMap((entry) => {
+  let entries: Dirent[] = [];
+  try {
+    entries = readdirSync(place, { withFileTypes: true });
+  } catch {
+    // It is closed to this account, or gone by now.
+  }
+  const files = entries
+    .filter(({ name }) => !/^(\.|node_modules$)/.test(name))
+    .flatMap((entry) => {
       const file = `${place}/${entry.name}`;
+      // A link may lead to where it is.
       return entry.isDirectory() ? filesIn(file) : [file];
-    }),
-  ];
+    });
+  return [place, ...files];
 }
 
 /** What says whether a file is still the same. */

@@ -29,6 +29,7 @@ import type {
   RemoteProcess,
   StoreConnection,
 } from "../mod.ts";
+import { doFor, forward } from "./_shim.ts";
 
 /**
  * How much longer than without use what is kept is kept at all: a connection to
@@ -57,6 +58,8 @@ interface Entry {
   readonly opened: number;
   /** When a build last had it, by `performance.now()`. */
   used: number;
+  /** When it was last asked for facts, by the same. */
+  asked: number;
   /**
    * Tells the build that has it of its end: the connection's own promise, which
    * lives as long, would keep what each that waited for it has left.
@@ -186,8 +189,13 @@ export class Keeper {
     reached?: (what: Reached) => void,
   ): Promise<Connection> {
     const { signal } = context;
-    const own = { ...context, signal: this.#signal, log: this.#log };
-    const opening = connectByPlugin(machine, own, reached)
+    let { log } = context;
+    const own = { ...context, signal: this.#signal, log: forward(() => log) };
+    const opening = doFor(
+      undefined,
+      () => connectByPlugin(machine, own, reached),
+    )
+      .finally(() => log = this.#log)
       .then((connection) => this.#lend(this.#add(machine, connection), key));
     const interrupted = Promise.withResolvers<never>();
     const abort = () => {
@@ -207,7 +215,7 @@ export class Keeper {
     const now = performance.now();
     const kept = connection.kept ?? newKept();
     const entry = {
-      ...{ machine, connection, kept, opened: now, used: now },
+      ...{ machine, connection, kept, opened: now, used: now, asked: 0 },
       tellEnd: () => {},
     };
     this.#all.add(entry);
@@ -228,6 +236,7 @@ export class Keeper {
     let isBack = false;
     entry.used = performance.now();
     entry.tellEnd = ended.resolve;
+    if (!this.#all.has(entry)) ended.resolve();
     return {
       failure,
       ...(connection.ended && { ended: ended.promise }),
@@ -328,7 +337,11 @@ export class Keeper {
       const id = entries.length > 0 ? machineId(entries[0]!.machine) : "";
       const { facts } = records.get(id) ?? {};
       if (!facts || Date.now() - facts.time < age) return;
-      await this.#ask(entries.pop()!, key, facts.login, context);
+      const entry = entries.at(-1)!;
+      if (performance.now() - entry.asked < age) return;
+      entry.asked = performance.now();
+      entries.pop();
+      await this.#ask(entry, key, facts.login, context);
     });
     await Promise.all(asking);
   }
@@ -353,10 +366,14 @@ export class Keeper {
       const { default: remote } = await import("./_remote.ts");
       const probing = remote.probe(session, context);
       const facts = await within(connectTimeout, probing, "no answer");
-      observations.saveFacts(machineId(machine), { ...facts, login });
+      // It says nothing where the daemon has the only session.
+      if (facts.uname !== undefined) {
+        observations.saveFacts(machineId(machine), { ...facts, login });
+      }
       session.close();
       await this.#takeBack(entry, key, channels);
     } catch (error) { // a build will see what is wrong
+      session.close();
       this.#end(entry, error as Error);
     }
   }

@@ -4,6 +4,8 @@
  * @module
  */
 
+import type { SlotQueue } from "../mod.ts";
+
 /** When to look for a slot that another process frees, in milliseconds. */
 const LOOKS = { each: 25, longest: 250 } as const;
 
@@ -16,7 +18,7 @@ interface Waiter {
 const IS_AWAKE: Waiter["wake"] = (next) => next();
 
 /** Those who wait, the first first. */
-export class Queue {
+export class Queue implements SlotQueue {
   readonly #waiters = new Set<Waiter>();
 
   /** Has those look who wait, until one finds a slot free for it. */

@@ -329,7 +329,7 @@ export class Resident {
       buildLog: buildLogTo(buildLog),
       connect: this.#keeper.connect,
       localDaemons: this.#keeper.localDaemons,
-      untilFree: this.#queue.untilFree,
+      queue: this.#queue,
     };
   }
 
@@ -359,7 +359,6 @@ export class Resident {
       if (isAnswered) hook.log.error(error);
       code = exitCodeOf(error);
     }
-    this.#queue.tellFreed();
     this.#note();
     if (!isAnswered) return this.#leave(number);
     if (!hook.isAccepted) return;

@@ -138,8 +138,9 @@ export class Hook {
   isAccepted = false;
   /** Whether a request is served. */
   isBusy = false;
+  /** Whether nobody is told any more. */
+  isClosed = false;
   readonly #abort = new AbortController();
-  #isClosed = false;
   readonly #files: number[] = [];
   readonly #messages: Outlet;
   readonly #shim: Watched;
@@ -225,14 +226,14 @@ export class Hook {
   /** Tells the shim a word, after all that comes before was written. */
   async tell(word: string): Promise<void> {
     await this.#drain();
-    if (!this.#isClosed && this.isAlive) this.#write(word);
+    if (!this.isClosed && this.isAlive) this.#write(word);
   }
 
   /** Tells it what to exit with: after its end, the daemon may read no more. */
   async finish(code: number): Promise<void> {
     await this.#drain();
     await this.#settle();
-    if (!this.#isClosed && this.isAlive) this.#write(`${code}`);
+    if (!this.isClosed && this.isAlive) this.#write(`${code}`);
   }
 
   #write(word: string): void {
@@ -243,7 +244,7 @@ export class Hook {
     for (const outlet of [this.#messages, this.buildLog]) {
       while (!outlet.isEmpty) {
         await delay(2);
-        if (this.#isClosed || !this.isAlive) return;
+        if (this.isClosed || !this.isAlive) return;
       }
     }
   }
@@ -254,13 +255,13 @@ export class Hook {
     if (!isFull) return;
     for (const _ of whileReading(() => this.daemon)) {
       await delay(5);
-      if (this.#isClosed || !this.isAlive) return;
+      if (this.isClosed || !this.isAlive) return;
     }
   }
 
   /** Ends what goes on for it, and closes what was opened of it. */
   close(): void {
-    this.#isClosed = true;
+    this.isClosed = true;
     this.interrupt(new Error("its hook has ended"));
     this.#messages?.close();
     this.buildLog?.close();
@@ -269,16 +270,18 @@ export class Hook {
   }
 }
 
-const serving = new AsyncLocalStorage<Hook>();
+const serving = new AsyncLocalStorage<Hook | undefined>();
 
-/** Does something for a hook, whose client is told what there is to tell. */
-export function doFor<T>(hook: Hook, work: () => T): T {
+/**
+ * Does something for a hook, whose client is told what there is to tell; or for
+ * none, as what stays for others, whose events come to who began it.
+ */
+export function doFor<T>(hook: Hook | undefined, work: () => T): T {
   return serving.run(hook, work);
 }
 
-/** A log that tells a client what is done for its hook, and `own` the rest. */
-export function logOfServed(own: Log): Log {
-  const log = () => serving.getStore()?.log ?? own;
+/** A log that is another one each time. */
+export function forward(log: () => Log): Log {
   return {
     info: (...parts) => log().info(...parts),
     trace: (...parts) => log().trace(...parts),
@@ -286,4 +289,12 @@ export function logOfServed(own: Log): Log {
     error: (problem) => log().error(problem),
     debug: (text) => log().debug(text),
   };
+}
+
+/** A log that tells a client what is done for its hook, and `own` the rest. */
+export function logOfServed(own: Log): Log {
+  return forward(() => {
+    const hook = serving.getStore();
+    return hook === undefined || hook.isClosed ? own : hook.log;
+  });
 }

@@ -143,8 +143,8 @@ const plugin = {
     summary: "Serve builds from a process that stays",
     description: [
       "It keeps connections to machines open, so that a build costs next to " +
-      "nothing beside itself. With the setting 'resident', hooks start one by " +
-      "themselves; they do without where there is none.",
+      "nothing beside itself. Hooks start one by themselves, unless the setting " +
+      "'resident' is false; they do without where there is none.",
       "It ends once it was idle, when its guix-daemon is gone, and when the " +
       "program, its settings, its plugins or its environment have changed.",
     ],

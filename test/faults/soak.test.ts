@@ -1,14 +1,16 @@
 /**
- * Many builds, while machines fail at random or what hooks share is damaged:
- * OFFLOAD_SOAK builds, 500 and 300 unless told. OFFLOAD_SEED repeats a run's choice of faults, as far as times allow.
+ * Many builds, while machines fail at random, what hooks share is damaged or the
+ * process that stays is killed: OFFLOAD_SOAK builds, at most 500 unless told.
+ * OFFLOAD_SEED repeats a run's choice of faults, as far as times allow.
  */
 
-import { writeFileSync } from "node:fs";
+import { readdirSync, writeFileSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { FCNTL } from "../helpers.ts";
+import { endKept, RESIDENT, residentStatus } from "../lab/hook.ts";
 import {
   assertOffloaded,
   assertStoreIsSound,
@@ -23,6 +25,7 @@ import {
   RUNTIMES,
   start,
   STATE,
+  until,
   up,
   useMachines,
   useOffload,
@@ -37,10 +40,15 @@ import { strays, validPaths, whatRemains } from "./meet.ts";
 const MACHINES = ["w1", "w2", "w3"] as const;
 const BUILDS = Number(process.env.OFFLOAD_SOAK ?? 500);
 const DAMAGED = Math.min(300, BUILDS);
+/** How many builds are done at a time while the process that stays is killed. */
+const SLOTS = 8;
 const SEED = Number(process.env.OFFLOAD_SEED ?? Date.now() % 1e9);
 
 /** Milliseconds from fault to fault. */
 const INTERVAL = 2000;
+
+/** Milliseconds for which the process that stays lives. */
+const LIFETIME = 10_000;
 
 /** A build may meet more faults than a site would let it. */
 const PATIENT = [
@@ -341,6 +349,47 @@ function suiteUnder(runtime: Runtime): void {
     console.log(`  ${seconds} s, ${tries} tried again`, counts);
     assertAllDone(most, some, stderr);
     await assertClean(MACHINES);
+  });
+
+  test(`${BUILDS} builds while the process that stays is killed`, async () => {
+    const machines = ["w1", "w2"];
+    const slots = `(parallel-builds ${SLOTS / 2})`;
+    useMachines(
+      ...["head", machines] as const,
+      (text) => text.replace(/\(parallel-builds \d+\)/g, slots),
+    );
+    useOffload("head", runtime, ...PATIENT, "OFFLOAD_RESIDENT=true");
+    const work = makeWork("head", `--count=${BUILDS}`, "--seconds=0.2");
+    const ended = buildAll(work);
+    let over = false;
+    ended.finally(() => over = true);
+    let kills = 0;
+    while (!over) {
+      await Promise.race([ended, delay(LIFETIME)]);
+      const { pid } = residentStatus("head") ?? {};
+      if (!over && pid) {
+        kills += run("head", "kill", "-9", `${pid}`).status! ^ 1;
+      }
+    }
+    await ended;
+    const valid = validPaths();
+    const lost = work.filter((derivation) =>
+      !valid.has(outputsOf("head", derivation).out!)
+    );
+    console.log(`  ${kills} kills, ${lost.length} builds ended with it`);
+    assert.ok(kills > 0);
+    assert.ok(lost.length <= SLOTS * kills, `${lost.length} lost`);
+    // What has failed so is built as if nothing had been.
+    const { status, stderr } = await buildAll(lost);
+    assert.is(status, 0, stderr.slice(-20_000));
+    assertAllDone(work, [], stderr);
+    endKept();
+    await assertClean(machines);
+    await until(
+      "the end of all that it has",
+      () => readdirSync(root("head") + RESIDENT).join() === "lock",
+    );
+    useOffload("head", runtime, ...PATIENT);
   });
 
   test(`${DAMAGED} builds while the state is damaged, seed ${SEED}`, async () => {

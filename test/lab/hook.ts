@@ -4,13 +4,14 @@
  * @module
  */
 
-import { readFileSync } from "node:fs";
+import { readFileSync, statSync } from "node:fs";
 import {
   inHost,
   offloadCommand,
   PATIENT,
   root,
   start,
+  STATE,
   SYSTEM,
   until,
   watch,
@@ -110,12 +111,28 @@ export async function askHook(
   return { answer, took, stderr };
 }
 
+/** Where a master's process that stays meets shims. */
+export const RESIDENT: string = `${STATE}/resident`;
+
+/** What a master's process that stays says of itself, if one takes requests. */
+export function residentStatus(
+  master: string,
+): { pid: number; served: number; builds: number } | undefined {
+  const directory = root(master) + RESIDENT;
+  try {
+    statSync(`${directory}/inbox`);
+    return JSON.parse(readFileSync(`${directory}/status.json`, "utf8"));
+  } catch {
+    return undefined; // it begins, or ends
+  }
+}
+
 /**
- * Ends what head's process that stays has open, if one is there: a connection is
- * to the account, and the server, as they were when it began.
+ * Ends what a master's process that stays has open, if one is there: a
+ * connection is to the account, and the server, as they were when it began.
  */
-export function endKept(): void {
-  inHost("head", ...offloadCommand("node", "serve", "--stop"));
+export function endKept(master = "head"): void {
+  inHost(master, ...offloadCommand("node", "serve", "--stop"));
 }
 
 /** What the daemon would name as inputs: the closure of a derivation. */

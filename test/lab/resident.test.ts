@@ -3,6 +3,7 @@
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { RESIDENT } from "./hook.ts";
 import {
   ACQUAINTED,
   assertLikeLocal,
@@ -21,7 +22,6 @@ import {
   run,
   RUNTIMES,
   start,
-  STATE,
   storeNames,
   until,
   up,
@@ -35,9 +35,6 @@ import {
 import type { Result, Running, Runtime } from "./lab.ts";
 
 const MACHINES = ["w1", "w2"];
-
-/** Where the process meets shims. */
-const DIRECTORY = `${STATE}/resident`;
 
 /** Starts 200 hooks, each of which is asked for what no machine builds. */
 const MANY_HOOKS = `
@@ -55,13 +52,13 @@ rm -r "$PWD"
 
 /** What the process says of itself, if one is there. */
 function status(): { pid: number; served: number; builds: number } | undefined {
-  const file = `${root("head")}${DIRECTORY}/status.json`;
+  const file = `${root("head")}${RESIDENT}/status.json`;
   return existsSync(file) ? JSON.parse(readFileSync(file, "utf8")) : undefined;
 }
 
 /** Whether the process takes requests. */
 function isServing(): boolean {
-  return existsSync(`${root("head")}${DIRECTORY}/inbox`) && !!status();
+  return existsSync(`${root("head")}${RESIDENT}/inbox`) && !!status();
 }
 
 /** Whether a process of head has not ended. */
@@ -231,11 +228,15 @@ function suiteUnder(runtime: Runtime): void {
     // In guix-daemon's environment, as hooks are.
     const script = `xargs -0 sh -c 'env -i "$@" sh /tmp/many' sh ` +
       `</proc/${pid}/environ`;
+    // None goes on by itself: that would be an error.
+    const library = "/offload/scripts/runtime.sh";
+    inHost("head", "mount", "--bind", "/dev/null", library);
     const { stdout, stderr } = run("head", "sh", "-c", script);
+    inHost("head", "umount", library);
     assert.is(stdout, "# decline\n".repeat(200), stderr);
     // The script was their daemon.
     await until("its end", () => !isRunning(pid));
-    const left = readdirSync(`${root("head")}${DIRECTORY}`);
+    const left = readdirSync(`${root("head")}${RESIDENT}`);
     assert.equal(left, ["lock"]);
   });
 
@@ -244,7 +245,7 @@ function suiteUnder(runtime: Runtime): void {
     signal("STOP");
     const { client, derivations } = startWork();
     await until("a claim", () =>
-      readdirSync(`${root("head")}${DIRECTORY}`)
+      readdirSync(`${root("head")}${RESIDENT}`)
         .some((name) => name.startsWith("claim-")));
     signal("KILL", pid);
     const result = await within("the client's end", client.ended);
@@ -316,11 +317,11 @@ function suiteUnder(runtime: Runtime): void {
   test("a directory that is lost or another's is done without", async () => {
     for (const script of ["rm -r", "chown -R guixbuilder01", "chmod 777"]) {
       const pid = await serveAnew(runtime);
-      inHost("head", "sh", "-c", `${script} ${DIRECTORY}`);
+      inHost("head", "sh", "-c", `${script} ${RESIDENT}`);
       const [derivation, result] = buildWork();
       assertOffloaded(derivation, result, MACHINES);
       await until("its end", () => !isRunning(pid));
-      inHost("head", "rm", "-rf", DIRECTORY);
+      inHost("head", "rm", "-rf", RESIDENT);
     }
   });
 
@@ -328,14 +329,14 @@ function suiteUnder(runtime: Runtime): void {
     const pid = await serveAnew(runtime);
     useResident();
     await until("its end", () => !isRunning(pid));
-    const names = readdirSync(`${root("head")}${DIRECTORY}`);
+    const names = readdirSync(`${root("head")}${RESIDENT}`);
     assert.equal(names, ["lock"]);
   });
 
   test("another account has no way in", async () => {
     await serveAnew(runtime);
-    const script = `ls ${DIRECTORY} || cat ${DIRECTORY}/status.json || ` +
-      `echo >${DIRECTORY}/inbox || mv ${DIRECTORY} /tmp/mine`;
+    const script = `ls ${RESIDENT} || cat ${RESIDENT}/status.json || ` +
+      `echo >${RESIDENT}/inbox || mv ${RESIDENT} /tmp/mine`;
     const tried = run("head", "su", "-s", "/bin/sh", "-c", script, "nobody");
     assert.is.not(tried.status, 0);
     assert.is(tried.stdout, "");

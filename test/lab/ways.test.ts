@@ -6,7 +6,7 @@ import { basename } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { closure, startHook } from "./hook.ts";
+import { closure, endKept, startHook } from "./hook.ts";
 import {
   assertLikeLocal,
   assertOffloaded,
@@ -227,6 +227,7 @@ function suiteUnder(runtime: Runtime): void {
       assertLikeLocal("head", derivation, "w1");
     } finally {
       inHost("w1", "usermod", "--shell", "/bin/bash", "root");
+      endKept(); // or it would serve that on
       dropbear.child.kill();
       await dropbear.ended;
     }
@@ -257,6 +258,7 @@ function suiteUnder(runtime: Runtime): void {
   test("what was collected before the build is sent again", async () => {
     const [first] = makeWork("head");
     assertOffloaded(first!, build("head", first!), ["w1"]);
+    endKept(); // which keeps from the collector what was sent over it
     const [second] = makeWork(
       ...["head", "--inputs=1", `--input-size=${6 * MEBIBYTE}`],
     );
@@ -264,12 +266,15 @@ function suiteUnder(runtime: Runtime): void {
       .find((path) => path.endsWith("-work-builder"));
     const release = await holdUploads("head", "w1");
     const building = watch(start("head", ...buildCommand([second!])));
-    await until(
-      "waiting",
-      () => building.text().includes("waiting for another upload"),
-    );
-    inHost("w1", "guix", "gc", "--delete", input!);
-    await release();
+    try {
+      await until(
+        "waiting",
+        () => building.text().includes("waiting for another upload"),
+      );
+      inHost("w1", "guix", "gc", "--delete", input!);
+    } finally {
+      await release();
+    }
     const result = await within("the build", building.ended);
     assertOffloaded(second!, result, ["w1"]);
     assert.match(result.stderr, /'w1' has lost 1 store item/);
