@@ -75,7 +75,7 @@ units "$node" "$deno"
 # The most see nothing of the runtime.
 suites=
 [ "${1-}" = --unit ] || suites=$(printf "test/%s.test.ts\n" archives bundle \
-    keys plugins requests signatures slots wire)
+    keys plugins requests scheduling signatures slots wire)
 units "$oldest_node" "$oldest_deno" $suites
 
 # lane LAB NET: runs suites that the other lane has not taken, in a lab of its

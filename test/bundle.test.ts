@@ -24,7 +24,10 @@ const test = suite("bundle");
 
 /** Not needed to make a release, and large. */
 const LEFT_OUT = [".git", "dist", "test"]
-  .concat(["node", "deno", "@deno"].map((name) => `node_modules/${name}`))
+  .concat(
+    ["node", "node-oldest", "deno", "deno-oldest", "@deno"]
+      .map((name) => `node_modules/${name}`),
+  )
   .map((name) => ROOT + name);
 
 const directory = mkdtempSync(`${tmpdir()}/offload-release-`);

@@ -284,7 +284,10 @@ const [deno = "deno"] = globSync(`${ROOT}/node_modules/@deno/*/deno`);
 
 /** Both runtimes. */
 export const runtimes: Readonly<Record<"node" | "deno", Runtime>> = {
-  node: [node, "--disable-warning=ExperimentalWarning"],
+  node: [
+    ...[node, "--disable-warning=ExperimentalWarning"] as const,
+    "--experimental-strip-types", // for the oldest
+  ],
   deno: [deno, "run", "--allow-all"],
 };
 

@@ -3,6 +3,7 @@
 import { chmodSync, globSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { endKept, residentStatus } from "./hook.ts";
 import {
   assertLikeLocal,
   assertOffloaded,
@@ -16,6 +17,7 @@ import {
   ROOT,
   root,
   run,
+  until,
   up,
   useMachines,
 } from "./lab.ts";
@@ -72,30 +74,33 @@ function use(
   program: string,
   ...variables: readonly string[]
 ): void {
+  endKept(master);
   const runtime = `OFFLOAD_RUNTIME=${program}`;
   lab("daemon", master, `GUIX=${shim}`, runtime, PATIENT, ...variables);
 }
 
-/** Builds two, of which a process that stays may serve the second. */
-function buildBoth(master: string): void {
+/** Builds two, the second one by the process that stays. */
+async function buildBoth(master: string): Promise<void> {
   const options = ["--inputs=5", "--text-inputs=2", "--outputs=out,lib"];
   const [first, failing] = [options, ["--fail", "--log-lines=1"]]
     .flatMap((options) => makeWork(master, ...options));
   assertOffloaded(first!, build(master, first!), ["w1"]);
   assertStoreIsSound(master);
   assertLikeLocal(master, first!, "w1");
+  await until("the process that stays", () => !!residentStatus(master));
   const { status, stderr } = build(master, failing!);
   assert.is(status, 1, stderr);
   assert.match(stderr, "line 1 of 1\nfailing, as told to\n");
+  await until("its count", () => residentStatus(master)?.served === 1);
 }
 
 for (const [name, [program, isOld]] of Object.entries(PROGRAMS)) {
   for (const [kind, shim] of Object.entries(SHIMS)) {
     if (kind === "source" && !isOld) continue;
     for (const [master, account] of Object.entries(MASTERS)) {
-      test(`${name}, from a ${kind}, as ${account}`, () => {
+      test(`${name}, from a ${kind}, as ${account}`, async () => {
         use(master, shim, program);
-        buildBoth(master);
+        await buildBoth(master);
       });
     }
   }
