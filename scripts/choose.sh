@@ -45,9 +45,9 @@ get_node() {
         ln -s / "$work/node"
         return
     fi
-    # It says what that takes: building it takes hours.
-    [ -n "$yes" ] || "$guix" build node --dry-run || fail "'guix build node' failed" "$others"
-    ask "Have Guix do that now?" ||
+    # It says what that takes: to build it takes hours.
+    [ -n "$yes" ] || { can_ask && "$guix" build node --dry-run &&
+        ask "Have Guix do that now?"; } ||
         fail "$lacking" "to have Guix get Node, add --yes; or $others"
     "$guix" build node --root="$work/node" >/dev/null ||
         fail "'guix build node' failed" "$others"

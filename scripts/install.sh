@@ -44,10 +44,12 @@ told() {
     fi
 }
 
+can_ask() { (: </dev/tty) 2>/dev/null; }
+
 # Asks on the terminal, since the standard input may be this script.
 ask() {
     [ -z "$yes" ] || return 0
-    (: </dev/tty) 2>/dev/null || return 1
+    can_ask || return 1
     printf '%s [y/N] ' "$1" >/dev/tty
     read -r answer </dev/tty
     case $answer in
@@ -120,7 +122,11 @@ undo() {
         case $what in
         new) rm -f "$place" ;;
         directory) rmdir "$place" || : ;;
-        *) cp -Pp "$work/$what" "$place.new" && mv -f "$place.new" "$place" ;;
+        *)
+            cp -Pp "$work/$what" "$place.new"
+            # It could lead into a directory.
+            [ ! -L "$place" ] || rm -f "$place"
+            mv -f "$place.new" "$place" ;;
         esac
     done
     [ -z "$reloaded" ] || systemctl daemon-reload
@@ -132,8 +138,8 @@ finish() {
     status=$?
     trap '' HUP INT TERM
     [ -n "$committed" ] || undo
-    forget_root "$work/node"
-    [ -L "$lib/node" ] || forget_root "$lib/node"
+    [ ! -L "$work/node" ] || forget_root "$work/node"
+    [ -z "$rooted" ] || [ -L "$lib/node" ] || forget_root "$lib/node"
     rm -rf "$work"
     exit "$status"
 }
@@ -236,7 +242,7 @@ as_daemon() {
 # Has the garbage collector forget that a file kept something from it.
 forget_root() {
     for root in "${GUIX_STATE_DIRECTORY:-/var/guix}"/gcroots/auto/*; do
-        [ "$(readlink "$root")" != "$1" ] || rm -f "$root"
+        [ "$(readlink "$root")" != "$1" ] || rm -f "$root" || :
     done
 }
 
@@ -247,6 +253,7 @@ put_node() {
     ! same "$work/node" "$lib/node" || return 0
     if [ -z "$dry_run" ]; then
         keep "$lib/node"
+        rooted=yes
         rm -f "$lib/node"
         "$guix" build node --root="$lib/node" >/dev/null
     fi
@@ -511,6 +518,8 @@ uninstall_offload() {
         echo "Offload is not installed under '$prefix'."
         return
     }
+    # It would write once more what is removed here.
+    [ -n "$dry_run" ] || as_daemon "exec '$lib/offload' serve --stop" >/dev/null 2>&1 || :
     cp "$lib/manifest" "$work/manifest"
     sed -n 's/^file //p' "$work/manifest" >"$work/files"
     # First what names it, then what it is.
@@ -538,7 +547,7 @@ uninstall_offload() {
 
 main() {
     from= sha256= prefix= yes= dry_run= action=install_offload
-    committed= reloaded= restarted= kept=0
+    committed= reloaded= restarted= rooted= kept=0
     here=
     case $0 in
     */*) [ ! -f "$0" ] || here=$(cd "$(dirname "$0")" && pwd) ;;
@@ -573,6 +582,7 @@ main() {
     lib=$prefix/lib/offload
     [ -n "$dry_run" ] || [ "$(id -u)" = 0 ] ||
         fail "not root" "run it with sudo, or see what it would do with --dry-run"
+    [ ! -L "$lib/node" ] || rooted=yes
     work=$(mktemp -d)
     trap finish EXIT
     trap 'exit 1' HUP INT TERM

@@ -46,6 +46,9 @@ export const PROGRAMS: Readonly<Record<Runtime, string>> = {
   deno: globSync(`${ROOT}node_modules/@deno/*/deno`)[0]!,
 };
 
+/** The version of Node that Guix 1.5 has. */
+export const OLDEST_NODE = `${ROOT}node_modules/node-oldest/bin/node`;
+
 export const LIBRARY = "/usr/local/lib/offload";
 export const SHIM = `${LIBRARY}/guix`;
 
@@ -186,6 +189,17 @@ export function assertRefused(
   assert.match(result.stderr, /^offload: error: .+\nhint: .+$/m);
   assert.is(result.status, 1);
   assert.equal(changes(before, listing(host)), []);
+}
+
+/** Makes the database of a host's store know an item that was put there. */
+export function register(host: string, item: string): void {
+  writeFileSync(
+    `${root(host)}/tmp/register.scm`,
+    `(use-modules (guix build store-copy) (guix store database))
+(with-database "/var/guix/db/db.sqlite" db
+  (register-items db (list (store-info ${JSON.stringify(item)} #f '()))))`,
+  );
+  inHost(host, "guix", "repl", "/tmp/register.scm");
 }
 
 /** Has the store be writable for the daemon alone, as Guix's units do. */
