@@ -5,7 +5,7 @@
  */
 
 import { Buffer } from "node:buffer";
-import { existsSync, readFileSync } from "node:fs";
+import { existsSync, readFileSync, realpathSync } from "node:fs";
 import { hostname, machine as architecture, userInfo } from "node:os";
 import { resolve } from "node:path";
 import { ssh2 } from "../deps.ts";
@@ -299,8 +299,17 @@ async function findMachine(
 
 /** Adds a machine to a file, where it can, or says what to add. */
 function addMachine(machine: Machine, file: string, context: Context): string {
-  const text = existsSync(file) ? readFileSync(file, "utf8") : "";
+  const isThere = existsSync(file);
+  const text = isThere ? readFileSync(file, "utf8") : "";
   const form = machineForm(machine);
+  if (isThere && realpathSync(file).startsWith(`${context.storeDirectory}/`)) {
+    // As Guix System has it.
+    const what = `'${file}' is made from your 'operating-system'`;
+    const hint = "add what is printed to the 'build-machines' of its " +
+      "'guix-configuration', then run 'guix system reconfigure'";
+    context.log.warn(new OffloadError(what, { hint }));
+    return `#~${form.replaceAll("\n", "\n  ")}`;
+  }
   const changed = addToMachineFile(text, form, file, userInfo().homedir);
   const name = machineId(machine);
   if (changed === undefined) {

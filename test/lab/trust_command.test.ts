@@ -216,6 +216,28 @@ function suiteUnder(runtime: Runtime): void {
     assert.match(refusal.stderr, "failed to log in to 's1' as 'root'");
   });
 
+  test("on Guix System it prints what to declare", () => {
+    administrate("m1", "s1");
+    // A file of the store, as the system's generation has it.
+    const written = `${root("m1")}/tmp/machines.scm`;
+    writeFileSync(written, "(list)\n");
+    const added = inHost("m1", "guix", "download", "/tmp/machines.scm");
+    const [item] = added.split("\n");
+    inHost("m1", "ln", "-sfn", item!, MACHINES);
+    const { status, stdout, stderr } = trust(
+      ...["m1", "root@s1", "--file", MACHINES] as const,
+      ...["--fingerprint", fingerprintOf("s1")],
+    );
+    assert.is(status, 0, stderr);
+    assert.match(stdout, /^#~\(build-machine\n {4}\(name "s1"\)\n/);
+    assert.match(
+      stderr,
+      "is made from your 'operating-system'\nhint: add what",
+    );
+    assert.is(inHost("m1", "readlink", MACHINES), `${item}\n`);
+    rmSync(root("m1") + MACHINES);
+  });
+
   test("a key of another type is pinned by its fingerprint", () => {
     administrate("m1", "s1");
     const fingerprint = fingerprintOf("s1", "ecdsa");
