@@ -42,7 +42,7 @@ import type {
 import { Foot, progressBar } from "./_screen.ts";
 
 /** The version, as package.json has it. */
-const VERSION = "0.1.0";
+export const VERSION = "0.1.0";
 
 /** The option that every command has. */
 export const HELP_OPTION = ["--help", "Show this help"] as const;

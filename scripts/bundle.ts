@@ -33,6 +33,7 @@ its checksums.`;
 const SCRIPTS: Readonly<Record<string, number>> = {
   "choose.sh": 0o644,
   "guix": 0o755,
+  "guix.scm": 0o644,
   "install.sh": 0o755,
   "offload": 0o755,
   "runtime.sh": 0o644,

@@ -6,7 +6,7 @@
  */
 
 import { describeSettings } from "../mod.ts";
-import { EXIT_CODES, loadCommands } from "../plugins/_commands.ts";
+import { EXIT_CODES, loadCommands, VERSION } from "../plugins/_commands.ts";
 import type { NamedCommand } from "../plugins/_commands.ts";
 
 const COMMANDS = await loadCommands();
@@ -114,7 +114,7 @@ export function manual(date: string): string {
     `.It Pa ${name}\n${fill(meaning)}`
   );
   return [
-    `.Dd ${day}\n.Dt OFFLOAD 1\n.Os`,
+    `.Dd ${day}\n.Dt OFFLOAD 1\n.Os Offload ${VERSION}`,
     section("NAME", ".Nm offload", ".Nd send builds of guix-daemon elsewhere"),
     section("SYNOPSIS", ...synopsis),
     section("DESCRIPTION", paragraphs(DESCRIPTION.split("\n\n"))),
