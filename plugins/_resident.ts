@@ -432,6 +432,11 @@ export class Resident {
       this.#replies.delete(number);
       this.#remove(number);
     }
+    // Of those who came too late, what they claimed is gone.
+    for (const name of readdirSync(this.#directory)) {
+      const [, number] = /^claim-(\d+)$/.exec(name) ?? [];
+      if (number && !this.#replies.has(number)) this.#remove(number);
+    }
   }
 
   #refresh(): void {
