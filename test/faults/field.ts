@@ -67,9 +67,10 @@ export function useHook(
   hook: HookKind,
   master = "head",
   choice: Choice = "guix",
+  ...variables: readonly string[]
 ): void {
-  if (hook === "reference") useReference(master);
-  else useOffload(master, hook, ...SETTINGS, ...CHOICES[choice]);
+  if (hook === "reference") return useReference(master);
+  useOffload(master, hook, ...SETTINGS, ...CHOICES[choice], ...variables);
 }
 
 /** Brings the hosts up and a relay before w1. */
