@@ -21,10 +21,10 @@
               (list here (string-append here "/../dist")))
         (error "there is no release here: make one with 'scripts/bundle'"))))
 
-;; The manual page says what it is of.
+;; The manual page begins with it.
 (define version
   (match:substring
-   (string-match "\\.Os Offload ([0-9.]+)"
+   (string-match "Offload ([0-9.]+)"
                  (call-with-input-file (string-append release "/offload.1")
                    get-string-all))
    1))

@@ -519,7 +519,10 @@ uninstall_offload() {
         return
     }
     # It would write once more what is removed here.
-    [ -n "$dry_run" ] || as_daemon "exec '$lib/offload' serve --stop" >/dev/null 2>&1 || :
+    [ -n "$dry_run" ] || (
+        find_account
+        as_daemon "exec '$lib/offload' serve --stop"
+    ) >/dev/null 2>&1 || :
     cp "$lib/manifest" "$work/manifest"
     sed -n 's/^file //p' "$work/manifest" >"$work/files"
     # First what names it, then what it is.

@@ -114,7 +114,8 @@ export function manual(date: string): string {
     `.It Pa ${name}\n${fill(meaning)}`
   );
   return [
-    `.Dd ${day}\n.Dt OFFLOAD 1\n.Os Offload ${VERSION}`,
+    `.\\" Offload ${VERSION}`,
+    `.Dd ${day}\n.Dt OFFLOAD 1\n.Os`,
     section("NAME", ".Nm offload", ".Nd send builds of guix-daemon elsewhere"),
     section("SYNOPSIS", ...synopsis),
     section("DESCRIPTION", paragraphs(DESCRIPTION.split("\n\n"))),
