@@ -107,7 +107,7 @@ function isPlugins({ code }: Problem): boolean {
   return code === "plugin";
 }
 
-/** What is no failure, and yet no success. */
+/** A failure of no machine. */
 const NOTHING_TESTED: Problem = {
   severity: "error",
   message: "no machine is listed, and so none was tested",

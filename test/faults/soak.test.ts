@@ -30,6 +30,7 @@ import {
   useMachines,
   useOffload,
   watch,
+  withSlots,
 } from "../lab/lab.ts";
 import type { Result, Runtime } from "../lab/lab.ts";
 import { relayed, startRelay } from "../lab/relay.ts";
@@ -353,11 +354,7 @@ function suiteUnder(runtime: Runtime): void {
 
   test(`${BUILDS} builds while the process that stays is killed`, async () => {
     const machines = ["w1", "w2"];
-    const slots = `(parallel-builds ${SLOTS / 2})`;
-    useMachines(
-      ...["head", machines] as const,
-      (text) => text.replace(/\(parallel-builds \d+\)/g, slots),
-    );
+    useMachines("head", machines, withSlots(SLOTS / 2));
     useOffload("head", runtime, ...PATIENT, "OFFLOAD_RESIDENT=true");
     const work = makeWork("head", `--count=${BUILDS}`, "--seconds=0.2");
     const ended = buildAll(work);

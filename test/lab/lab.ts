@@ -569,10 +569,14 @@ export function bytesPath(directory: string, latin1: string): Buffer {
   ]);
 }
 
-/** Edits a machine file so that machines have one slot each. */
-export function oneSlot(text: string): string {
-  return text.replaceAll(/\(parallel-builds \d+\)/g, "(parallel-builds 1)");
+/** Has machines do so many builds at a time each. */
+export function withSlots(slots: number): (text: string) => string {
+  return (text) =>
+    text.replaceAll(/\(parallel-builds \d+\)/g, `(parallel-builds ${slots})`);
 }
+
+/** Edits a machine file so that machines have one slot each. */
+export const oneSlot = withSlots(1);
 
 /** Builds so many, of which never two may run on 'w1' at once. */
 export async function buildOneByOne(many: number): Promise<void> {

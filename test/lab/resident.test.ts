@@ -29,6 +29,7 @@ import {
   useOffload,
   watch,
   within,
+  withSlots,
   writePlugin,
   wrongKey,
 } from "./lab.ts";
@@ -200,9 +201,7 @@ function suiteUnder(runtime: Runtime): void {
 
   for (const name of ["KILL", "TERM"]) {
     test(`SIG${name} fails the builds that it has, and no other`, async () => {
-      const fourSlots = (text: string) =>
-        text.replace(/\(parallel-builds \d+\)/g, "(parallel-builds 4)");
-      useMachines("head", MACHINES, fourSlots);
+      useMachines("head", MACHINES, withSlots(4));
       const pid = await serveAnew(runtime);
       const before = storeNames("head");
       const { client, derivations } = startWork("--seconds=600", "--count=8");
