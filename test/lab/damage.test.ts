@@ -36,13 +36,16 @@ const UNWRITABLE = {
     done`,
 };
 
+// A directory in which a process writes can be moved, but not removed.
+const EMPTY = `cd ${STATE} && mkdir .lost && mv * .lost && rm -rf .lost`;
+
 /** Those after which something else is there. */
 const WRONG_KINDS = {
-  "has FIFOs for files": `cd ${STATE} && rm -rf * && mkdir w1:22 &&
+  "has FIFOs for files": `${EMPTY} && mkdir w1:22 &&
     mkfifo w1:22/0 ${OBSERVATIONS}`,
-  "has directories for files": `cd ${STATE} && rm -rf * &&
+  "has directories for files": `${EMPTY} &&
     mkdir -p w1:22/0 ${OBSERVATIONS}/0`,
-  "has files for directories": `cd ${STATE} && rm -rf * && touch w1:22`,
+  "has files for directories": `${EMPTY} && touch w1:22`,
 };
 
 for (const runtime of RUNTIMES) suiteUnder(runtime);

@@ -314,13 +314,18 @@ function suiteUnder(runtime: Runtime): void {
   });
 
   test("a directory that is lost or another's is done without", async () => {
-    for (const script of ["rm -r", "chown -R guixbuilder01", "chmod 777"]) {
+    // A directory in which a process writes can be moved, but not removed.
+    const lost = `${RESIDENT}-lost`;
+    const remove = `mv -T ${RESIDENT} ${lost} && rm -r ${lost}`;
+    const scripts = ["chown -R guixbuilder01", "chmod 777"]
+      .map((command) => `${command} ${RESIDENT}`);
+    for (const script of [remove, ...scripts]) {
       const pid = await serveAnew(runtime);
-      inHost("head", "sh", "-c", `${script} ${RESIDENT}`);
+      inHost("head", "sh", "-c", script);
       const [derivation, result] = buildWork();
       assertOffloaded(derivation, result, MACHINES);
       await until("its end", () => !isRunning(pid));
-      inHost("head", "rm", "-rf", RESIDENT);
+      inHost("head", "sh", "-c", `[ ! -e ${RESIDENT} ] || { ${remove}; }`);
     }
   });
 
