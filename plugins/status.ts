@@ -4,7 +4,7 @@
  * @module
  */
 
-import { opendirSync } from "node:fs";
+import { existsSync, opendirSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import {
   codeOf,
@@ -14,7 +14,9 @@ import {
   leftAloneUntil,
   machineId,
   normalizedLoad,
+  OffloadError,
   openSession,
+  pluginDirectory,
   reason,
   takenSlots,
   THIS_MACHINE,
@@ -302,6 +304,17 @@ function tellResident({ log, stateDirectory }: Context): void {
   );
 }
 
+/** Warns where `scripts/guix` passes all requests on. */
+function warnWhereOff({ environment, log }: Context): void {
+  const file = `${pluginDirectory(environment)}/off`;
+  if (!existsSync(file)) return;
+  log.warn(
+    new OffloadError(`'${file}' is there: 'guix offload' serves guix-daemon`, {
+      hint: "remove it to have Offload serve again",
+    }),
+  );
+}
+
 /** Seconds between two looks at a machine. */
 const WATCH_INTERVAL = 2;
 
@@ -356,6 +369,7 @@ async function statusCommand(
   const seconds = timeoutOf(options, context);
   const machines = await selectMachines(args, context);
   warnOfSlots(context);
+  warnWhereOff(context);
   context.log.info(`getting status of ${machines.length} build machines...`);
   tellResident(context);
   const sessions = new Map<string, Session>();

@@ -33,6 +33,9 @@ const FILES: Readonly<Record<string, string>> = {
   "/etc/guix/machines.scm": "The machine file.",
   "/etc/guix/acl": "The keys that may sign what build machines send.",
   "/etc/guix/offload": "Plugins, and the settings in settings.json.",
+  "/etc/guix/offload/off":
+    "Where it is there, the real 'guix offload' serves " +
+    "guix-daemon.",
   "/var/guix/offload": "Slots, what was seen of the machines, and caches.",
 };
 

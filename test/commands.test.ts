@@ -188,6 +188,19 @@ test("wrong arguments are told in Guix's words", async () => {
   });
 });
 
+test("status says where Offload is switched off", async () => {
+  await withDirectory(async (directory) => {
+    writeFileSync(`${directory}/machines.scm`, "(list)\n");
+    mkdirSync(`${directory}/offload`);
+    const off = `${directory}/offload/off`;
+    const warning = `warning: '${off}' is there: 'guix offload' serves`;
+    const on = await offloadIn(directory, "status");
+    assert.not.match(on.stderr, warning);
+    writeFileSync(off, "");
+    assert.match((await offloadIn(directory, "status")).stderr, warning);
+  });
+});
+
 test("status takes REGEXP as Guix does, and each machine once", async () => {
   await withDirectory(async (directory) => {
     const file = writeMachines(directory, "a1.none", "b2.none", "a1.none");

@@ -352,6 +352,42 @@ for (const kind of ["node", "deno"] as const) {
     }));
 }
 
+test("guix offload hands over where it is switched off, and says so", () =>
+  sandbox(async (box) => {
+    box.pretend("bin/node", "v24.1.0", `${STARTED}; cat`);
+    box.program("bin/guix", 'printf "%s\\n" "$*"; cat; exit 42');
+    const input = "1 x86_64-linux /gnu/store/x.drv \n";
+    const places = {
+      GUIX_CONFIGURATION_DIRECTORY: [box.directory, "offload"],
+      OFFLOAD_PLUGINS: [`${box.directory}/plugins`, ""],
+    };
+    for (const [name, [value, below]] of Object.entries(places)) {
+      const env = { [name]: value! };
+      const on = await box.call(HOOK, { env, input });
+      assert.is(on.stdout, input, on.stderr);
+      const off = `${value}/${below ? `${below}/` : ""}off`;
+      box.program(off.slice(box.directory.length + 1), "");
+      for (const shell of SHELLS) {
+        const script = `exec ${findTool(shell)} ${box.shim} "$@"`;
+        const shim = box.program("call", script);
+        const { code, stdout, stderr } = await box.call(
+          ...[HOOK, { env, input, shim }] as const,
+        );
+        assert.is(stdout, `${HOOK.join(" ")}\n${input}`);
+        const why = `'${off}' is there: 'guix offload' takes over`;
+        assert.match(stderr, `offload: warning: ${why}\nhint: remove it `);
+        assert.is(code, 42);
+      }
+      // Commands are still there.
+      const OFFLOAD_RUNTIME = box.runtime("other", "v24.1.0");
+      const command = await box.call(["offload", "test"], {
+        env: { ...env, OFFLOAD_RUNTIME },
+      });
+      assert.match(command.stdout, "mod.ts\ntest\n");
+      rmSync(off);
+    }
+  }));
+
 test("guix offload says where there is nobody to hand over to", () =>
   sandbox(async (box) => {
     const env = { OFFLOAD_RUNTIME: `${box.directory}/none` };

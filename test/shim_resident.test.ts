@@ -208,6 +208,21 @@ for (const shell of SHELLS) {
     }));
 }
 
+test("where it is switched off, it is not asked", () =>
+  withRuntime(async (box) => {
+    box.program("bin/guix", 'echo "guix $*"; cat');
+    const peer = new Peer(box);
+    box.program("plugins/off", "");
+    const env = { OFFLOAD_PLUGINS: `${box.directory}/plugins` };
+    const { ended, close } = call(box, "dash", env);
+    close();
+    const requests = `${REQUESTS.join("\n")}\n`;
+    const said = `guix ${HOOK.join(" ")}\n${requests}exit 0\n`;
+    assert.ok((await ended()).endsWith(`serve again\n${said}`));
+    assert.equal(peer.messages, []);
+    peer.die();
+  }));
+
 test("another account's directory is not used", () =>
   withRuntime(async (box) => {
     const peer = new Peer(box);
