@@ -1,6 +1,7 @@
 /**
  * Lets builds meet the faults of test/faults with `guix offload` and with
- * Offload, and prints what came of them: the table in README.md.
+ * Offload, and prints what came of them: the table in
+ * plugins/measurements.md.
  *
  * @module
  */

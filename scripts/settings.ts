@@ -1,6 +1,6 @@
 /**
  * Makes of the table of settings what tells of it: the JSON Schema, and the
- * table in README.md. `node scripts/settings.ts` writes both.
+ * table in plugins/settings.md. `node scripts/settings.ts` writes both.
  *
  * @module
  */
@@ -43,10 +43,10 @@ export function settingsSchema(
   };
 }
 
-/** What README.md says of a setting beside its meaning. */
+/** What the page says of a setting beside its meaning. */
 function remarkOn(name: string, plugins: readonly Plugin[]): string {
   if (name === "use") {
-    return ": [plugins/README.md](plugins/README.md) lists them";
+    return ": [README.md](README.md#the-built-in-plugins) lists them";
   }
   const choices = plugins.filter((plugin) => name in plugin)
     .map((plugin) => `\`${plugin.name}\``);
@@ -55,7 +55,7 @@ function remarkOn(name: string, plugins: readonly Plugin[]): string {
   return `: ${["`guix`", ...choices].join(", ")} or ${last}`;
 }
 
-/** The table of README.md; PLUGINS are the built-in ones to choose among. */
+/** The table of plugins/settings.md; PLUGINS are the built-in ones to choose among. */
 export function settingsTable(plugins: readonly Plugin[]): string {
   const rows = Object.entries(describeSettings())
     .map(([name, { default: usual, description }]) => {
@@ -74,10 +74,10 @@ async function main(): Promise<void> {
   const schema = new URL("../plugins/settings.schema.json", import.meta.url);
   const text = JSON.stringify(settingsSchema(plugins), null, 2);
   writeFileSync(schema, `${text}\n`);
-  const readme = new URL("../README.md", import.meta.url);
+  const page = new URL("../plugins/settings.md", import.meta.url);
   const table = /^\| setting \| default [^]*?\n(?!\|)/m;
-  const page = readFileSync(readme, "utf8");
-  writeFileSync(readme, page.replace(table, () => settingsTable(plugins)));
+  const before = readFileSync(page, "utf8");
+  writeFileSync(page, before.replace(table, () => settingsTable(plugins)));
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) await main();

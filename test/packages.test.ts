@@ -2,6 +2,7 @@
 
 import {
   cpSync,
+  globSync,
   mkdirSync,
   readFileSync,
   symlinkSync,
@@ -82,8 +83,10 @@ test("the npm package has what a release has, and runs from there", async () => 
     const released = [...sums.matchAll(/ {2}(.*)$/gm)].map(([, name]) => name);
     assert.equal(
       paths,
-      ["LICENSE", "README.md", "dist/SHA256SUMS", "package.json"]
-        .concat(released.map((name) => `dist/${name}`)).sort(),
+      ["CHANGELOG.md", "LICENSE", "README.md", "package.json"]
+        .concat(globSync(["plugins/*.md", "scripts/*.svg"], { cwd: ROOT }))
+        .concat(["SHA256SUMS", ...released].map((name) => `dist/${name}`))
+        .sort(),
     );
 
     const empty = `${directory}/empty`;

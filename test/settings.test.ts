@@ -116,9 +116,9 @@ test("settingsSchema() is what stands in plugins/settings.schema.json", async ()
   assert.is(read("plugins/settings.schema.json"), text, HINT);
 });
 
-test("settingsTable() is what stands in README.md", async () => {
+test("settingsTable() is what stands in plugins/settings.md", async () => {
   const table = settingsTable(await loadBuiltins());
-  assert.ok(read("README.md").includes(`\n\n${table}\n`), HINT);
+  assert.ok(read("plugins/settings.md").includes(`\n\n${table}\n`), HINT);
 });
 
 test("the manual page tells of every setting", () => {

@@ -299,9 +299,9 @@ function suiteUnder(runtime: Runtime, isFirst: boolean): void {
     );
   });
 
-  test("what the README says of CI works", () => {
+  test("what plugins/operation.md says of CI works", () => {
     const [, script] = /\n## CI\n[^]*?\n```sh\n([^]*?)```/.exec(
-      readFileSync(`${ROOT}README.md`, "utf8"),
+      readFileSync(`${ROOT}plugins/operation.md`, "utf8"),
     ) ?? [];
     const text = lab("machines", "head", "w1", "w2", "w2");
     const runScript = (machines: string) => {

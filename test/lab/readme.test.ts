@@ -1,12 +1,13 @@
 /**
- * README.md: all that it says to type is typed here, as it stands there. What
- * can't be has a stand-in that says so.
+ * README.md and the pages that it links: all that they say to type is typed
+ * here, as it stands there. What can't be has a stand-in that says so.
  */
 
 import { spawnSync } from "node:child_process";
 import {
   appendFileSync,
   copyFileSync,
+  cpSync,
   existsSync,
   globSync,
   mkdirSync,
@@ -14,6 +15,7 @@ import {
   readFileSync,
   rmSync,
   statSync,
+  symlinkSync,
   writeFileSync,
 } from "node:fs";
 import { createServer } from "node:https";
@@ -46,7 +48,11 @@ import { addressOf } from "./relay.ts";
 const test = suite("README");
 const COMMANDS = await loadCommands();
 
-const README = readFileSync(`${ROOT}README.md`, "utf8");
+/** What is there to read, in this order; plugins/README.md has its own tests. */
+const PAGES = ["README.md"]
+  .concat(["settings", "operation", "security", "measurements", "development"]
+    .map((name) => `plugins/${name}.md`))
+  .map((file) => readFileSync(ROOT + file, "utf8")).join("\n");
 const NODE = `${ROOT}node_modules/node/bin/node`;
 const DENO = globSync(`${ROOT}node_modules/@deno/*/deno`)[0]!;
 
@@ -64,7 +70,7 @@ const MACHINE_HOST = "distant";
 /** The fenced blocks of a language. */
 function fenced(language: string): string[] {
   const pattern = new RegExp(`^\`\`\`${language}\\n([^]*?)^\`\`\`$`, "gm");
-  return [...README.matchAll(pattern)].map(([, text]) => text!);
+  return [...PAGES.matchAll(pattern)].map(([, text]) => text!);
 }
 
 /** The commands of a block: a script, or one a line. */
@@ -76,9 +82,9 @@ function commandsOf(block: string): string[] {
     .filter((line) => line !== "");
 }
 
-/** All commands in blocks, in the order of the file. */
+/** All commands in blocks, in the order of the pages. */
 function allCommands(): string[] {
-  const text = README.replace(/^```(\w*)\n([^]*?)^```$/gm, (_, kind, block) => {
+  const text = PAGES.replace(/^```(\w*)\n([^]*?)^```$/gm, (_, kind, block) => {
     return kind === "sh" ? block.replace(/^/gm, "    ") : "";
   });
   const blocks = [...text.matchAll(/(?:^ {4}.*\n)+/gm)].map(([block]) =>
@@ -92,6 +98,7 @@ function allCommands(): string[] {
 // ---------------------------------------------------------------------------
 
 const release = mkdtempSync(`${tmpdir()}/offload-release-`);
+const repository = mkdtempSync(`${tmpdir()}/offload-repository-`);
 let server: Server;
 let url = "";
 let derivation = "";
@@ -155,20 +162,29 @@ function ignoreLoad(): void {
 const TYPED: Readonly<
   Record<string, (command: string) => Promise<void> | void>
 > = {
-  "sh scripts/demo.sh": () =>
-    assertRunElsewhere("/scripts/demo.sh", "demo.test.ts"),
-  // It runs this suite.
-  "sh scripts/test.sh": () => {
-    assert.ok(existsSync(`${ROOT}scripts/test.sh`));
+  // Out here, where git is.
+  'git clone "$REPOSITORY" /opt/offload': (command) => {
+    commitCheckout();
+    const clone = `${release}/clone`;
+    const line = command.replace("/opt/offload", clone);
+    const env = { ...process.env, REPOSITORY: repository };
+    const result = spawnSync("sh", ["-c", line], { env, encoding: "utf8" });
+    assert.is(result.status, 0, result.stderr);
+    cpSync(clone, `${root(HOST)}/opt/offload`, { recursive: true });
+  },
+  "cd /opt/offload": async (command) => {
+    await typed(`${command} && test -x scripts/install.sh`);
   },
   // It would take the libraries from under the tests; test.sh ran it first.
   "npm ci": () => {
     const text = readFileSync(`${ROOT}scripts/test.sh`, "utf8");
     assert.match(text, /^npm ci /m);
+    const link = `${root(HOST)}/opt/offload/node_modules`;
+    symlinkSync("/offload/node_modules", link);
   },
   "scripts/install.sh": async (command) => {
     const runtime = "OFFLOAD_RUNTIME=/offload/node_modules/node/bin/node";
-    const text = await typed(command, "/offload", runtime);
+    const text = await typed(command, "/opt/offload", runtime);
     assert.match(text, "installed /usr/local/bin/offload");
   },
   'curl --proto =https -fsSL "$URL/install.sh" | sh -s -- --from "$URL"':
@@ -188,6 +204,23 @@ const TYPED: Readonly<
   },
   "offload test": async (command) => {
     assert.match(await typed(command), `${MACHINE}:22`);
+  },
+  "mkdir -p /etc/guix/offload": async (command) => {
+    await typed(command);
+  },
+  "touch /etc/guix/offload/off": async (command) => {
+    await typed(command);
+    const [other] = makeWork(HOST, "--name=off");
+    const { status, stderr } = build(HOST, other!);
+    assert.is(status, 0, stderr);
+    assert.match(stderr, "'guix offload' takes over");
+    assert.match(stderr, `offloading '${other}' to '${MACHINE}'`);
+    assert.match(await typed("offload status"), "'guix offload' serves");
+  },
+  "rm /etc/guix/offload/off": async (command) => {
+    await typed(command);
+    const [other] = makeWork(HOST, "--name=on");
+    assertOffloads(other!);
   },
   // The pipeline: of two machines, one is down.
   [commandsOf(fenced("sh").find((it) => it.startsWith("set -e")) ?? "")[0]!]:
@@ -210,36 +243,43 @@ const TYPED: Readonly<
         assert.match(readFileSync(`${directory}/${name}.xml`, "utf8"), "<test");
       }
     },
-  // Out here, where Deno and the checkout are.
-  "deno check --config /opt/offload/deno.json /etc/guix/offload/roomy.ts": (
-    command,
-  ) => {
-    const [plugin] = fenced("ts");
-    const file = `${release}/roomy.ts`;
-    writeFileSync(file, plugin!.replaceAll("/opt/offload/", ROOT));
-    const args = command.replaceAll("/opt/offload/", ROOT)
-      .replace("/etc/guix/offload/roomy.ts", file)
-      .split(" ").slice(1);
-    const result = spawnSync(DENO, args, { encoding: "utf8" });
-    assert.is(result.status, 0, result.stderr);
-  },
   "sh /usr/local/lib/offload/install.sh --uninstall": async (command) => {
     lab("daemon", HOST);
     await typed(command);
     assert.not(existsSync(`${root(HOST)}/usr/local/bin/offload`));
   },
+  "sh scripts/demo.sh": () =>
+    assertRunElsewhere("/scripts/demo.sh", "demo.test.ts"),
+  // It runs this suite.
+  "sh scripts/test.sh": () => {
+    assert.ok(existsSync(`${ROOT}scripts/test.sh`));
+  },
   // There is no systemd in the lab: its daemon gets what the unit would set.
   "systemctl edit guix-daemon": () => {
     const [unit] = fenced("ini");
     assert.match(unit!, /^\[Service\]\nEnvironment=GUIX=\/opt\/offload\//);
-    const variable = /GUIX=.*/.exec(unit!)![0];
-    lab("daemon", HOST, variable.replace("/opt/offload/", "/offload/"));
+    lab("daemon", HOST, /GUIX=.*/.exec(unit!)![0]);
   },
   "systemctl restart guix-daemon": () => {
     const [other] = makeWork(HOST, "--name=other");
     assertOffloads(other!);
   },
 };
+
+/** Makes a repository of the checkout as it is, whether or not it is one. */
+function commitCheckout(): void {
+  const author = ["-c", "user.name=test", "-c", "user.email=test@localhost"];
+  git("init", "--quiet");
+  git("add", "--all");
+  git(...author, "commit", "--quiet", "--message=test");
+}
+
+/** Runs git on that repository, with the files of the checkout. */
+function git(...args: readonly string[]): void {
+  const places = [`--git-dir=${repository}/.git`, `--work-tree=${ROOT}`];
+  const result = spawnSync("git", [...places, ...args], { encoding: "utf8" });
+  assert.is(result.status, 0, result.stderr);
+}
 
 /** Lets the administrator log in to the machine. */
 function administrate(): void {
@@ -273,20 +313,34 @@ test.before(async () => {
 test.after(() => {
   server.close();
   rmSync(release, { recursive: true });
+  rmSync(repository, { recursive: true });
   down(HOST, MACHINE_HOST);
 });
 
-test("README's commands are all typed here", () => {
+test("all commands of the pages are typed here", () => {
   const commands = allCommands();
   const missing = commands.filter((command) => !(command in TYPED));
   assert.equal(missing, [], "no test types them: add them to TYPED");
   const gone = Object.keys(TYPED).filter((it) => !commands.includes(it));
-  assert.equal(gone, [], "they are not in README.md any more");
+  assert.equal(gone, [], "they are on no page any more");
 });
 
-test("README names programs and commands that are there", () => {
+test("plugins/README.md checks a plugin against the types", () => {
+  const page = readFileSync(`${ROOT}plugins/README.md`, "utf8");
+  const [, command] = /^ {4}(deno check .*)$/m.exec(page)!;
+  const [, example] = /^```ts\n(\/\/ roomy\.ts\n[^]*?)^```$/m.exec(page)!;
+  const file = `${release}/roomy.ts`;
+  writeFileSync(file, example!.replaceAll("/opt/offload/", ROOT));
+  const args = command!.replaceAll("/opt/offload/", ROOT)
+    .replace("/etc/guix/offload/roomy.ts", file)
+    .split(" ").slice(1);
+  const result = spawnSync(DENO, args, { encoding: "utf8" });
+  assert.is(result.status, 0, result.stderr);
+});
+
+test("the pages name programs and commands that are there", () => {
   const spans = [
-    ...README.replace(/^```[^]*?^```$/gm, "")
+    ...PAGES.replace(/^```[^]*?^```$/gm, "")
       .matchAll(/`([^`\n]+)`/g),
   ].map(([, text]) => text!);
   for (const span of spans) {

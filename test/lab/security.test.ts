@@ -1,4 +1,4 @@
-/** What README's section "Security" says of accounts and permissions. */
+/** What plugins/security.md says of accounts and permissions. */
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { suite } from "uvu";
@@ -23,14 +23,14 @@ import {
 } from "./lab.ts";
 import type { Runtime } from "./lab.ts";
 
-const readme = readFileSync(`${ROOT}README.md`, "utf8");
+const page = readFileSync(`${ROOT}plugins/security.md`, "utf8");
 
-/** The options that README puts before a key in authorized_keys. */
-const [, options] = /^(restrict,\S+) ssh-ed25519 /m.exec(readme) ?? [];
+/** The options that it puts before a key in authorized_keys. */
+const [, options] = /^(restrict,\S+) ssh-ed25519 /m.exec(page) ?? [];
 
-/** What README adds to sshd_config. */
+/** What it adds to sshd_config. */
 const [, configuration] = /^(Match User offload\n(?: +\S.*\n)+)/m
-  .exec(readme) ?? [];
+  .exec(page) ?? [];
 
 const CLIENT = ["ssh", "-n", "-F", "none", "-i", "/root/.ssh/id_ed25519"]
   .concat(...["BatchMode=yes", "StrictHostKeyChecking=no", "ConnectTimeout=20"]
