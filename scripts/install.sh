@@ -293,11 +293,11 @@ is_daemon() {
     [ "$its" = "$(readlink /proc/self/ns/pid)" ]
 }
 
-# Whether process $1 has this installation in its environment.
-uses_offload() {
-    [ -n "$1" ] && tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null |
-        grep -qxF "GUIX=$lib/guix"
-}
+# Prints what process $1 is told to take for guix.
+guix_of() { tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | sed -n 's/^GUIX=//p'; }
+
+# Whether that is this installation.
+uses_offload() { [ "$(guix_of "$1")" = "$lib/guix" ]; }
 
 has_systemd_unit() {
     [ -d /run/systemd/system ] &&
@@ -499,14 +499,16 @@ switch_back() {
 }
 
 # What the hook keeps beside the slots, NAME:PORT, which are also the
-# reference's.
+# reference's.  Another installation may have it now.
 forget() {
     state=${GUIX_STATE_DIRECTORY:-/var/guix}/offload
+    other=$(guix_of "$daemon")
+    if [ "$other" != "$lib/guix" ] && [ -e "${other%/*}/runtime.sh" ]; then
+        echo "left '$state', which '$other' uses"
+        return
+    fi
     for kept in "$state"/*; do
-        case $kept in
-        *:[0-9]*) continue ;;
-        esac
-        [ -e "$kept" ] || continue
+        [ "${kept%:[0-9]*}" = "$kept" ] && [ -e "$kept" ] || continue
         [ -n "$dry_run" ] || rm -rf "$kept"
         told removed remove "$kept"
     done

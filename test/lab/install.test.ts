@@ -28,6 +28,7 @@ import {
   down,
   inHost,
   makeWork,
+  OBSERVATIONS,
   root,
   run,
   start,
@@ -67,7 +68,7 @@ test.before(async () => {
   up("fresh:master", "ufresh:master:unprivileged", "w1");
   for (const host of Object.keys(HOSTS)) {
     useMachines(host, ["w1"]);
-    derivations[host] = makeWork(host, "--count=4");
+    derivations[host] = makeWork(host, "--count=5");
   }
 });
 
@@ -216,6 +217,30 @@ test("an upgrade replaces what changed, and running it again nothing", () => {
   assert.equal(changes(during, listing("fresh")), []);
   const removed = run(...uninstall);
   assert.is(removed.status, 0, removed.stderr);
+  assert.equal(changes(before, listing("fresh")), []);
+});
+
+test("what another installation uses is left to it", () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  const before = listing("fresh");
+  const other = "/opt/other/lib/offload";
+  for (const prefix of ["/usr/local", "/opt/other"]) {
+    const { status, stderr } = install("fresh", "--prefix", prefix);
+    assert.is(status, 0, stderr);
+  }
+  restartDaemon("fresh", `GUIX=${other}/guix`);
+  const derivation = derivations.fresh!.pop()!;
+  assertOffloaded(derivation, build("fresh", derivation), ["w1"]);
+  const first = run("fresh", "sh", `${LIBRARY}/install.sh`, "--uninstall");
+  assert.is(first.status, 0, first.stderr);
+  assert.match(first.stdout, `left '${STATE}', which '${other}/guix' uses\n`);
+  assert.ok(existsSync(root("fresh") + OBSERVATIONS));
+  restartDaemon("fresh");
+  const second = run("fresh", "sh", `${other}/install.sh`, "--uninstall");
+  assert.is(second.status, 0, second.stderr);
+  assert.not.match(second.stdout, "which");
+  assert.not.ok(existsSync(root("fresh") + OBSERVATIONS));
   assert.equal(changes(before, listing("fresh")), []);
 });
 
