@@ -1615,6 +1615,20 @@ export interface Context extends PluginContext {
   readonly localDaemons?: StoreConnection[];
   /** Those who wait for slots, where this process serves several hooks. */
   readonly queue?: SlotQueue;
+  /** Has another process move store items; false where it is to be done here. */
+  readonly carry?: (load: Load, context: BuildContext) => Promise<boolean>;
+}
+
+/** Store items that are to be moved for a build: one of both. */
+export interface Load {
+  /** What is built. */
+  readonly derivation: string;
+  /** How much they are, in bytes. */
+  readonly bytes: number;
+  /** What is to be sent. */
+  readonly inputs?: readonly string[];
+  /** What is to be retrieved. */
+  readonly outputs?: readonly string[];
 }
 
 /** Those who wait for slots in a process. */
@@ -5434,7 +5448,7 @@ export function plainTransport(
 }
 
 /** What a build needs on a machine to which there are connections. */
-interface BuildContext extends Context, TransportContext {
+export interface BuildContext extends Context, TransportContext {
   /** What goes with the build: its options, where they are not yet set. */
   readonly first: readonly Call[];
 }
@@ -5455,7 +5469,9 @@ async function admit(context: BuildContext): Promise<void> {
 }
 
 /** The transport of the first plugin that has one for the machine. */
-async function chooseTransport(context: BuildContext): Promise<Transport> {
+export async function chooseTransport(
+  context: BuildContext,
+): Promise<Transport> {
   const { machine } = context;
   const found = await firstAnswer(
     "transport",
@@ -5467,7 +5483,7 @@ async function chooseTransport(context: BuildContext): Promise<Transport> {
 }
 
 /** What the store here knows of items, each after those it refers to. */
-async function queryItems(
+export async function queryItems(
   paths: readonly string[],
   store: StoreConnection,
 ): Promise<Map<string, PathInfo>> {
@@ -5509,8 +5525,9 @@ async function sendItems(
   paths: readonly string[],
   derivation: string,
   transport: Transport,
-  { machine, local, log, observations }: BuildContext,
+  context: BuildContext,
 ): Promise<PathInfo | undefined> {
+  const { machine, local, log, observations } = context;
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
   let items = await queryItems(paths, local);
@@ -5531,7 +5548,9 @@ async function sendItems(
     items.delete(derivation);
     if (items.size === 0) return recipe;
     const start = performance.now();
-    await transport.send(items);
+    const load = { derivation, bytes: size, inputs: [...items.keys()] };
+    const isCarried = await context.carry?.(load, context);
+    if (!isCarried) await transport.send(items);
     if (size > 2 ** 20) {
       const bandwidth = size / (performance.now() - start) * 1000;
       observations.saveBandwidth(machineId(machine), bandwidth);
@@ -5612,7 +5631,7 @@ export async function restoreOutputs(
  * Puts the outputs, of `size` bytes, at their paths: all of them, once each is
  * complete and its signature verified, or none.
  */
-async function retrieveOutputs(
+export async function retrieveOutputs(
   outputs: readonly string[],
   size: number,
   transport: Transport,
@@ -5827,7 +5846,7 @@ async function setOptions(
 }
 
 /** Connects the stores of both sides, and tells what their connection is like. */
-async function connectStores(
+export async function connectStores(
   session: Session,
   remote: StoreConnection,
   local: Promise<StoreConnection>,
@@ -5872,7 +5891,9 @@ async function buildThere(
   const transport = await chooseTransport(context);
   const { derivation, needed, outputs } = work;
   const { seconds, size } = await sendAndBuild(work, transport, context);
-  await retrieveOutputs(outputs, size, transport, context);
+  const load = { derivation, bytes: size, outputs };
+  const isCarried = await context.carry?.(load, context);
+  if (!isCarried) await retrieveOutputs(outputs, size, transport, context);
   context.observations.saveBuild(
     machineId(context.machine),
     derivationName(derivation),
@@ -5938,7 +5959,7 @@ async function transferInStep(
  * Gives a session up over which nothing passes for too long, unless that may
  * be, or at whose end the daemon is dead.
  */
-function watchSession(session: Session, settings: Settings): () => void {
+export function watchSession(session: Session, settings: Settings): () => void {
   const [step, keepalive] = [settings.stepTimeout, settings.keepaliveTimeout];
   let seen = performance.now();
   let asking = false;

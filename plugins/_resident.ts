@@ -46,6 +46,7 @@ import {
   sleep,
 } from "../mod.ts";
 import type { Context, Conversation, Slot } from "../mod.ts";
+import { carry } from "./_carry.ts";
 import { Ground } from "./_ground.ts";
 import { GUARD, toolPath } from "./_guard.ts";
 import { Keeper } from "./_keeper.ts";
@@ -330,6 +331,7 @@ export class Resident {
       connect: this.#keeper.connect,
       localDaemons: this.#keeper.localDaemons,
       queue: this.#queue,
+      carry: (load, own) => carry(this.#self, load, own),
     };
   }
 

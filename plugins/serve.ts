@@ -87,6 +87,21 @@ async function makeServingLog(): Promise<Log> {
   return logOfServed(makeLog(process.env));
 }
 
+/** Moves what the one that serves says. */
+async function carry(
+  makeContext: Parameters<Command["run"]>[2],
+): Promise<CommandResult> {
+  const { carrierLog, carryHere } = await import("./_carry.ts");
+  const log = carrierLog();
+  try {
+    await carryHere(await makeContext(undefined, log));
+    return { output: "", exitCode: 0 };
+  } catch (error) {
+    log.error(error);
+    return { output: "", exitCode: 1 };
+  }
+}
+
 /** The shim, which alone passes requests on. */
 function selfOf({ environment: { OFFLOAD_SELF } }: Context): string {
   if (OFFLOAD_SELF !== undefined) return OFFLOAD_SELF;
@@ -121,6 +136,7 @@ async function serveCommand(
   options: CommandOptions,
   makeContext: Parameters<Command["run"]>[2],
 ): Promise<CommandResult> {
+  if (options.carry) return await carry(makeContext);
   const log = options.foreground ? await makeServingLog() : undefined;
   const context = await makeContext(undefined, log);
   const directory = residentDirectory(context.stateDirectory);
@@ -153,6 +169,7 @@ const plugin = {
       ["--idle SECONDS", "With that, end after so long without a build"],
       ["--daemon PID", "With that, end when this process has"],
       ["--stop", "Have it end, after the builds that it has"],
+      ["--carry", "Move store items for it, which says which"],
     ],
     examples: [
       ["offload serve", "starts one in the background"],

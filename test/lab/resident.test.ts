@@ -67,6 +67,12 @@ function isRunning(pid: number): boolean {
   return run("head", "kill", "-0", `${pid}`).status === 0;
 }
 
+/** The processes of head that move something for the one that stays. */
+function carriers(): number[] {
+  const { stdout } = run("head", "pgrep", "-f", "serve --carry");
+  return stdout.split("\n").filter((line) => line !== "").map(Number);
+}
+
 /** How many slots of head's are locked. */
 function takenSlots(): number {
   const text = inHost("head", ...offloadCommand("node", "status", "--json"));
@@ -185,6 +191,60 @@ function suiteUnder(runtime: Runtime): void {
     assert.is(takenSlots(), 0);
     assertStoreIsSound("head");
   });
+
+  const MUCH = 66 * 2 ** 20;
+  const BULKY = { sent: "--input-size", retrieved: "--output-size" } as const;
+  /** Starts a build with much to move, and waits for its carrier. */
+  const startBulky = async (option: string) => {
+    const inputs = option === BULKY.sent ? ["--inputs=1"] : [];
+    const build = startWork(...inputs, `${option}=${MUCH}`);
+    await until("a carrier", () => carriers().length === 1);
+    return build;
+  };
+
+  for (const [what, option] of Object.entries(BULKY)) {
+    test(`what is much is ${what} by another process`, async () => {
+      useMachines("head", ["w1"]);
+      const pid = await serveAnew(runtime);
+      const { derivations, client } = await startBulky(option);
+      const result = await within("its end", client.ended, 60_000);
+      assertOffloaded(derivations[0]!, result, ["w1"]);
+      assert.equal(carriers(), []);
+      await until("its count", () => status()!.served === 1);
+      assert.is(status()!.pid, pid);
+    });
+
+    test(`where that process is killed, it is ${what} without`, async () => {
+      useMachines("head", ["w1"]);
+      await serveAnew(runtime);
+      const { derivations, client } = await startBulky(option);
+      carriers().forEach((pid) => signal("KILL", pid));
+      const result = await within("its end", client.ended, 60_000);
+      assertOffloaded(derivations[0]!, result, ["w1"]);
+      assert.not.match(result.stderr, /warning|fail/);
+    });
+
+    test(`while it is ${what}, the end of all is that of it`, async () => {
+      useMachines("head", ["w1"]);
+      for (const end of ["client", "resident"]) {
+        const pid = await serveAnew(runtime);
+        const before = storeNames("head");
+        const { derivations, client } = await startBulky(option);
+        if (end === "resident") signal("KILL", pid);
+        else run("head", "sh", "-c", "kill -INT $(pgrep -f 'guix build')");
+        const { status: code } = await within("its end", client.ended, 60_000);
+        assert.is.not(code, 0);
+        await until("that of the carrier", () => carriers().length === 0);
+        // What is left is taken by the next build.
+        const result = build("head", derivations[0]!);
+        assertOffloaded(derivations[0]!, result, ["w1"]);
+        const made = storeNames("head").filter((it) => !before.includes(it));
+        assert.not.match(made.join("\n"), /\.chroot|\.lock$/);
+      }
+      assertStoreIsSound("head");
+      useMachines("head", MACHINES);
+    });
+  }
 
   test("a client that is interrupted ends its build there", async () => {
     await serveAnew(runtime);
