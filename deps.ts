@@ -409,6 +409,19 @@ function decodePoint(bytes: Buffer): Point | undefined {
   return makePoint((x & 1n) === sign ? x : FIELD - x, y);
 }
 
+/** Keys that were decoded, the latest ones: most signatures are by few. */
+const keys = new Map<string, Point | undefined>();
+
+/** The point that a key is, `undefined` if it is none. */
+function pointOf(key: Buffer): Point | undefined {
+  const name = key.toString("hex");
+  if (!keys.has(name)) {
+    if (keys.size === 16) keys.clear();
+    keys.set(name, decodePoint(key));
+  }
+  return keys.get(name);
+}
+
 let base: Point | undefined;
 
 /**
@@ -445,7 +458,7 @@ export function verifyEcdsa(
 ): boolean {
   const [r, s] = [bigEndian(rBytes), bigEndian(sBytes)];
   if (r <= 0n || r >= ORDER || s <= 0n || s >= ORDER) return false;
-  const key = decodePoint(q);
+  const key = pointOf(q);
   if (key === undefined) return false;
   const w = inverse(s, ORDER);
   const ofBase = (bigEndian(hash) >> 3n) * w % ORDER;

@@ -110,7 +110,7 @@ class Lines {
       const bytes = this.#read();
       if (bytes?.length === 0) return undefined;
       if (bytes !== undefined) this.#parts.push(bytes);
-      else await delay(pause = Math.min(pause + 1, 20));
+      else await delay(pause = Math.min(pause + 0.1, 20));
       this.#signal.throwIfAborted();
     }
   }
