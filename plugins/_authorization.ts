@@ -44,6 +44,7 @@ import {
 import type { Context, Session, Sexp } from "../mod.ts";
 import { exportSample, outputOf, testImport } from "./_testing.ts";
 import type { Sample } from "./_testing.ts";
+import { AS_ACCOUNT } from "./_first_steps.ts";
 import { quoteWord } from "./_remote.ts";
 
 /** Runs a program here and returns what it printed. */
@@ -160,7 +161,11 @@ export function replaceFile(
     });
   } catch (cause) {
     const message = `failed to replace '${file}': ${reason(cause)}`;
-    throw new OffloadError(message, { cause });
+    const isRoot = process.geteuid!() === 0;
+    throw new OffloadError(message, {
+      cause,
+      hint: isRoot ? undefined : AS_ACCOUNT,
+    });
   }
 }
 

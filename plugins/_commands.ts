@@ -135,13 +135,16 @@ function makeCli(
 }
 
 /** Says in the reference's words what is wrong with a command line. */
-function wrongArguments(error: Error, command: string): OffloadError {
+function wrongArguments(
+  error: Error,
+  { name, usage }: NamedCommand,
+): OffloadError {
   const [, option] = /option \`(.*?)[\` ]/i.exec(error.message) ?? [];
   const missing = /missing$/.test(error.message);
   const message = option === undefined
-    ? "wrong number of arguments"
+    ? `wrong number of arguments: expected 'offload ${name} ${usage}'`
     : `${option}: ${missing ? "its value is missing" : "unrecognized option"}`;
-  return usageError(message, command);
+  return usageError(message, name);
 }
 
 /** How many letters are to be changed, put in or left out between words. */
@@ -160,10 +163,9 @@ function distance(from: string, to: string): number {
 
 /** The error where there is no such command, with what may have been meant. */
 function unknownCommand(
-  word: string | undefined,
+  word: string,
   commands: readonly NamedCommand[],
 ): OffloadError {
-  if (!word) return usageError("missing command name");
   if (word.startsWith("-")) return usageError(`${word}: unrecognized option`);
   const [nearest] = commands.map(({ name }) => name)
     .filter((name) => name.startsWith(word) || distance(word, name) <= 2)
@@ -199,9 +201,12 @@ async function runMatched(
     return await cli.runMatchedCommand();
   } catch (error) {
     if (error instanceof Error && error.name === "CACError") {
-      throw wrongArguments(error, command.name);
+      throw wrongArguments(error, command);
     }
-    if (codeOf(error) !== "usage") throw error;
+    // Who did not know of which command it is can't say more.
+    const { hint, code } = usageError("");
+    const isVague = error instanceof OffloadError && error.hint === hint;
+    if (!isVague || codeOf(error) !== code) throw error;
     throw usageError(reason(error), command.name);
   }
 }
@@ -235,6 +240,19 @@ async function loadMeant(
   return command ? [command] : await loadCommands(await findSite());
 }
 
+/** The error where no command is named, with the one that comes next. */
+async function missingCommand(
+  makeContext: Parameters<Command["run"]>[2],
+): Promise<OffloadError> {
+  const { nextStep } = await import("./_first_steps.ts");
+  const hint = `${await nextStep(makeContext)}; 'offload --help' lists all`;
+  const options = { hint, exitCode: EXIT.usage };
+  return new OffloadError("missing command name", {
+    ...options,
+    code: "usage",
+  });
+}
+
 /** Runs the command that `args` name. */
 async function runCommand(
   args: readonly string[],
@@ -260,6 +278,7 @@ async function runCommand(
     return say(generalHelp(commands));
   }
   if (options.version === true) return say(`offload ${VERSION}`);
+  if (!word) throw await missingCommand(makeContext);
   if (command === undefined) throw unknownCommand(word, commands);
   const run = () => runMatched(command, cli);
   return await (command.around?.(options, run) ?? run());

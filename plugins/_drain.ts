@@ -13,6 +13,7 @@ import {
   loadBuiltin,
   machineId,
   OffloadError,
+  pluginDirectory,
 } from "../mod.ts";
 import type { CommandResult, Context } from "../mod.ts";
 import { replaceFile } from "./_authorization.ts";
@@ -43,7 +44,8 @@ export async function drain(
   context: Context,
 ): Promise<CommandResult> {
   if (!("drain" in context.settings.use)) {
-    const hint = "add '\"drain\": {}' to 'use' in settings.json";
+    const file = `${pluginDirectory(context.environment)}/settings.json`;
+    const hint = `add '"drain": {}' to 'use' in '${file}'`;
     throw new OffloadError("the plugin 'drain' is not in use", { hint });
   }
   const machines = await listMachines(context);

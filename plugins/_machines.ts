@@ -11,8 +11,6 @@ import {
   Late,
   listMachines,
   machineId,
-  maySee,
-  OffloadError,
   reason,
 } from "../mod.ts";
 import type { CommandOptions, Context, Machine, Plugin } from "../mod.ts";
@@ -122,15 +120,4 @@ export function systemOf(architecture: string): string {
     i686: /^i\d86/,
   }).find(([, pattern]) => pattern.test(architecture)) ?? [architecture];
   return `${known}-linux`;
-}
-
-/** Tells an account that may not see the state what it is not shown. */
-export function warnOfSlots({ stateDirectory, log }: Context): void {
-  const directory = `${stateDirectory}/offload`;
-  if (maySee(directory)) return;
-  log.warn(
-    new OffloadError(`all slots look free, for '${directory}' can't be seen`, {
-      hint: "run it as root, or as the account that guix-daemon runs as",
-    }),
-  );
 }

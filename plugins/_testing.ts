@@ -5,7 +5,7 @@
  */
 
 import { Buffer } from "node:buffer";
-import { mkdtempSync } from "node:fs";
+import { existsSync, mkdtempSync } from "node:fs";
 import { hostname, tmpdir } from "node:os";
 import {
   addTextToStore,
@@ -43,6 +43,7 @@ import type {
   StoreConnection,
   Style,
 } from "../mod.ts";
+import { AS_ACCOUNT, isUnreadable } from "./_first_steps.ts";
 import { withTimeout } from "./_machines.ts";
 import { formatTable, inOneLine, unlessAborted } from "./_screen.ts";
 import { probe } from "./_remote.ts";
@@ -115,6 +116,12 @@ function nonce(host: string): Buffer {
 
 /** Makes the item that is sent, as the reference makes it; for all machines. */
 export async function makeSample(context: Context): Promise<Sample> {
+  const key = `${context.configDirectory}/signing-key.sec`;
+  if (!existsSync(key)) {
+    const hint = "run 'guix archive --generate-key' here, as root, then " +
+      "'offload trust' for each machine";
+    throw new OffloadError(`there is no signing key, '${key}'`, { hint });
+  }
   const store = await openLocalDaemon(context);
   try {
     const text = nonce(hostname());
@@ -223,8 +230,9 @@ function remedy(
       "guix archive --authorize'";
   }
   const hint = error instanceof OffloadError ? error.hint : undefined;
+  const { user, name, port, privateKey } = machine;
+  if (isUnreadable(privateKey)) return AS_ACCOUNT;
   if (step === "authentication" && hint === undefined) {
-    const { user, name, port, privateKey } = machine;
     return `run 'offload trust ${user}@${name}:${port} --identity ` +
       `${privateKey}', which makes it if need be`;
   }

@@ -29,11 +29,13 @@ import type {
   Facts,
   Machine,
   Plugin,
+  Prospect,
   Request,
   Scores,
   Screen,
 } from "../mod.ts";
-import { JSON_OPTION, systemOf, warnOfSlots } from "./_machines.ts";
+import { warnOfGaps } from "./_first_steps.ts";
+import { JSON_OPTION, systemOf } from "./_machines.ts";
 import { formatTable } from "./_screen.ts";
 
 /**
@@ -102,16 +104,28 @@ function isBuiltHere(system: string): boolean {
   return system === own || system === ALSO_BUILT[own];
 }
 
+/** Says what to type next where machines failed. */
+function warnOfFailures(
+  prospects: readonly Prospect[],
+  { log }: Context,
+): void {
+  const failed = prospects.filter(({ problem }) => problem !== undefined);
+  if (failed.length === 0) return;
+  const hint = "'offload test' says what to do about each";
+  const message = `${failed.length} of ${prospects.length} machines failed`;
+  log.warn(new OffloadError(message, { hint }));
+}
+
 /**
  * Finds out who would build a derivation; takes no slot. `never` says why the
  * hook is not asked, if so: no machine is, either.
  */
 async function explain(
+  machines: readonly Machine[],
   request: Request,
   context: Context,
   never?: string,
 ): Promise<Explanation[]> {
-  const machines = await listMachines(context);
   const matching = machines.filter((machine) =>
     never === undefined && machineMatches(machine, request)
   );
@@ -122,6 +136,7 @@ async function explain(
     context,
   );
   dismiss(prospects);
+  if (ranking.length === 0) warnOfFailures(prospects, context);
   const ranked = new Map(
     ranking.map(({ prospect, scores }) => [prospect.machine, scores] as const),
   );
@@ -169,14 +184,17 @@ function formatExplanation(
   return formatTable([header, ...rows], screen);
 }
 
+/** What to do where a name is not that of a derivation. */
+const HOW_TO_NAME_ONE = "'guix build -d PACKAGE' prints the name of one";
+
 /** Reads a derivation that somebody has named. */
 function parseDerivation(text: string, file: string) {
   try {
     return readDerivation(text);
   } catch (cause) {
-    const hint = "'guix build -d PACKAGE' prints the name of one";
     const message = `'${file}' is no derivation`;
-    throw new OffloadError(message, { cause, hint, exitCode: EXIT.usage });
+    const options = { hint: HOW_TO_NAME_ONE, exitCode: EXIT.usage };
+    throw new OffloadError(message, { cause, ...options });
   }
 }
 
@@ -187,13 +205,12 @@ export async function explainCommand(
   context: Context,
   screen: Screen,
 ): Promise<CommandResult> {
-  warnOfSlots(context);
   let text;
   try {
     text = readFileSync(derivation, "utf8");
   } catch (cause) {
     const message = `failed to read '${derivation}': ${reason(cause)}`;
-    throw new OffloadError(message, { cause });
+    throw new OffloadError(message, { cause, hint: HOW_TO_NAME_ONE });
   }
   const { system, features, prefersLocal } = parseDerivation(text, derivation);
   const request = { wantsLocal: false, derivation, system, features };
@@ -201,7 +218,9 @@ export async function explainCommand(
     ? "guix-daemon builds it itself, for its preferLocalBuild is set"
     : undefined;
   if (never !== undefined) context.log.info(`'${derivation}': ${never}`);
-  const explanations = await explain(request, context, never);
+  const machines = await listMachines(context);
+  await warnOfGaps(machines, context);
+  const explanations = await explain(machines, request, context, never);
   const output = options.json
     ? JSON.stringify(explanations, null, 2)
     : formatExplanation(explanations, screen);

@@ -12,6 +12,7 @@ import type {
   Plugin,
   Screen,
 } from "../mod.ts";
+import { warnOfLack } from "./_first_steps.ts";
 import { hasErrors, JSON_OPTION, machinePlugins } from "./_machines.ts";
 import { formatTable } from "./_screen.ts";
 
@@ -24,6 +25,7 @@ async function machinesCommand(
 ): Promise<CommandResult> {
   const plugins = machinePlugins(file, context);
   const machines = await listMachines({ ...context, plugins });
+  await warnOfLack(machines, context);
   const rows = machines.map((machine) => [
     machineId(machine),
     machine.systems.join(","),

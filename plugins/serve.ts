@@ -8,7 +8,7 @@
 import { appendFileSync, existsSync, readFileSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
-import { asOwner, makeLog, OffloadError } from "../mod.ts";
+import { asOwner, makeLog, OffloadError, ownerOf } from "../mod.ts";
 import type {
   Command,
   CommandOptions,
@@ -124,8 +124,10 @@ function numberOf(
 
 /** Refuses another account than the one whose daemon's state that is. */
 function checkAccount(directory: string): void {
-  const owner = asOwner(directory, () => process.geteuid!());
-  if (owner === process.geteuid!()) return;
+  const account = process.geteuid!();
+  const owner = asOwner(directory, process.geteuid!);
+  const isOurs = account === 0 || ownerOf(directory)?.uid === account;
+  if (owner === account && isOurs) return;
   throw new OffloadError(`'${directory}' is another account's`, {
     hint: "run this as the account that guix-daemon runs as",
   });

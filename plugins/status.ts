@@ -40,7 +40,6 @@ import {
   selectMachines,
   TIMEOUT_OPTION,
   timeoutOf,
-  warnOfSlots,
   WHICH_MACHINES,
   withTimeout,
 } from "./_machines.ts";
@@ -51,6 +50,7 @@ import {
   redraw,
   unlessAborted,
 } from "./_screen.ts";
+import { warnOfGaps } from "./_first_steps.ts";
 import { probe } from "./_remote.ts";
 import { residentStatus } from "./_resident_start.ts";
 
@@ -359,6 +359,18 @@ function warnOfClocks(
   }
 }
 
+/** Says what to type next where machines can't be reached. */
+function warnOfUnreachable(
+  statuses: readonly MachineStatus[],
+  { log }: Context,
+): void {
+  const down = statuses.filter(({ reachable }) => !reachable).length;
+  if (down === 0) return;
+  const message = `can't reach ${down} of ${statuses.length} machines`;
+  const hint = "'offload test' says what to do about each";
+  log.warn(new OffloadError(message, { hint }));
+}
+
 /** `offload status [FILE [REGEXP]]`. */
 async function statusCommand(
   args: readonly string[],
@@ -368,7 +380,7 @@ async function statusCommand(
 ): Promise<CommandResult> {
   const seconds = timeoutOf(options, context);
   const machines = await selectMachines(args, context);
-  warnOfSlots(context);
+  await warnOfGaps(machines, context);
   warnWhereOff(context);
   context.log.info(`getting status of ${machines.length} build machines...`);
   tellResident(context);
@@ -392,6 +404,7 @@ async function statusCommand(
     const looks = machines.map(look);
     const statuses = await awaitAll("asking machines", looks, screen);
     warnOfClocks(statuses, context);
+    warnOfUnreachable(statuses, context);
     const failed = statuses.some(({ reachable }) => !reachable) ||
       hasErrors(context);
     return { output: describe(statuses), exitCode: failed ? 1 : 0 };

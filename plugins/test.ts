@@ -18,6 +18,7 @@ import type {
   Problem,
   Screen,
 } from "../mod.ts";
+import { lackOfMachines } from "./_first_steps.ts";
 import {
   JSON_OPTION,
   selectMachines,
@@ -107,12 +108,16 @@ function isPlugins({ code }: Problem): boolean {
   return code === "plugin";
 }
 
-/** A failure of no machine. */
-const NOTHING_TESTED: Problem = {
-  severity: "error",
-  message: "no machine is listed, and so none was tested",
-  hint: "'offload trust' adds one to the machine file",
-};
+/** That no machine was tested, as a failure of none, where that is so. */
+async function lackOf(
+  machines: readonly Machine[],
+  context: Context,
+): Promise<Problem[]> {
+  const lack = await lackOfMachines(machines, context);
+  if (lack === undefined) return [];
+  const message = `${lack.message}, and so none was tested`;
+  return [{ severity: "error", message, hint: lack.hint }];
+}
 
 /** Writes text for XML. */
 function xml(text: string): string {
@@ -234,7 +239,7 @@ async function testCommand(
     ...testOf("installation", checkInstallation(machines, context)),
     ...testOf("machine file", context.problems.filter((it) => !isPlugins(it))),
     ...testOf("plugins", context.problems.filter(isPlugins)),
-    ...testOf("machines", isNothing ? [NOTHING_TESTED] : []),
+    ...testOf("machines", await lackOf(machines, context)),
     ...results,
   ];
   const problem = options.junit === undefined

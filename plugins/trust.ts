@@ -17,6 +17,7 @@ import type {
 import {
   connect,
   evaluateMachineFile,
+  EXIT,
   fingerprint,
   HOST_KEY_ALGORITHMS,
   isDefault,
@@ -50,6 +51,7 @@ import {
   replaceFile,
   tellChange,
 } from "./_authorization.ts";
+import { demandRights } from "./_first_steps.ts";
 import { hasErrors, systemOf, TIMEOUT_OPTION, timeoutOf } from "./_machines.ts";
 import { inOneLine, unlessAborted } from "./_screen.ts";
 import {
@@ -73,7 +75,8 @@ function fetchHostKey(
     const client = new ssh2.Client();
     client.on("error", (cause) => {
       const message = `failed to connect to '${name}': ${reason(cause)}`;
-      reject(new OffloadError(message, { cause }));
+      const hint = `see how far 'ssh -v -p ${port} ${name}' gets`;
+      reject(new OffloadError(message, { cause, hint }));
     });
     client.connect({
       ...{ host: name, port, username: "-" },
@@ -134,7 +137,7 @@ function authenticateByAny(
     const types = ["password", "keyboard-interactive"] as const;
     const type = types.find((type) => left?.includes(type));
     if (type === undefined || tries > 4) return next(false as never);
-    const instead = "add a key that may log in to the SSH agent";
+    const instead = "add a key that may log in to the SSH agent, by 'ssh-add'";
     askOnTerminal(question, "secret", instead, context).then(
       (password) =>
         next(
@@ -235,7 +238,9 @@ export function addToMachineFile(
   home: string,
 ): string | undefined {
   const indented = ` ${form.replaceAll("\n", "\n ")}`;
-  if (text.trim() === "") return `(list\n${indented})\n`;
+  if (text.replace(/;.*/g, "").trim() === "") {
+    return `${text}${/[^\n]$/.test(text) ? "\n" : ""}(list\n${indented})\n`;
+  }
   const evaluate = (text: string) => {
     const { machines, problems } = evaluateMachineFile(text, file, home);
     return JSON.stringify([machines, problems.length]);
@@ -265,7 +270,15 @@ function parseTarget(text: string): Pick<Machine, "user" | "name" | "port"> {
   if (user !== undefined && isWithin(Number(port), 1, 65535)) {
     return { user, name: address ?? name!, port: Number(port) };
   }
-  throw usageError(`${text}: expected USER@HOST or USER@HOST:PORT`, "trust");
+  const message = `${text}: expected USER@HOST or USER@HOST:PORT`;
+  if (!/^[^@\s]+$/.test(text)) throw usageError(message, "trust");
+  const hint =
+    `run 'offload trust root@${text}', or with another account there`;
+  throw new OffloadError(message, {
+    hint,
+    code: "usage",
+    exitCode: EXIT.usage,
+  });
 }
 
 /** Makes the machine that is to be trusted, by what else is known of it. */
@@ -377,6 +390,15 @@ function tellOtherKey(
   );
 }
 
+/** Says where what is printed is to go. */
+function tellWhereTo(text: string, { configDirectory, log }: Context): void {
+  const file = `${configDirectory}/machines.scm`;
+  log.info(
+    `add this to the list in '${file}', or run 'offload trust ${text} ` +
+      `--file ${file}', which does`,
+  );
+}
+
 /** `offload trust USER@HOST[:PORT]`. */
 async function trustCommand(
   [text]: readonly string[],
@@ -385,8 +407,10 @@ async function trustCommand(
   screen: Screen,
 ): Promise<CommandResult> {
   const target = parseTarget(text!);
-  const seconds = timeoutOf(options, context);
   const file = options.file === undefined ? undefined : String(options.file);
+  const more = file === undefined ? "" : ` --file ${file}`;
+  demandRights(`offload trust ${text}${more}`, context);
+  const seconds = timeoutOf(options, context);
   const known = await findMachine(target, file, context);
   const { machine, sample } = await introduce(target, known, options, context);
   const tell = (step: Step) => tellStep(machine, step, context);
@@ -403,7 +427,10 @@ async function trustCommand(
   if (report.outcome === "failed") {
     return { output: formatReports([report], screen), exitCode: 1 };
   }
-  if (file === undefined) return { output: machineForm(machine), exitCode: 0 };
+  if (file === undefined) {
+    tellWhereTo(text!, context);
+    return { output: machineForm(machine), exitCode: 0 };
+  }
   return {
     output: known ? "" : addMachine(machine, file, context),
     exitCode: 0,

@@ -74,7 +74,7 @@ command("says where a file can't be evaluated, and fails", () => {
   );
 });
 
-command("says nothing of a file that is not there, unless it is named", () => {
+command("says how to get a file that is not there, unless it is named", () => {
   const [program, ...args] = ownRuntime;
   const machines = (...names: string[]) =>
     spawnSync(program, [...args, join(ROOT, "mod.ts"), "machines", ...names], {
@@ -83,7 +83,10 @@ command("says nothing of a file that is not there, unless it is named", () => {
     });
   const usual = machines();
   assert.is(usual.status, 0);
-  assert.is(usual.stderr, "");
+  assert.match(
+    usual.stderr,
+    "hint: run 'offload trust root@HOST --file /nonexistent/machines.scm': ",
+  );
   const named = machines("/nonexistent/machines.scm");
   assert.is(named.status, 2);
   assert.match(named.stderr, "failed to open machine file '/nonexistent/mach");
