@@ -4448,7 +4448,7 @@ export interface StartedProcess extends RemoteProcess {
   readonly started: number;
 }
 
-/** What runs commands on build machines: `plugins/_remote.ts`. */
+/** What runs commands on build machines: `plugins/_remote.ts`. @internal */
 export interface RemoteCommands {
   /** Runs a command by an SSH client. */
   execute(

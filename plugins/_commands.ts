@@ -7,6 +7,7 @@
 
 import { writeFileSync } from "node:fs";
 import { isatty } from "node:tty";
+import manifest from "../package.json" with { type: "json" };
 import { cac } from "../deps.ts";
 import {
   abortOnSignals,
@@ -41,8 +42,8 @@ import type {
 } from "../mod.ts";
 import { Foot, progressBar } from "./_screen.ts";
 
-/** The version, as package.json has it. */
-export const VERSION = "0.1.0";
+/** The version, which stands in package.json alone. */
+export const VERSION: string = manifest.version;
 
 /** The option that every command has. */
 export const HELP_OPTION = ["--help", "Show this help"] as const;

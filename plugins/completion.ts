@@ -32,12 +32,17 @@ ${cases.join("")}    completion:*) words='bash zsh fish' ;;
 complete -o default -F _offload offload`;
 }
 
-/** The completion for zsh, which can do it as bash does. */
+/**
+ * The completion for zsh, which can do it as bash does: sourced or, as a file
+ * `_offload` in its fpath, loaded when it is called, which is for an answer.
+ */
 function zshCompletion(commands: readonly NamedCommand[]): string {
-  return `(( $+functions[compdef] )) || { autoload -Uz compinit; compinit; }
+  return `#compdef offload
+(( $+functions[compdef] )) || { autoload -Uz compinit; compinit; }
 autoload -Uz bashcompinit
 bashcompinit
-${bashCompletion(commands)}`;
+${bashCompletion(commands)}
+[[ $funcstack[1] != _offload ]] || _bash_complete -o default -F _offload`;
 }
 
 /** The completion for fish. */

@@ -1,6 +1,7 @@
 /**
- * Makes a release: Offload as one JavaScript file that needs a runtime and
- * nothing else, with the programs that stand around it and their checksums.
+ * Makes what is installed: Offload as one JavaScript file that needs a runtime
+ * and nothing else, with the programs that stand around it, what authors of
+ * plugins need, and their checksums.
  *
  * The same sources make the same bytes, wherever they are. Names and lines are
  * kept: who looks at a stack trace, or at what root is to run, can read it.
@@ -8,11 +9,10 @@
  * @module
  */
 
-import { buildSync } from "esbuild";
+import { buildSync, transformSync } from "esbuild";
 import { createHash } from "node:crypto";
 import {
   chmodSync,
-  copyFileSync,
   mkdirSync,
   readdirSync,
   readFileSync,
@@ -20,24 +20,31 @@ import {
 } from "node:fs";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
+import ts from "typescript";
+import { isProgram } from "../deps.ts";
+import { loadCommands } from "../plugins/_commands.ts";
+import { completion } from "../plugins/completion.ts";
 import { manual } from "./manual.ts";
 
 const ROOT = fileURLToPath(new URL("..", import.meta.url));
 
 const USAGE = `usage: bundle [DIRECTORY]
 
-Makes a release in DIRECTORY, 'dist' of this checkout unless told, and prints
-its checksums.`;
+Makes what is installed in DIRECTORY, 'dist' of this checkout unless told, and
+prints its checksums. 'release' makes all that is published.`;
 
-/** What of scripts/ is part of a release, with its mode. */
-const SCRIPTS: Readonly<Record<string, number>> = {
-  "choose.sh": 0o644,
-  "guix": 0o755,
-  "guix.scm": 0o644,
-  "install.sh": 0o755,
-  "offload": 0o755,
-  "runtime.sh": 0o644,
-};
+/** What of scripts/ is installed, or installs it. */
+const SCRIPTS = ["choose.sh", "guix", "install.sh", "offload", "runtime.sh"]
+  .concat("tell.sh");
+
+/** What of that is run. */
+const PROGRAMS = ["guix", "install.sh", "offload"];
+
+/** What editors check files of JSON by. */
+const SCHEMAS = ["machines.schema.json", "settings.schema.json"];
+
+/** The shells that a release has completions for. */
+const SHELLS = ["bash", "fish", "zsh"];
 
 /** What CommonJS packages expect to be there. */
 const BANNER = `import { createRequire } from "node:module";
@@ -86,6 +93,56 @@ function makeLazy(script: string): string {
   );
 }
 
+/** The head of a module that has its types beside it, for Deno. */
+function typedBy(file: string): string {
+  return `// @ts-self-types="./${file}"\n`;
+}
+
+/** The types of the script, and of the contract tests of plugins. */
+function types(): Record<string, string> {
+  const files: Record<string, string> = {};
+  const program = ts.createProgram(
+    [`${ROOT}/mod.ts`, `${ROOT}/plugins/_contract.ts`],
+    {
+      ...{ module: ts.ModuleKind.NodeNext, target: ts.ScriptTarget.ESNext },
+      ...{ strict: true, exactOptionalPropertyTypes: true },
+      ...{ allowImportingTsExtensions: true, resolveJsonModule: true },
+      // `deno check` does that; what names a package is of no use elsewhere.
+      ...{ noCheck: true, stripInternal: true },
+      ...{ declaration: true, emitDeclarationOnly: true },
+      ...{ types: ["node"], newLine: ts.NewLineKind.LineFeed },
+    },
+    { ...ts.createCompilerHost({}), getCurrentDirectory: () => ROOT },
+  );
+  program.emit(undefined, (file, text) => {
+    files[file.replace(/^.*\//, "")] = text;
+  });
+  return {
+    "offload.d.mts": files["mod.d.ts"]!,
+    "contract.d.mts": besideScript(files["_contract.d.ts"]!),
+  };
+}
+
+/** The text of a plugin's file for where mod.ts is the script of a release. */
+function besideScript(text: string): string {
+  return text.replaceAll('"../mod.ts"', '"./offload.mjs"');
+}
+
+/** The contract tests of plugins, of which the script has most. */
+function contract(): string {
+  const text = readFileSync(`${ROOT}/plugins/_contract.ts`, "utf8");
+  const { code } = transformSync(text, { loader: "ts", target: "node22.14" });
+  return typedBy("contract.d.mts") + besideScript(code);
+}
+
+/** The completions of the commands, by the file's name. */
+async function completions(): Promise<Record<string, string>> {
+  const commands = await loadCommands();
+  return Object.fromEntries(SHELLS.map((shell) => {
+    return [`offload.${shell}`, `${completion(shell, commands)}\n`];
+  }));
+}
+
 /** The licenses of Offload and of the packages in it, as a comment. */
 function licenses(inputs: readonly string[]): string {
   const packages = inputs.map((file) =>
@@ -106,44 +163,61 @@ function licenses(inputs: readonly string[]): string {
 }
 
 /** The checksums of files, as `sha256sum` writes them. */
-function checksums(directory: string, files: readonly string[]): string {
-  return files.map((file) => {
-    const hash = createHash("sha256").update(
-      readFileSync(`${directory}/${file}`),
-    );
-    return `${hash.digest("hex")}  ${file}\n`;
+export function checksums(
+  files: Readonly<Record<string, string | Uint8Array>>,
+): string {
+  return Object.entries(files).map(([name, content]) => {
+    const hash = createHash("sha256").update(content);
+    return `${hash.digest("hex")}  ${name}\n`;
   }).join("");
 }
 
-/** Makes the release; returns its checksums. */
-function release(directory: string): string {
-  mkdirSync(directory, { recursive: true });
-  const { script, inputs } = bundle();
-  writeFileSync(
-    `${directory}/offload.mjs`,
-    `${script}\n${licenses(inputs)}\n`,
-  );
+/** The day of the version, as the changelog has it. */
+function day(): string {
   const changes = readFileSync(`${ROOT}/CHANGELOG.md`, "utf8");
-  const date = /^## \[.*\] - (.*)$/m.exec(changes)![1]!;
-  writeFileSync(`${directory}/offload.1`, manual(date));
-  for (const [name, mode] of Object.entries(SCRIPTS)) {
-    copyFileSync(`${ROOT}/scripts/${name}`, `${directory}/${name}`);
-    chmodSync(`${directory}/${name}`, mode);
-  }
-  const files = ["offload.mjs", "offload.1", ...Object.keys(SCRIPTS)];
-  const sums = checksums(directory, files);
-  writeFileSync(`${directory}/SHA256SUMS`, sums);
-  return sums;
+  return /^## \[.*\] - (.*)$/m.exec(changes)![1]!;
 }
 
-function main(args: readonly string[]): number {
+/** All that is installed, and SHA256SUMS of it, by the file's name. */
+async function contents(): Promise<Record<string, string>> {
+  const { script, inputs } = bundle();
+  const read = (directory: string, names: readonly string[]) =>
+    Object.fromEntries(names.map((name) => {
+      return [name, readFileSync(`${ROOT}/${directory}/${name}`, "utf8")];
+    }));
+  const files = {
+    "offload.mjs": `${typedBy("offload.d.mts")}${script}\n${
+      licenses(inputs)
+    }\n`,
+    "offload.1": manual(day()),
+    "contract.mjs": contract(),
+    ...types(),
+    ...await completions(),
+    ...read("plugins", SCHEMAS),
+    ...read("scripts", SCRIPTS),
+  };
+  return { ...files, SHA256SUMS: checksums(files) };
+}
+
+/** Makes what is installed in a directory; returns its checksums. */
+export async function makeBundle(directory: string): Promise<string> {
+  const files = await contents();
+  mkdirSync(directory, { recursive: true });
+  for (const [name, text] of Object.entries(files)) {
+    writeFileSync(`${directory}/${name}`, text);
+    chmodSync(`${directory}/${name}`, PROGRAMS.includes(name) ? 0o755 : 0o644);
+  }
+  return files.SHA256SUMS!;
+}
+
+async function main(args: readonly string[]): Promise<number> {
   if (args.length > 1 || args[0]?.startsWith("-")) {
     const asked = args[0] === "--help";
     console[asked ? "log" : "error"](USAGE);
     return asked ? 0 : 2;
   }
-  console.log(release(args[0] ?? `${ROOT}/dist`).trimEnd());
+  console.log((await makeBundle(args[0] ?? `${ROOT}/dist`)).trimEnd());
   return 0;
 }
 
-process.exit(main(process.argv.slice(2)));
+if (isProgram(import.meta)) process.exit(await main(process.argv.slice(2)));

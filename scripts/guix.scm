@@ -1,76 +1,82 @@
-;;; A package of Offload for Guix, of the release that this file is a part of or,
-;;; in a checkout, of the one that scripts/bundle has made.
+;;; A package of Offload for Guix, of the release that this file is a part of.
+;;; scripts/release, which makes that, fills in what is between @ signs.
 ;;;
 ;;;   guix package -f guix.scm
 ;;;
 ;;; Its lib/offload/guix is what guix-daemon's variable GUIX is to name.
 
-(use-modules (gnu packages)
+(use-modules ((gcrypt hash) #:select (file-sha256))
+             (gnu packages)
+             (guix base16)
              (guix build-system trivial)
+             (guix download)
              (guix gexp)
              ((guix licenses) #:prefix license:)
-             (guix packages)
-             (ice-9 regex)
-             (ice-9 textual-ports)
-             (srfi srfi-1))
+             (guix packages))
+
+(define version "@VERSION@")
+
+;; The archive, which is also the package for npm.
+(define archive (string-append "guix-offload-" version ".tgz"))
+(define sha256sum "@SHA256@")
+
+;; Where the release is, for who has this file alone; it may be empty.
+(define url "@URL@")
 
 (define release
-  (let ((here (dirname (current-filename))))
-    (or (find (lambda (directory)
-                (file-exists? (string-append directory "/offload.mjs")))
-              (list here (string-append here "/../dist")))
-        (error "there is no release here: make one with 'scripts/bundle'"))))
-
-;; The manual page begins with it.
-(define version
-  (match:substring
-   (string-match "Offload ([0-9.]+)"
-                 (call-with-input-file (string-append release "/offload.1")
-                   get-string-all))
-   1))
+  (let ((file (string-append (dirname (current-filename)) "/" archive)))
+    (cond ((file-exists? file)
+           (unless (string=? sha256sum
+                             (bytevector->base16-string (file-sha256 file)))
+             (error "it is not of the same release:" file))
+           (local-file file))
+          ((string-null? url)
+           (error "there is no archive beside guix.scm:" file))
+          (else
+           (origin
+             (method url-fetch)
+             (uri (string-append url "/" archive))
+             (sha256 (base16-string->bytevector sha256sum)))))))
 
 (package
   (name "offload")
   (version version)
-  (source (local-file release "offload-release" #:recursive? #t))
+  (source release)
   (build-system trivial-build-system)
   (arguments
    (list
     #:modules '((guix build utils))
     #:builder
     #~(begin
-        (use-modules (guix build utils)
-                     (ice-9 popen)
-                     (ice-9 textual-ports)
-                     (srfi srfi-26))
+        (use-modules (guix build utils))
         (define lib (string-append #$output "/lib/offload"))
-        (define node (string-append #$(this-package-input "node") "/bin/node"))
-        (define (install file directory)
-          (install-file (string-append #$source "/" file) directory))
-        (for-each (cut install <> lib)
-                  '("guix" "offload" "offload.mjs" "runtime.sh"))
-        (install "offload.1" (string-append #$output "/share/man/man1"))
+        (define share (string-append #$output "/share/"))
+        (define (copy file place)
+          (mkdir-p (dirname place))
+          (copy-file (string-append "package/dist/" file) place))
+        (setenv "PATH"
+                (string-append #$(this-package-native-input "gzip") "/bin"))
+        (invoke #$(file-append (this-package-native-input "tar") "/bin/tar")
+                "xzf" #$source)
+        (for-each (lambda (file)
+                    (copy file (string-append lib "/" file)))
+                  '("guix" "offload" "offload.mjs" "runtime.sh"
+                    "offload.d.mts" "contract.mjs" "contract.d.mts"
+                    "machines.schema.json" "settings.schema.json"))
+        (for-each (lambda (file place)
+                    (copy file (string-append share place)))
+                  '("offload.1" "offload.bash" "offload.zsh" "offload.fish")
+                  '("man/man1/offload.1"
+                    "bash-completion/completions/offload"
+                    "zsh/site-functions/_offload"
+                    "fish/vendor_completions.d/offload.fish"))
         ;; The one that it is started with, whatever there is in PATH.
-        (symlink node (string-append lib "/runtime"))
+        (symlink #$(file-append (this-package-input "node") "/bin/node")
+                 (string-append lib "/runtime"))
         (mkdir-p (string-append #$output "/bin"))
         (symlink "../lib/offload/offload"
-                 (string-append #$output "/bin/offload"))
-        (setenv "HOME" (getcwd))
-        (for-each
-         (lambda (shell file)
-           (let* ((file (string-append #$output "/share/" file))
-                  (pipe (open-pipe* OPEN_READ node
-                                    (string-append lib "/offload.mjs")
-                                    "completion" shell))
-                  (text (get-string-all pipe)))
-             (unless (zero? (close-pipe pipe))
-               (error "failed to make the completion for" shell))
-             (mkdir-p (dirname file))
-             (call-with-output-file file (cut display text <>))))
-         '("bash" "zsh" "fish")
-         '("bash-completion/completions/offload"
-           "zsh/site-functions/_offload"
-           "fish/vendor_completions.d/offload.fish")))))
+                 (string-append #$output "/bin/offload")))))
+  (native-inputs (map specification->package '("gzip" "tar")))
   (inputs (list (specification->package "node")))
   (home-page #f)
   (synopsis "Build hook that offloads builds to other machines over SSH")

@@ -187,6 +187,24 @@ fetch() {
     esac
 }
 
+# What of a release is installed: the program, what authors of plugins need, and
+# what other programs read.
+installed="runtime.sh offload.mjs guix offload install.sh
+    offload.d.mts contract.mjs contract.d.mts
+    machines.schema.json settings.schema.json
+    offload.1 offload.bash offload.fish offload.zsh"
+
+# Prints where a file of a release is installed.
+place_of() {
+    case $1 in
+    *.1) echo "$prefix/share/man/man1/$1" ;;
+    *.bash) echo "$prefix/share/bash-completion/completions/offload" ;;
+    *.fish) echo "$prefix/share/fish/vendor_completions.d/$1" ;;
+    *.zsh) echo "$prefix/share/zsh/site-functions/_offload" ;;
+    *) echo "$lib/$1" ;;
+    esac
+}
+
 # Leaves in $work/release what is to be installed.
 get_release() {
     if [ -z "$from" ] && [ -e "$here/SHA256SUMS" ]; then from=$here; fi
@@ -203,22 +221,17 @@ get_release() {
     mkdir "$work/release"
     fetch SHA256SUMS
     check_sum
-    names=$(sed 's/^[0-9a-f]* [ *]//' "$work/release/SHA256SUMS")
-    for name in $names; do
-        case $name in
-        .* | *[!A-Za-z0-9.]*) fail "'$from/SHA256SUMS' names odd files" ;;
-        esac
+    for name in choose.sh tell.sh $installed; do
+        grep "^[0-9a-f]\{64\} [ *]$name\$" "$work/release/SHA256SUMS" \
+            >>"$work/sums" ||
+            fail "'$from/SHA256SUMS' lacks $name" "it is of no complete release"
         fetch "$name"
     done
     # What fails is the first that it prints.
-    wrong=$(cd "$work/release" && sha256sum -c SHA256SUMS 2>/dev/null |
+    wrong=$(cd "$work/release" && sha256sum -c "$work/sums" 2>/dev/null |
         sed -n 's/: FAILED.*//p' | head -n 1)
     [ -z "$wrong" ] || fail "'$from/$wrong' has a wrong checksum" \
         "it was damaged on the way, or is not of the same release: try again"
-    for name in choose.sh guix install.sh offload offload.1 offload.mjs runtime.sh; do
-        grep -q "^[0-9a-f]\{64\} [ *]$name\$" "$work/release/SHA256SUMS" ||
-            fail "'$from/SHA256SUMS' lacks $name" "it is of no complete release"
-    done
     chmod 644 "$work/release"/*
     chmod 755 "$work/release/guix" "$work/release/install.sh" "$work/release/offload"
 }
@@ -348,13 +361,15 @@ check_place() {
 }
 
 install_files() {
-    for name in runtime.sh offload.mjs guix offload install.sh; do
-        put "$work/release/$name" "$lib/$name"
+    for name in $installed; do
+        put "$work/release/$name" "$(place_of "$name")"
     done
     [ ! -L "$work/node" ] || put_node
     put "$work/runtime" "$lib/runtime"
     put "$work/command" "$prefix/bin/offload"
-    put "$work/release/offload.1" "$page"
+    # Where another prefix has it, too, the last one that goes takes it away.
+    echo "directory $users" >>"$work/manifest"
+    put "$work/user" "$user"
     ! has_systemd_unit || put "$work/unit" "$unit"
 }
 
@@ -388,84 +403,21 @@ switch_systemd() {
     fi
 }
 
-# Says what to do where there is no systemd.
-explain_switch() {
-    ! uses_offload "$daemon" || { echo "guix-daemon uses Offload already"; return 0; }
-    echo
-    echo "To have guix-daemon use Offload, start it with GUIX in its environment:"
-    if [ -e /run/current-system/profile ]; then
-        cat <<END
-
-On Guix System, in the operating-system declaration, then run 'guix system
-reconfigure' and 'herd restart guix-daemon':
-    (modify-services %base-services
-      (guix-service-type config =>
-        (guix-configuration
-          (inherit config)
-          (environment '("GUIX=$lib/guix")))))
-END
-    elif [ -d /run/openrc ]; then
-        cat <<END
-
-Under OpenRC, add this line to /etc/conf.d/guix-daemon, then run 'rc-service
-guix-daemon restart':
-    export GUIX=$lib/guix
-END
-    elif [ -e /etc/init.d/guix-daemon ]; then
-        cat <<END
-
-Under sysvinit, add this line to /etc/init.d/guix-daemon, below the comments at
-its head, then run 'service guix-daemon restart':
-    export GUIX=$lib/guix
-END
-    fi
-    cat <<END
-
-By hand, as root:
-    env GUIX=$lib/guix $(command_of "$daemon")
-END
-}
-
-# AppArmor lets a daemon that Guix itself installed start what is in the store.
-explain_confinement() {
-    [ -n "$daemon" ] || return 0
-    case $(cat "/proc/$daemon/attr/current" 2>/dev/null) in
-    guix-daemon*enforce*) cat <<END
-
-AppArmor confines guix-daemon: add this line to /etc/apparmor.d/local/guix-daemon,
-then run 'apparmor_parser -r /etc/apparmor.d/guix-daemon':
-    $lib/guix Ux,
-END
-    esac
-}
-
-test_machines() {
-    machines=${GUIX_CONFIGURATION_DIRECTORY:-/etc/guix}/machines.scm
-    if [ ! -e "$machines" ]; then
-        echo "There is no machine file, '$machines', yet."
-    elif [ -n "$dry_run" ]; then echo "would run offload test"
-    else
-        echo "offload test:"
-        # What a runtime keeps is not to be left in somebody's home.
-        (export DENO_DIR="$work/deno" && as_daemon "exec $prefix/bin/offload test") ||
-            echo "Offload is installed, but not all is well with the build machines."
-    fi
-}
-
 install_offload() {
     get_release
     find_account
     . "$work/release/runtime.sh"
     . "$work/release/choose.sh"
+    . "$work/release/tell.sh"
     choose_runtime
     told using use "$runtime, to run Offload as $account"
-    page=$prefix/share/man/man1/offload.1
     unit=/etc/systemd/system/guix-daemon.service.d/offload.conf
-    for place in "$lib/offload.mjs" "$prefix/bin/offload" "$page" "$unit"; do
-        check_place "$place"
-    done
+    for name in $installed; do check_place "$(place_of "$name")"; done
+    check_place "$prefix/bin/offload"
+    check_place "$unit"
     ln -s "$runtime" "$work/runtime"
     ln -s ../lib/offload/offload "$work/command"
+    echo "$prefix" >"$work/user"
     printf '[Service]\nEnvironment=GUIX=%s\n' "$lib/guix" >"$work/unit"
     install_manifest
     install_files
@@ -498,15 +450,23 @@ switch_back() {
     fi
 }
 
+# Leaves in $other where Offload is used from as well, if it is: where else it is
+# installed, or the guix-daemon that runs has it from.
+find_other() {
+    for other in "$users"/*; do
+        [ "$other" != "$user" ] && [ -f "$other" ] || continue
+        other=$(cat "$other")/lib/offload/guix
+        [ ! -e "${other%/*}/manifest" ] || return 0
+    done
+    other=$(guix_of "$daemon")
+    [ "$other" != "$lib/guix" ] && [ -e "${other%/*}/runtime.sh" ]
+}
+
 # What the hook keeps beside the slots, NAME:PORT, which are also the
 # reference's.  Another installation may have it now.
 forget() {
     state=${GUIX_STATE_DIRECTORY:-/var/guix}/offload
-    other=$(guix_of "$daemon")
-    if [ "$other" != "$lib/guix" ] && [ -e "${other%/*}/runtime.sh" ]; then
-        echo "left '$state', which '$other' uses"
-        return
-    fi
+    ! find_other || { echo "left '$state', which '$other' uses"; return 0; }
     for kept in "$state"/*; do
         [ "${kept%:[0-9]*}" = "$kept" ] && [ -e "$kept" ] || continue
         [ -n "$dry_run" ] || rm -rf "$kept"
@@ -528,9 +488,9 @@ uninstall_offload() {
     cp "$lib/manifest" "$work/manifest"
     sed -n 's/^file //p' "$work/manifest" >"$work/files"
     # First what names it, then what it is.
-    for pattern in "^/etc/" "^$prefix/"; do
+    for pattern in "^/etc/" "^$prefix/" "^$users/"; do
         grep "$pattern" "$work/files" >"$work/some" || continue
-        [ "$pattern" = "^/etc/" ] || switch_back
+        [ "$pattern" != "^$prefix/" ] || switch_back
         while read -r place; do
             take_away "$place"
             [ -n "$dry_run" ] || rm -f "$place.new"
@@ -540,7 +500,8 @@ uninstall_offload() {
     # The longest names are the innermost ones.
     sed -n 's/^directory //p' "$work/manifest" | sort -r | while read -r place; do
         [ -n "$dry_run" ] || rmdir "$place" 2>/dev/null || {
-            echo "left '$place', which is not empty"
+            [ "$place" = "$users" ] ||
+                echo "left '$place', which is not empty"
             continue
         }
         told removed remove "$place"
@@ -585,6 +546,8 @@ main() {
         "take one such as /opt/offload" ;;
     esac
     lib=$prefix/lib/offload
+    users=/var/lib/offload
+    user=$users/$(echo "$prefix" | tr / :)
     [ -n "$dry_run" ] || [ "$(id -u)" = 0 ] ||
         fail "not root" "run it with sudo, or see what it would do with --dry-run"
     [ ! -L "$lib/node" ] || rooted=yes

@@ -16,7 +16,7 @@ import {
   MACHINE,
   makePluginContext,
 } from "../plugins/_contract.ts";
-import { runtimes } from "./helpers.ts";
+import { bundle, runtimes } from "./helpers.ts";
 
 const test = suite("contract");
 const builtinPlugins = await loadBuiltins();
@@ -119,11 +119,20 @@ const page = readFileSync(new URL("plugins/README.md", root), "utf8");
 const examples = [...page.matchAll(/^```ts\n\/\/ (\S+)\n([^]*?)^```$/gm)]
   .map(([, name, text]) => ({ name: name!, text: text! }));
 
-/** Writes the examples, which are for a site, into the checkout. */
+/** What an author has, as it is installed. */
+const installed = mkdtempSync(`${tmpdir()}/offload-installed-`);
+
+test.before(async () => {
+  await bundle(installed);
+});
+
+test.after(() => rmSync(installed, { recursive: true }));
+
+/** Writes the examples, as an author does who has no checkout. */
 function writeExamples(): string {
-  const directory = mkdtempSync(new URL("test/plugins-", root).pathname);
+  const directory = mkdtempSync(`${tmpdir()}/offload-plugins-`);
   for (const { name, text } of examples) {
-    const here = text.replaceAll("/opt/offload/", root.pathname);
+    const here = text.replaceAll("/usr/local/lib/offload", installed);
     writeFileSync(`${directory}/${name}`, here);
   }
   return directory;
@@ -143,7 +152,10 @@ test("the page's examples are plugins, type-checked, that work", async () => {
   try {
     const [deno] = runtimes.deno;
     const files = examples.map(({ name }) => `${directory}/${name}`);
-    execFileSync(deno, ["check", ...files], { stdio: "pipe" });
+    // Nothing is fetched for it.
+    const env = { PATH: "/usr/bin:/bin", DENO_DIR: `${directory}/deno` };
+    const options = { cwd: directory, env, stdio: "pipe" } as const;
+    execFileSync(deno, ["check", ...files], options);
     for (const { name } of examples) {
       if (name.endsWith(".test.ts")) continue;
       const { default: plugin } = await import(`${directory}/${name}`);

@@ -352,3 +352,11 @@ sub lock_file {
   my $lock = pack "s! s! x![q] q q i x![q]", $type, SEEK_SET, 0, 0, 0;
   return fcntl $file, F_SETLK, $lock;
 }`;
+
+/** Makes what is installed, by scripts/bundle; returns what that printed. */
+export async function bundle(directory: string): Promise<string> {
+  const env = { ...process.env, OFFLOAD_RUNTIME: process.execPath };
+  const result = await run(`${ROOT}/scripts/bundle`, [directory], { env });
+  if (result.code === 0) return result.stdout.toString();
+  throw new Error(`failed to run scripts/bundle: ${result.stderr}`);
+}

@@ -1,6 +1,12 @@
 /** The package for Guix that scripts/guix.scm gives, in a daemon's hands. */
 
-import { copyFileSync, existsSync, mkdirSync, readFileSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  writeFileSync,
+} from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
@@ -15,8 +21,11 @@ import {
   PATIENT,
   root,
   run,
+  start,
   up,
   useMachines,
+  watch,
+  within,
 } from "./lab.ts";
 import {
   copyRelease,
@@ -51,7 +60,7 @@ function standIn(item: string, name: string, program: string): void {
 
 test.before(async () => {
   up("head", "w1");
-  await serveRelease();
+  await serveRelease("release");
   copyRelease("head");
   useMachines("head", ["w1"]);
   const derivationOf = (...what: string[]) =>
@@ -66,6 +75,10 @@ test.before(async () => {
   const debians = inHost("head", "readlink", "-f", "/usr/bin/guile").trim();
   standIn(guile!, "guile", root("head") + debians);
   standIn(node, "node", OLDEST_NODE);
+  for (const name of ["gzip", "tar"]) {
+    const item = outputsOf("head", derivationOf(name)).out!;
+    standIn(item, name, `${root("head")}/usr/bin/${name}`);
+  }
   lab("daemon", "head", "--", "--disable-chroot");
 });
 
@@ -75,9 +88,16 @@ test.after(() => {
   up("head", "w1");
 });
 
-test("guix builds it, all in its place", () => {
-  const build = ["guix", "build", "--no-offload", "-f", PACKAGE];
-  inHost("head", ...build, `--root=${KEPT}`);
+/** Builds the package of a definition of it. */
+async function buildPackage(file: string, ...options: readonly string[]) {
+  const command = ["guix", "build", "--no-offload", "-f", file, ...options];
+  // This process serves what is fetched.
+  return await within("the build", watch(start("head", ...command)).ended);
+}
+
+test("guix builds it, all in its place", async () => {
+  const { status, stderr } = await buildPackage(PACKAGE, `--root=${KEPT}`);
+  assert.is(status, 0, stderr);
   const inKept = (name: string) =>
     readFileSync(
       `${root("head")}${inHost("head", "readlink", KEPT).trim()}/${name}`,
@@ -86,15 +106,39 @@ test("guix builds it, all in its place", () => {
     const text = inHost("head", ...offloadCommand("node", "completion", shell));
     assert.is(inKept(`share/${file}`).toString(), text);
   }
-  assert.equal(
-    inKept("share/man/man1/offload.1"),
-    readFileSync(`${root("head")}/root/release/offload.1`),
-  );
+  const released = (name: string) =>
+    readFileSync(`${root("head")}/root/release/${name}`);
+  assert.equal(inKept("share/man/man1/offload.1"), released("offload.1"));
+  for (const name of ["offload.d.mts", "contract.mjs", "contract.d.mts"]) {
+    assert.equal(inKept(`lib/offload/${name}`), released(name), name);
+  }
   const version = inHost("head", `${KEPT}/bin/offload`, "--version");
   assert.match(
     inHost("head", "readlink", KEPT),
     version.trim().replace(" ", "-"),
   );
+});
+
+test("guix.scm alone fetches the rest, by its checksum", async () => {
+  const alone = `${root("head")}/root/alone`;
+  mkdirSync(alone);
+  const text = readFileSync(`${root("head")}${PACKAGE}`, "utf8");
+  writeFileSync(`${alone}/guix.scm`, text);
+  const { status, stdout, stderr } = await buildPackage("/root/alone/guix.scm");
+  assert.is(status, 0, stderr);
+  inHost("head", "diff", "--recursive", stdout.trim(), `${KEPT}/`);
+  // Another one of that name is refused, there or here.
+  const wrong = text.replace(/(sha256sum ")(.)/, (_, before, first) => {
+    return before + (first === "0" ? "1" : "0");
+  });
+  writeFileSync(`${alone}/guix.scm`, wrong);
+  const refused = await buildPackage("/root/alone/guix.scm");
+  assert.is.not(refused.status, 0);
+  assert.match(refused.stderr, /sha256 hash mismatch/);
+  writeFileSync(`${root("head")}/root/release/wrong.scm`, wrong);
+  const other = await buildPackage("/root/release/wrong.scm");
+  assert.is.not(other.status, 0);
+  assert.match(other.stderr, "it is not of the same release");
 });
 
 test("a daemon offloads by it, whatever is collected", () => {

@@ -29,10 +29,12 @@ import {
   inHost,
   makeWork,
   OBSERVATIONS,
+  onTerminal,
   root,
   run,
   start,
   STATE,
+  until,
   up,
   useMachines,
   watch,
@@ -175,6 +177,66 @@ test("offload test finds what the daemon's account can't use, and mends it", () 
     rmSync(`${at}/etc/guix/offload`, { recursive: true });
     rmSync(at + STATE, { recursive: true });
   }
+});
+
+test("the state goes with the last installation of it", () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  restartDaemon("fresh");
+  const before = listing("fresh");
+  const noted = root("fresh") + OBSERVATIONS;
+  const uninstall = (prefix: string) => {
+    const script = `${prefix}/lib/offload/install.sh`;
+    return inHost("fresh", "sh", script, "--uninstall");
+  };
+  for (const prefix of ["/usr/local", "/opt/other"]) {
+    assert.is(install("fresh", "--prefix", prefix).status, 0);
+  }
+  run("fresh", "offload", "status");
+  // No guix-daemon uses either.
+  const other = "/opt/other/lib/offload/guix";
+  const said = uninstall("/usr/local");
+  assert.match(said, `left '${STATE}', which '${other}' uses\n`);
+  assert.ok(existsSync(noted));
+  assert.match(uninstall("/opt/other"), `removed ${OBSERVATIONS}\n`);
+  assert.not(existsSync(noted));
+  assert.equal(changes(before, listing("fresh")), []);
+  // One that guix-daemon has from elsewhere, as from Guix.
+  assert.is(install("fresh").status, 0);
+  run("fresh", "offload", "status");
+  restartDaemon("fresh", "GUIX=/root/release/guix");
+  assert.match(uninstall("/usr/local"), "which '/root/release/guix' uses\n");
+  assert.ok(existsSync(noted));
+  restartDaemon("fresh");
+  assert.equal(changes(before, listing("fresh")), []);
+});
+
+test("shells and editors find what is there for them", async () => {
+  makeFresh("fresh", "node");
+  copyRelease("fresh");
+  assert.is(install("fresh").status, 0);
+  const share = "/usr/local/share";
+  const complete = (shell: string, script: string) =>
+    inHost("fresh", shell, "-c", script).trim().split(/\s+/).sort();
+  const bash = `. ${share}/bash-completion/completions/offload
+    COMP_WORDS=(offload sta); COMP_CWORD=1; _offload; echo "\${COMPREPLY[@]}"`;
+  assert.equal(complete("bash", bash), ["status"]);
+  // These find them by themselves.
+  const fish = "complete -C 'offload sta' | string replace -r '\\t.*' ''";
+  assert.equal(complete("fish", fish), ["status"]);
+  const zsh = onTerminal("fresh", ["zsh", "-f", "-i"]);
+  const type = (keys: string) => zsh.child.stdin!.write(keys);
+  type("offload() { print -r -- GOT $@ }; PROMPT='> '\r");
+  type(`fpath=(${share}/zsh/site-functions $fpath)\r`);
+  type("autoload -Uz compinit; compinit -u -D; print READY\r");
+  await until("zsh", () => /^READY/m.test(zsh.text()));
+  type("offload stat");
+  await until("its echo", () => zsh.text().endsWith("offload stat"));
+  type("\t\r");
+  await until("the word", () => /^GOT status *\r?$/m.test(zsh.text()));
+  type("exit\r");
+  await within("the end of zsh", zsh.ended);
+  inHost("fresh", "sh", `${LIBRARY}/install.sh`, "--uninstall");
 });
 
 // ---------------------------------------------------------------------------

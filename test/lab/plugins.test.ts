@@ -311,7 +311,7 @@ function suiteUnder(runtime: Runtime): void {
     const examples = page.matchAll(/^```ts\n\/\/ (\w+\.ts)\n([^]*?)^```$/gm);
     // In the place of the machines and programs that they speak of.
     const names: Record<string, string> = {
-      ...{ "/opt/offload": "/offload", "w8.internal": "w1", w7: "w1" },
+      ...{ "w8.internal": "w1", w7: "w1" },
       ...{ "gate.example.org": "w2", shared: "w1" },
       "/usr/local/bin/may-build": "test -e /tmp/may-build",
     };

@@ -65,11 +65,10 @@ export const served = { url: "", redirection: "" };
 /** The hosts, and the account that guix-daemon runs as there. */
 export const HOSTS = { fresh: "root", ufresh: "guix-daemon" } as const;
 
-/** Makes the release and serves it. */
-export async function serveRelease(): Promise<void> {
-  const env = { ...process.env, OFFLOAD_RUNTIME: PROGRAMS.node };
-  const made = spawnSync(`${ROOT}scripts/bundle`, [release], { env });
-  assert.is(made.status, 0, made.stderr.toString());
+/** Makes what is installed, or all that is published, and serves it. */
+export async function serveRelease(
+  program: "bundle" | "release" = "bundle",
+): Promise<void> {
   const pem = readFileSync(CERTIFICATE);
   server = createServer({ key: pem, cert: pem }, (request, response) => {
     const [, path] = /^\/plain(\/.*)$/.exec(request.url!) ?? [];
@@ -85,6 +84,11 @@ export async function serveRelease(): Promise<void> {
     server.listen(0, "127.0.0.1", resolve);
   });
   served.url = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  const env = { ...process.env, OFFLOAD_RUNTIME: PROGRAMS.node };
+  const options = program === "release" ? ["--url", served.url] : [];
+  const args = [...options, release];
+  const made = spawnSync(`${ROOT}scripts/${program}`, args, { env });
+  assert.is(made.status, 0, made.stderr.toString());
 }
 
 /** Ends that. */
