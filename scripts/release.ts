@@ -13,6 +13,7 @@ import { createHash } from "node:crypto";
 import {
   chmodSync,
   copyFileSync,
+  existsSync,
   globSync,
   mkdirSync,
   mkdtempSync,
@@ -23,7 +24,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname } from "node:path";
+import { dirname, resolve } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -222,29 +223,50 @@ function checkJsr(): void {
   run(DENO, ["publish", ...options], ROOT);
 }
 
-/** Makes the release in a directory; returns its checksums. */
-async function release(directory: string, url: string): Promise<string> {
-  checkVersions();
-  const fresh = `${directory}.new`;
-  rmSync(fresh, { recursive: true, force: true });
-  await makeBundle(fresh);
-  checkBundle(fresh);
-  const archive = pack(fresh);
+/** Refuses a directory that has more than an earlier release. */
+function checkPlace(directory: string): void {
+  if (!existsSync(directory)) return;
+  const sums = `${directory}/SHA256SUMS`;
+  const text = existsSync(sums) ? readFileSync(sums, "utf8") : "";
+  const own = ["SHA256SUMS", ...text.split("\n").map((line) => line.slice(66))];
+  const other = readdirSync(directory).find((name) => !own.includes(name));
+  if (other === undefined) return;
+  const message = `'${directory}/${other}' is of no release`;
+  throw new OffloadError(message, { hint: "name another directory" });
+}
+
+/** Makes and checks all files of a release, in a new directory. */
+async function makeRelease(directory: string, url: string): Promise<string> {
+  await makeBundle(directory);
+  checkBundle(directory);
+  const archive = pack(directory);
   checkArchive(archive);
   checkJsr();
-  put(`${fresh}/${ARCHIVE}`, archive);
-  put(`${fresh}/guix.scm`, guixPackage(archive, url));
-  const names = readdirSync(fresh).filter((it) => it !== "SHA256SUMS").sort();
-  const sums = checksums(
-    Object.fromEntries(names.map((name) => {
-      return [name, readFileSync(`${fresh}/${name}`)];
-    })),
-  );
-  put(`${fresh}/SHA256SUMS`, sums);
-  // Nothing of an earlier one stays.
-  rmSync(directory, { recursive: true, force: true });
-  renameSync(fresh, directory);
+  put(`${directory}/${ARCHIVE}`, archive);
+  put(`${directory}/guix.scm`, guixPackage(archive, url));
+  const files = readdirSync(directory)
+    .filter((name) => name !== "SHA256SUMS").sort()
+    .map((name) => [name, readFileSync(`${directory}/${name}`)]);
+  const sums = checksums(Object.fromEntries(files));
+  put(`${directory}/SHA256SUMS`, sums);
   return sums;
+}
+
+/** Makes the release in a directory, all or nothing; returns its checksums. */
+async function release(directory: string, url: string): Promise<string> {
+  checkVersions();
+  checkPlace(directory);
+  mkdirSync(dirname(directory), { recursive: true });
+  const fresh = mkdtempSync(`${directory}.`);
+  try {
+    const sums = await makeRelease(fresh, url);
+    chmodSync(fresh, 0o755);
+    rmSync(directory, { recursive: true, force: true });
+    renameSync(fresh, directory);
+    return sums;
+  } finally {
+    rmSync(fresh, { recursive: true, force: true });
+  }
 }
 
 /** Reads the command line; `undefined` where it is wrong. */
@@ -270,7 +292,8 @@ async function main(args: string[]): Promise<number> {
     return help ? 0 : 2;
   }
   try {
-    const sums = await release(positionals[0] ?? `${ROOT}dist`, url);
+    const directory = resolve(positionals[0] ?? `${ROOT}/dist`);
+    const sums = await release(directory, url);
     console.log(sums.trimEnd());
     return 0;
   } catch (error) {

@@ -154,6 +154,11 @@ test("release refuses what does not agree, and leaves what is there", async () =
   };
   await refuses(["--url", "http://x.org"], 2, /^usage: release/);
   await refuses(["a", "b"], 2, /^usage: release/);
+  await refuses(
+    [checkout],
+    1,
+    /else\/.*' is of no release\nhint: name another/,
+  );
   const before = filesOf(RELEASE);
   const edit = async (
     name: string,
@@ -190,6 +195,8 @@ test("release refuses what does not agree, and leaves what is there", async () =
     /failed to run .*check/,
   );
   assert.equal(filesOf(RELEASE), before);
+  const left = readdirSync(releases).filter((it) => it.startsWith("release"));
+  assert.equal(left, ["release"]);
 });
 
 /** Runs npm without a registry. */
@@ -203,6 +210,15 @@ async function npm(directory: string, ...args: readonly string[]) {
   const result = await run("npm", ["--prefix", directory, ...args], { env });
   assert.is(result.code, 0, result.stderr);
 }
+
+test("npm packs no checkout, which is no release", async () => {
+  const { code, stderr } = await run("npm", ["pack", "--dry-run"], {
+    cwd: ROOT,
+    env: { ...process.env, npm_config_update_notifier: "false" },
+  });
+  assert.is.not(code, 0);
+  assert.match(stderr, "usage: release [--url URL] [DIRECTORY]");
+});
 
 /** What an author's program does with the package: types, and values. */
 const AUTHORS = `import type { Plugin } from "guix-offload";

@@ -292,7 +292,7 @@ function administrate(): void {
 
 test.before(async () => {
   const env = { ...process.env, OFFLOAD_RUNTIME: NODE };
-  const made = spawnSync(`${ROOT}scripts/bundle`, [release], { env });
+  const made = spawnSync(`${ROOT}scripts/release`, [release], { env });
   assert.is(made.status, 0, made.stderr.toString());
   const pem = readFileSync(CERTIFICATE);
   server = createServer({ key: pem, cert: pem }, (request, response) => {
