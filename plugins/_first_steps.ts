@@ -5,7 +5,7 @@
  * @module
  */
 
-import { accessSync, constants, readFileSync } from "node:fs";
+import { accessSync, constants, existsSync, readFileSync } from "node:fs";
 import process from "node:process";
 import { listMachines, maySee, OffloadError, reason } from "../mod.ts";
 import type { Command, Context, Log, Machine } from "../mod.ts";
@@ -52,12 +52,17 @@ export function demandRights(command: string, context: Context): void {
   throw new OffloadError(message, { hint: asRoot(command, context) });
 }
 
-/** Whether nothing is in a machine file but comments, or there is none. */
-function isBlank(file: string): boolean {
+/** Whether nothing is in the text of a machine file but comments. */
+export function isBlank(text: string): boolean {
+  return text.replace(/;.*/g, "").trim() === "";
+}
+
+/** Whether nothing is in a machine file, or there is none. */
+export function isBlankFile(file: string): boolean {
   try {
-    return readFileSync(file, "utf8").replace(/;.*/g, "").trim() === "";
+    return isBlank(readFileSync(file, "utf8"));
   } catch {
-    return true;
+    return !existsSync(file);
   }
 }
 
@@ -76,7 +81,7 @@ export async function lackOfMachines(
   } catch {
     return undefined; // it can't be read, which was told
   }
-  if (context.problems.length > 0 && !isBlank(file)) return undefined;
+  if (context.problems.length > 0 && !isBlankFile(file)) return undefined;
   const command = `offload trust root@HOST --file ${file}`;
   const hint = `${asRoot(command, context)}: HOST is the machine that is to ` +
     "build, on which guix-daemon runs";

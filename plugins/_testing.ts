@@ -15,7 +15,6 @@ import {
   exportBundle,
   fingerprint,
   importPaths,
-  LocalError,
   machineId,
   OffloadError,
   openLocalDaemon,
@@ -118,9 +117,8 @@ function nonce(host: string): Buffer {
 export async function makeSample(context: Context): Promise<Sample> {
   const key = `${context.configDirectory}/signing-key.sec`;
   if (!existsSync(key)) {
-    const hint = "run 'guix archive --generate-key' here, as root, then " +
-      "'offload trust' for each machine";
-    throw new OffloadError(`there is no signing key, '${key}'`, { hint });
+    const message = `there is no signing key, '${key}'`;
+    throw new OffloadError(message, { code: "private-key" });
   }
   const store = await openLocalDaemon(context);
   try {
@@ -213,30 +211,43 @@ class Trial {
   }
 }
 
+/** The option by which nobody is asked about a host key that is known. */
+function fingerprintOption(machine: Machine): string {
+  try {
+    return ` --fingerprint ${fingerprint(parseHostKey(machine).key)}`;
+  } catch {
+    return ""; // that is wrong as well
+  }
+}
+
+/** The line to type to trust a machine anew, which makes what is missing. */
+function trustCommand(machine: Machine): string {
+  const { user, name, port, privateKey } = machine;
+  return `offload trust ${user}@${name}:${port}${fingerprintOption(machine)} ` +
+    `--identity ${privateKey}`;
+}
+
+/** What `offload trust` mends, by the step that fails without. */
+const MENDED: Readonly<Record<string, readonly ErrorCode[]>> = {
+  authentication: ["private-key", "authentication"],
+  import: ["private-key", "unauthorized"],
+  export: ["unauthorized", "local"],
+};
+
 /** Says what to do about a step that failed: the command, where one helps. */
 function remedy(
   step: string,
   machine: Machine,
   error: unknown,
 ): string | undefined {
-  const ssh = sshCommand(machine);
-  const unauthorized = codeOf(error) === "unauthorized";
-  if (step === "import" && unauthorized) {
-    return `run '${ssh} guix archive --authorize </etc/guix/signing-key.pub'`;
-  }
-  const isLocal = error instanceof LocalError;
-  if (step === "export" && (unauthorized || isLocal)) {
-    return `run '${ssh} cat /etc/guix/signing-key.pub | ` +
-      "guix archive --authorize'";
-  }
   const hint = error instanceof OffloadError ? error.hint : undefined;
-  const { user, name, port, privateKey } = machine;
-  if (isUnreadable(privateKey)) return AS_ACCOUNT;
-  if (step === "authentication" && hint === undefined) {
-    return `run 'offload trust ${user}@${name}:${port} --identity ` +
-      `${privateKey}', which makes it if need be`;
+  if (isUnreadable(machine.privateKey)) return AS_ACCOUNT;
+  if (step === "authentication" && hint !== undefined) return hint;
+  if (MENDED[step]?.includes(codeOf(error))) {
+    return `run '${trustCommand(machine)}'`;
   }
   if (hint !== undefined) return hint;
+  const ssh = sshCommand(machine);
   return (STEPS.session as readonly string[]).includes(step)
     ? `see how far '${ssh.replace("ssh", "ssh -v")}' gets`
     : "where guix-daemon hangs, there or here, run 'systemctl restart " +

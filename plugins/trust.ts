@@ -51,7 +51,7 @@ import {
   replaceFile,
   tellChange,
 } from "./_authorization.ts";
-import { demandRights } from "./_first_steps.ts";
+import { demandRights, isBlank, isBlankFile } from "./_first_steps.ts";
 import { hasErrors, systemOf, TIMEOUT_OPTION, timeoutOf } from "./_machines.ts";
 import { inOneLine, unlessAborted } from "./_screen.ts";
 import {
@@ -238,7 +238,7 @@ export function addToMachineFile(
   home: string,
 ): string | undefined {
   const indented = ` ${form.replaceAll("\n", "\n ")}`;
-  if (text.replace(/;.*/g, "").trim() === "") {
+  if (isBlank(text)) {
     return `${text}${/[^\n]$/.test(text) ? "\n" : ""}(list\n${indented})\n`;
   }
   const evaluate = (text: string) => {
@@ -297,7 +297,7 @@ async function findMachine(
   file: string | undefined,
   context: Context,
 ): Promise<Machine | undefined> {
-  if (file === undefined) return undefined;
+  if (file === undefined || isBlankFile(file)) return undefined;
   const plugins = context.plugins.filter(isDefault);
   const found = (await listMachines({ ...context, plugins }))
     .find((machine) => machine.name === name && machine.port === port);
@@ -394,8 +394,8 @@ function tellOtherKey(
 function tellWhereTo(text: string, { configDirectory, log }: Context): void {
   const file = `${configDirectory}/machines.scm`;
   log.info(
-    `add this to the list in '${file}', or run 'offload trust ${text} ` +
-      `--file ${file}', which does`,
+    `unless it is there already, add this to the list in '${file}', or run ` +
+      `'offload trust ${text} --file ${file}', which does`,
   );
 }
 
