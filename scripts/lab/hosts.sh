@@ -2,7 +2,8 @@
 #
 # The directory of a host, $lab/hosts/NAME, holds: flavours, address, pid (of
 # its process 1), upper, work and root (of the overlay), log (of process 1),
-# entered (written to once its own root is in place) and ready (once it is up).
+# cgroup (the name of its own, if any), entered (written to once its own root is
+# in place) and ready (once it is up).
 
 # Find the $pid of a host's process 1, out here.  Its last argument is the
 # host's directory, so that a pid given to somebody else since is not taken
@@ -68,12 +69,13 @@ parse_host() {
     esac
     for flavour in $flavours; do
         case $flavour in
-            master | bullseye | unprivileged | stranger) ;;
-            *) fail "unknown flavour '$flavour' of '$name': master, bullseye, unprivileged and stranger exist" ;;
+            master | bullseye | unprivileged | systemd | stranger) ;;
+            *) fail "unknown flavour '$flavour' of '$name': master, bullseye, unprivileged, systemd and stranger exist" ;;
         esac
     done
     case $(echo $flavours) in
         *bullseye*unprivileged*) fail "'$name' can't be both: Guix 1.2 has no unprivileged daemon" ;;
+        *bullseye*systemd*) fail "'$name' can't be both: only the root of sid has systemd" ;;
     esac
 }
 

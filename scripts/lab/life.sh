@@ -28,6 +28,7 @@ create_host() {
 # that an unprivileged daemon builds in.
 init() {
     name=$1 suite=$2 shared=$3 directory=$4
+    address=$(address_of "$name")
     # The machine's /proc still, hence the pid out there.
     read -r pid rest </proc/self/stat
     echo "$pid" >"$directory/pid"
@@ -47,6 +48,13 @@ init() {
         mount --bind "$shared" root/offload
         mount -o remount,bind,ro root/offload
     fi
+    set -- sh -c 'while :; do sleep 3600; done' sh
+    if has "$name" systemd; then
+        prepare_systemd
+        # What it is called with is its kernel's command line, too.
+        set -- unshare --cgroup env -i container=lab /usr/lib/systemd/systemd \
+            --unit=basic.target systemd.mask=timers.target systemd.ssh_auto=no
+    fi
     exec 3>entered
     cd root
     mkdir .machine
@@ -57,8 +65,35 @@ init() {
     # Not before: whoever enters takes over this process's root.
     echo yes >&3
     exec 3>&-
-    exec chroot . sh -c 'while :; do sleep 3600; done' sh "$directory" \
-        </dev/null >/var/log/init.log 2>&1
+    exec chroot . "$@" "$directory" </dev/null >/var/log/init.log 2>&1
+}
+
+# systemd is to find nothing of the machine that it could manage: it has a cgroup
+# of its own, and what says how the kernel works is read-only (of /proc/sys, only
+# while it starts: where a part of /proc is hidden, no build can mount another).
+prepare_systemd() {
+    mount --bind root/proc/sys root/proc/sys
+    mount -o remount,bind,ro root/proc/sys
+    mount -t cgroup2 cgroup2 root/sys
+    cgroup=offload-lab-$address
+    mkdir -p "root/sys/$cgroup"
+    echo "$cgroup" >cgroup
+    echo 0 >"root/sys/$cgroup/cgroup.procs"
+    umount root/sys
+    mount -t sysfs -o ro sysfs root/sys
+    mount -t tmpfs -o mode=755 run root/run
+    mkdir root/run/sshd
+    echo "$name" >root/etc/hostname
+    has "$name" unprivileged ||
+        cp "$here/guix-daemon.service" root/etc/systemd/system/
+}
+
+# The kernel forgets no cgroup by itself.
+remove_cgroup() {
+    unshare --mount sh -eu -c '
+        mount -t cgroup2 cgroup2 "$1"
+        [ ! -d "$1/$2" ] || find "$1/$2" -depth -type d -exec rmdir {} +
+    ' sh "$directory/root" "$(cat "$directory/cgroup")"
 }
 
 make_devices() {
@@ -90,6 +125,7 @@ destroy_host() {
         kill -KILL "$pid"
         until is_dead "$pid"; do sleep 0.02; done
     fi
+    [ ! -e "$directory/cgroup" ] || retry remove_cgroup
     rm -rf --one-file-system "$directory"
 }
 

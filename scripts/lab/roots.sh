@@ -3,10 +3,10 @@
 # Another number here makes everybody's cached roots anew.
 recipe=3
 
-# What a host needs, and what only the tests of some features need: other SSH
-# servers, compressors, shells, downloaders.
+# What a host needs, and what only the tests of some features need: systemd, other
+# SSH servers, compressors, shells, downloaders.
 root_packages="guix openssh-server openssh-client busybox-static iproute2 iptables procps"
-more_packages="dropbear-bin avahi-daemon avahi-utils dbus zstd curl bash-completion zsh fish csh tcsh mandoc"
+more_packages="systemd dropbear-bin avahi-daemon avahi-utils dbus zstd curl bash-completion zsh fish csh tcsh mandoc"
 
 # Make the root of a suite unless it is there.  It gets its name when it is
 # complete, so that an interrupted one is never taken for complete.

@@ -1,5 +1,18 @@
 # What runs in a host: sshd and guix-daemon.
 
+await_systemd() {
+    inside "$1" sh -eu -s <<'END' ||
+for n in $(seq 200); do
+    [ ! -S /run/systemd/private ] || break
+    sleep 0.05
+done
+state=$(systemctl is-system-running --wait) || { echo "$state"; systemctl --failed; } >&2
+umount -l /proc/sys
+[ "$state" = running ]
+END
+        fail "systemd of '$1' does not start: see above"
+}
+
 start_sshd() {
     name=$1
     shift
@@ -55,6 +68,46 @@ answers() {
         exit 1 unless substr($answer, 0, 8) eq pack("Q<", 0x6478696f)'
 }
 
+start_process() {
+    # Two clients that end at the wrong moment end guix-daemon as well, with
+    # "select error: No child processes".  As systemd does, start it again; not
+    # where it was killed, and not where it fails to start.
+    setsid perl -e '
+        do {
+            my $start = time;
+            defined($child = fork) or exit 1;
+            unless ($child) {
+                open my $file, ">", "/run/guix-daemon.pid";
+                print $file "$$\n";
+                close $file;
+                exec @ARGV or exit 127;
+            }
+            waitpid $child, 0;
+            $lived = time - $start;
+        } while $? == 1 << 8 && $lived > 1' -- \
+        $as guix-daemon "$@" \
+        </dev/null >>/var/log/guix-daemon.log 2>&1 &
+}
+
+# Has systemd start it by its unit, with these options.
+start_unit() {
+    mkdir -p /run/systemd/system/guix-daemon.service.d
+    {
+        # Tests may have it started as often as they like.
+        printf '%s\n' '[Unit]' StartLimitIntervalSec=0 '[Service]'
+        for variable in $variables; do
+            value=$(printenv "$variable" | sed 's/["\\]/\\&/g; s/%/%%/g')
+            echo "Environment=\"$variable=$value\""
+        done
+        echo ExecStart=
+        echo "ExecStart=/usr/bin/guix-daemon $*"
+    } >/run/systemd/system/guix-daemon.service.d/lab.conf
+    systemctl daemon-reload
+    # As at boot, the store is read-only for all but the daemon.
+    systemctl start gnu-store.mount
+    systemctl restart guix-daemon
+}
+
 [ ! -e /run/guix-daemon.pid ] || stop "$(cat /run/guix-daemon.pid)"
 rm -f /var/guix/daemon-socket/socket
 
@@ -69,8 +122,10 @@ case " $flavours " in
     *' bullseye '*) options=--build-users-group=guixbuild ;;
     *) options='--build-users-group=guixbuild --discover=no' ;;
 esac
+variables=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     export "$1"
+    variables="$variables ${1%%=*}"
     shift
 done
 [ $# = 0 ] || shift
@@ -80,30 +135,20 @@ case "$*" in
     *) options="$options --no-substitutes" ;;
 esac
 
-# Two clients that end at the wrong moment end guix-daemon as well, with
-# "select error: No child processes".  As systemd does, start it again; not
-# where it was killed, and not where it fails to start.
-setsid perl -e '
-    do {
-        my $start = time;
-        defined($child = fork) or exit 1;
-        unless ($child) {
-            open my $file, ">", "/run/guix-daemon.pid";
-            print $file "$$\n";
-            close $file;
-            exec @ARGV or exit 127;
-        }
-        waitpid $child, 0;
-        $lived = time - $start;
-    } while $? == 1 << 8 && $lived > 1' -- \
-    $as guix-daemon $options "$@" \
-    </dev/null >>/var/log/guix-daemon.log 2>&1 &
+case " $flavours " in
+    *' systemd '*)
+        start_unit $options "$@"
+        starter=1 ;;
+    *)
+        start_process $options "$@"
+        starter=$! ;;
+esac
 for n in $(seq 400); do
     ! answers || exit 0
-    kill -0 $! 2>/dev/null || break
+    kill -0 $starter 2>/dev/null || break
     sleep 0.05
 done
-tail -n 5 /var/log/guix-daemon.log >&2
+tail -n 5 /var/log/guix-daemon.log >&2 || journalctl -n 5 -u guix-daemon >&2
 exit 1
 END
         fail "guix-daemon of '$name' does not answer: is an option wrong?"
