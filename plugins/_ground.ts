@@ -5,7 +5,7 @@
  * @module
  */
 
-import { existsSync, readdirSync, statSync } from "node:fs";
+import { existsSync, readdirSync, rmdirSync, statSync } from "node:fs";
 import type { Dirent } from "node:fs";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -72,6 +72,17 @@ export class Ground {
     const now = this.#look();
     return [...new Set([...now.keys(), ...this.#looks.keys()])]
       .find((file) => now.get(file) !== this.#looks.get(file));
+  }
+}
+
+/** Whether a directory is mounted read-only here, to whomever it belongs. */
+export function isReadOnly(directory: string): boolean {
+  try {
+    // Only this is told on both runtimes.
+    rmdirSync(`${directory}/.offload-is-not-there`);
+    return false;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EROFS";
   }
 }
 

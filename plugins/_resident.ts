@@ -47,7 +47,7 @@ import {
 } from "../mod.ts";
 import type { Context, Conversation, Slot } from "../mod.ts";
 import { carry } from "./_carry.ts";
-import { Ground } from "./_ground.ts";
+import { Ground, isReadOnly } from "./_ground.ts";
 import { GUARD, toolPath } from "./_guard.ts";
 import { Keeper } from "./_keeper.ts";
 import { Queue } from "./_queue.ts";
@@ -260,8 +260,7 @@ export class Resident {
     const hook = this.#hooks.get(number!) ?? this.#meet(pid!, number!, args!);
     // Who claimed what was another's meets an end.
     if (hook?.pid !== Number(pid) || hook.isBusy) return;
-    const changed = this.#ground.changed();
-    if (changed !== undefined) this.#vacate(`'${changed}' has changed`);
+    this.#lookAtGround();
     if (!this.#isOpen) return this.#leave(number!);
     doFor(hook, () => this.#serve(hook, number!, request!))
       .catch((error) => this.#context.log.error(error));
@@ -399,9 +398,8 @@ export class Resident {
   #look(): void {
     this.#beat();
     this.#keeper.prune();
+    this.#lookAtGround();
     if (!this.#isOpen) return;
-    const changed = this.#ground.changed();
-    if (changed !== undefined) return this.#vacate(`'${changed}' has changed`);
     if (this.#daemon?.isAlive === false) {
       return this.#vacate("its guix-daemon is gone");
     }
@@ -411,6 +409,15 @@ export class Resident {
     if (!isUsed && idle > this.#idle) return this.#vacate("it was idle");
     this.#dropClaims();
     if (this.#replies.size < REPLIES.least) this.#refill();
+  }
+
+  /** Ends where another process is to serve. */
+  #lookAtGround(): void {
+    const { storeDirectory: store } = this.#context;
+    const changed = this.#ground.changed();
+    if (changed !== undefined) this.#vacate(`'${changed}' has changed`);
+    // It can come to be so for all but guix-daemon's unit.
+    else if (isReadOnly(store)) this.#vacate(`'${store}' is read-only here`);
   }
 
   /** Whether the directory is still the one that this process serves from. */

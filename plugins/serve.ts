@@ -18,6 +18,7 @@ import type {
   Plugin,
 } from "../mod.ts";
 import { usageError } from "./_commands.ts";
+import { isReadOnly } from "./_ground.ts";
 import type { End } from "./_resident.ts";
 import {
   isThere,
@@ -133,6 +134,16 @@ function checkAccount(directory: string): void {
   });
 }
 
+/** Refuses to serve where nothing can be put into the store. */
+function checkStore({ storeDirectory }: Context): void {
+  if (!isReadOnly(storeDirectory)) return;
+  throw new OffloadError(`'${storeDirectory}' is read-only here`, {
+    hint:
+      "guix-daemon has mounts of its own, as its unit says: let its hooks " +
+      "start the process that serves",
+  });
+}
+
 /** `offload serve`. */
 async function serveCommand(
   options: CommandOptions,
@@ -146,6 +157,7 @@ async function serveCommand(
   if (options.stop) output = await stop(context, directory);
   else {
     checkAccount(directory);
+    checkStore(context);
     const idle = numberOf(options, "idle") ?? Infinity;
     const end = { idle, daemon: numberOf(options, "daemon") };
     if (options.foreground) await serveHere(context, directory, end);

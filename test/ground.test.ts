@@ -1,6 +1,7 @@
 /** What a process that stays stands on. */
 
 import {
+  existsSync,
   mkdirSync,
   rmSync,
   symlinkSync,
@@ -12,6 +13,7 @@ import * as assert from "uvu/assert";
 import {
   differentVariable,
   Ground,
+  isReadOnly,
   parseEnvironment,
   withoutRuntime,
 } from "../plugins/_ground.ts";
@@ -58,6 +60,14 @@ test("withoutRuntime() leaves out what Deno puts into PATH", () => {
   assert.equal(withoutRuntime({ PATH: "/x/node_compat_bin" }), {});
   assert.equal(withoutRuntime({}), {});
 });
+
+test("isReadOnly() is so of no directory that is writable, or not there", () =>
+  withDirectory((directory) => {
+    for (const place of [directory, `${directory}/none`]) {
+      assert.is(isReadOnly(place), false);
+    }
+    assert.ok(existsSync(directory));
+  }));
 
 test("Ground sees new, changed and removed files", () =>
   withDirectory((directory) => {
