@@ -393,11 +393,13 @@ install_manifest() {
 
 switch_systemd() {
     reload_systemd
-    others=$(grep -l 'GUIX=' /etc/systemd/system/guix-daemon.service.d/*.conf \
-        2>/dev/null | grep -vxF "$unit" || :)
-    [ -z "$others" ] || echo "warning: GUIX is also set in" $others
+    [ -n "$dry_run" ] || systemctl show --property=Environment --value guix-daemon.service |
+        tr ' ' '\n' | grep -qxF "GUIX=$lib/guix" ||
+        fail "a drop-in after '$unit' sets GUIX, too" "see 'systemctl cat guix-daemon'"
     if uses_offload "$daemon"; then echo "guix-daemon uses Offload already"
-    elif [ -n "$dry_run" ] || may_restart; then restart_systemd
+    # Nothing that is stopped is to be started.
+    elif systemctl is-active --quiet guix-daemon.service &&
+        { [ -n "$dry_run" ] || may_restart; }; then restart_systemd
     else echo "guix-daemon uses Offload from its next start on:" \
         "systemctl restart guix-daemon"
     fi

@@ -1,4 +1,4 @@
-/** scripts/install.sh, and what starts guix-daemon: it or a line to add. */
+/** scripts/install.sh where guix-daemon is no unit of systemd: lines to add. */
 
 import {
   mkdirSync,
@@ -10,27 +10,11 @@ import {
 } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { down, inHost, root, start, until, up, watch, within } from "./lab.ts";
 import {
-  down,
-  inHost,
-  lab,
-  onTerminal,
-  root,
-  run,
-  start,
-  until,
-  up,
-  watch,
-  within,
-} from "./lab.ts";
-import {
-  assertRefused,
-  changes,
   copyRelease,
   endRelease,
   install,
-  LIBRARY,
-  listing,
   makeFresh,
   restartDaemon,
   serveRelease,
@@ -127,78 +111,6 @@ test("without systemd it prints the lines to add, for each init system", () => {
   } finally {
     rmSync(`${at}/run/openrc`, { recursive: true });
     rmSync(`${at}/run/current-system`, { recursive: true });
-  }
-});
-
-/** Records how it is called; `restart` fails where a file says so. */
-const SYSTEMCTL = `#!/bin/sh
-echo "$*" >>/tmp/systemctl.log
-[ "$1" != restart ] || [ ! -e /tmp/restart-fails ]
-`;
-
-test("under systemd, a drop-in switches the daemon, which --yes restarts", async () => {
-  makeFresh("fresh", "node");
-  copyRelease("fresh");
-  const at = root("fresh");
-  mkdirSync(`${at}/run/systemd/system`, { recursive: true });
-  writeFileSync(`${at}/usr/local/sbin/systemctl`, SYSTEMCTL, { mode: 0o755 });
-  const calls = () => {
-    const text = readFileSync(`${at}/tmp/systemctl.log`, "utf8");
-    writeFileSync(`${at}/tmp/systemctl.log`, "");
-    return text.split("\n").filter((line) => line && !line.startsWith("cat"));
-  };
-  const dropIn = `${at}/etc/systemd/system/guix-daemon.service.d/offload.conf`;
-  const [reload, restart] = ["daemon-reload", "restart guix-daemon.service"];
-  try {
-    const before = listing("fresh");
-
-    writeFileSync(`${at}/tmp/restart-fails`, "");
-    const failed = install("fresh", "--yes");
-    assertRefused("fresh", before, failed, /does not start again/);
-    assert.equal(calls(), [reload, restart, reload, restart]);
-    rmSync(`${at}/tmp/restart-fails`);
-
-    // Nobody can be asked.
-    const asked = install("fresh");
-    assert.is(asked.status, 0, asked.stderr);
-    assert.match(
-      asked.stdout,
-      "next start on: systemctl restart guix-daemon\n",
-    );
-    assert.is(
-      readFileSync(dropIn, "utf8"),
-      `[Service]\nEnvironment=GUIX=${SHIM}\n`,
-    );
-    assert.equal(calls(), [reload]);
-    for (const [answer, made] of [["n", [reload]], ["y", [reload, restart]]]) {
-      const command = ["sh", "/root/release/install.sh"];
-      const terminal = onTerminal("fresh", command);
-      await until("the question", () => /\[y\/N\] /.test(terminal.text()));
-      terminal.child.stdin!.write(`${answer}\r`);
-      const { status, stdout } = await within("the end", terminal.ended);
-      assert.is(status, 0, stdout);
-      assert.equal(calls(), made);
-    }
-    const restarted = install("fresh", "--yes");
-    assert.match(restarted.stdout, "restarted guix-daemon\n");
-    assert.equal(calls(), [reload, restart]);
-
-    lab("daemon", "fresh", `GUIX=${SHIM}`); // what systemctl did not do
-    assert.match(install("fresh", "--yes").stdout, "uses Offload already\n");
-    assert.equal(calls(), [reload]);
-    const during = listing("fresh");
-    const uninstall = (...options: readonly string[]) =>
-      run("fresh", `${LIBRARY}/install.sh`, "--uninstall", ...options);
-    assertRefused("fresh", during, uninstall(), /still uses Offload/);
-    assert.equal(calls(), [reload, reload]);
-    const removed = uninstall("--yes");
-    assert.is(removed.status, 0, removed.stderr);
-    assert.equal(calls(), [reload, restart]);
-    assert.equal(changes(before, listing("fresh")), []);
-  } finally {
-    rmSync(`${at}/run/systemd`, { recursive: true });
-    rmSync(`${at}/usr/local/sbin/systemctl`);
-    lab("daemon", "fresh");
   }
 });
 

@@ -254,7 +254,7 @@ const TYPED: Readonly<
   "sh scripts/test.sh": () => {
     assert.ok(existsSync(`${ROOT}scripts/test.sh`));
   },
-  // There is no systemd in the lab: its daemon gets what the unit would set.
+  // This host has no systemd: its daemon gets what the unit would set.
   "systemctl edit guix-daemon": () => {
     const [unit] = fenced("ini");
     assert.match(unit!, /^\[Service\]\nEnvironment=GUIX=\/opt\/offload\//);
