@@ -1150,6 +1150,10 @@ export const SETTINGS = {
     "seconds for which what a machine said of itself is believed"],
   hookTimeout: [1, 0.01, 60,
     "seconds that a plugin's machines and scores may take"],
+  journalBuilds: [100_000, 0, 10_000_000,
+    "builds that are kept in the journal, the latest ones"],
+  journalLifetime: [30 * DAY, 0, 3650 * DAY,
+    "seconds for which a build is kept there"],
   keepaliveTimeout: [60, 1, 3600,
     "seconds without a sign of life after which a connection is given up, " +
     "and the guix-daemon at its end asked for one"],
@@ -3753,6 +3757,77 @@ export function afterFailure(
   };
 }
 
+/** An attempt to build on a machine; times are milliseconds since 1970. */
+export interface Attempt {
+  /** The machine, NAME:PORT. */
+  readonly machine: string;
+  /** The number of its slot. */
+  readonly slot: number;
+  /** When the machine was chosen, for the last time. */
+  readonly began: number;
+  /** When it was given up. */
+  readonly ended: number;
+  /** Why it came to nothing. */
+  readonly problem: string;
+}
+
+/** How far an attempt is: noted as it goes; times as above. */
+export interface Course extends Pick<Attempt, "machine" | "slot" | "began"> {
+  /** When the machine's daemon answered. */
+  connected?: number;
+  /** When the inputs were there. */
+  sent?: number;
+  /** When it was built. */
+  built?: number;
+  /** When the outputs were here. */
+  retrieved?: number;
+  /** When it was given up. */
+  ended?: number;
+  /** How many store items were sent. */
+  items?: number;
+  /** How many bytes these are. */
+  bytesSent?: number;
+  /** How many bytes of outputs were retrieved. */
+  bytesRetrieved?: number;
+  /** How many bytes have moved of what moves now. */
+  moved: number;
+  /** How many bytes all of that is. */
+  total?: number;
+  /** Why it came to nothing. */
+  problem?: string;
+}
+
+/** A build, from its request to its end; times are milliseconds since 1970. */
+export interface JournalEntry
+  extends Readonly<Omit<Course, "began" | "moved" | "total">> {
+  /** File name of the derivation. */
+  readonly derivation: string;
+  /** Its name, without hash and ".drv". */
+  readonly name: string;
+  /** Attempts before the last one, to which the rest belongs. */
+  readonly earlier: readonly Attempt[];
+  /** When guix-daemon asked, for the first time in a row. */
+  readonly asked: number;
+  /** When that was answered. */
+  readonly accepted: number;
+  /** When the last attempt began. */
+  readonly began?: number;
+  /** When it was over. */
+  readonly ended: number;
+  /** How: `lost` is what no machine could do, `interrupted` what was called off. */
+  readonly outcome: "built" | "failed" | "timed-out" | "lost" | "interrupted";
+}
+
+/** What is kept of builds, and told of those that are under way. */
+export interface Journal {
+  /** Tells how far a build in a slot is, until what this returns is called. */
+  follow(slot: Pick<Slot, "file">, course: Course): () => void;
+  /** Notes that a build that has no slot waits for one, and what else for. */
+  saveWait(derivation: string, why: string): void;
+  /** Notes a build that is over; returns all that is known of it. */
+  save(build: JournalEntry, settings: Settings): JournalEntry;
+}
+
 /**
  * What is seen of machines and builds: by this process, or by all of ours where
  * plugins/ has the means. Losing it loses nothing but speed: no method throws.
@@ -3803,6 +3878,8 @@ export interface Observations {
   mayWait(): boolean;
   /** Notes that waiting for a slot was in vain. */
   saveVainWait(): void;
+  /** What is kept of builds, where all our processes see the same. */
+  readonly journal?: Journal;
 }
 
 /** What this process sees by itself: enough not to try a machine at once again. */
@@ -5428,6 +5505,17 @@ export async function* withProgress(
   }
 }
 
+/** Passes on what is transferred, and notes how much that is. */
+async function* withCount<T extends Uint8Array>(
+  chunks: AsyncIterable<T>,
+  course: Course,
+): AsyncGenerator<T, void> {
+  for await (const chunk of chunks) {
+    course.moved += chunk.length;
+    yield chunk;
+  }
+}
+
 /**
  * What is inline: what is missing goes as signed archives from daemon to daemon,
  * over the connections that are there.
@@ -5447,8 +5535,14 @@ export function plainTransport(
   };
 }
 
+/** What an attempt needs. */
+export interface AttemptContext extends Context {
+  /** Where it notes how far it is. */
+  readonly course: Course;
+}
+
 /** What a build needs on a machine to which there are connections. */
-export interface BuildContext extends Context, TransportContext {
+export interface BuildContext extends AttemptContext, TransportContext {
   /** What goes with the build: its options, where they are not yet set. */
   readonly first: readonly Call[];
 }
@@ -5527,7 +5621,7 @@ async function sendItems(
   transport: Transport,
   context: BuildContext,
 ): Promise<PathInfo | undefined> {
-  const { machine, local, log, observations } = context;
+  const { course, machine, local, log, observations } = context;
   const sizeOf = (items: ReadonlyMap<string, PathInfo>) =>
     [...items.values()].reduce((sum, { narSize }) => sum + narSize, 0);
   let items = await queryItems(paths, local);
@@ -5540,17 +5634,18 @@ async function sendItems(
     }
     if (items.size === 0) return undefined;
     const size = sizeOf(items);
-    log.info(
-      `sending ${count(items.size)} (${mebibytes(size)} MiB) to ` +
-        `'${machine.name}'...`,
-    );
+    const what = `sending ${count(items.size)} (${mebibytes(size)} MiB)`;
+    log.info(`${what} to '${machine.name}'...`);
     const recipe = items.get(derivation);
     items.delete(derivation);
     if (items.size === 0) return recipe;
     const start = performance.now();
+    Object.assign(course, { moved: 0, total: size });
     const load = { derivation, bytes: size, inputs: [...items.keys()] };
     const isCarried = await context.carry?.(load, context);
     if (!isCarried) await transport.send(items);
+    course.items = (course.items ?? 0) + items.size;
+    course.bytesSent = (course.bytesSent ?? 0) + size;
     if (size > 2 ** 20) {
       const bandwidth = size / (performance.now() - start) * 1000;
       observations.saveBandwidth(machineId(machine), bandwidth);
@@ -5653,11 +5748,12 @@ export async function retrieveOutputs(
 async function putInPlace(
   outputs: readonly string[],
   sent: AsyncIterable<Uint8Array>,
-  { configDirectory, log, machine, settings, signal }: BuildContext,
+  { configDirectory, course, log, machine, settings, signal }: BuildContext,
 ): Promise<void> {
   const limit = settings.maximumArchiveSize;
   const what = `retrieving from '${machine.name}'`;
-  const bundle = withProgress(bounded(sent, limit, signal), what, log);
+  const counted = withCount(bounded(sent, limit, signal), course);
+  const bundle = withProgress(counted, what, log);
   const reader = new ByteReader(bundle, `archive from '${machine.name}'`);
   const acl = readAcl(configDirectory);
   try {
@@ -5681,12 +5777,12 @@ async function putInPlace(
  */
 async function* exportFromHere(
   paths: readonly string[],
-  context: Context,
+  context: AttemptContext,
 ): AsyncGenerator<Buffer, void> {
   const local = await openLocalDaemon(context);
   let isDone = false;
   try {
-    yield* exportBundle(local, paths);
+    yield* withCount(exportBundle(local, paths), context.course);
     isDone = true;
   } catch (cause) {
     throw new LocalError(`failed to export: ${reason(cause)}`, { cause });
@@ -5702,6 +5798,11 @@ interface Work {
   readonly needed: readonly string[];
   /** What it is to make. */
   readonly outputs: readonly string[];
+  /** When it was asked for and accepted, in milliseconds since 1970. */
+  readonly asked: number;
+  readonly accepted: number;
+  /** How far each attempt has come. */
+  readonly courses: Course[];
 }
 
 /** Whether an error is the build's or ours: no other machine would help. */
@@ -5803,6 +5904,7 @@ async function sendAndBuild(
     try {
       const recipe = await sendItems(missing, derivation, transport, context);
       missing = recipe === undefined ? [] : [derivation];
+      context.course.sent = Date.now();
       return await patiently(() =>
         buildRemotely(work, recipe, prepare, context)
       );
@@ -5851,7 +5953,7 @@ export async function connectStores(
   remote: StoreConnection,
   local: Promise<StoreConnection>,
   derivation: string,
-  context: Context,
+  context: AttemptContext,
 ): Promise<BuildContext> {
   const { machine, openDaemon, leaveDaemon, exec, patiently } = session;
   // It may not have been asked, or not to the end.
@@ -5872,8 +5974,8 @@ export async function connectStores(
   };
 }
 
-/** What came of a build on a machine so far. */
-interface Course {
+/** What is known of the way to a machine, should a build go it once more. */
+interface Way {
   /** Whether all plugins have given leave. */
   isAdmitted: boolean;
   /** Whether the daemon there is asked one by one. */
@@ -5883,17 +5985,20 @@ interface Course {
 /** Sends the inputs, builds, and retrieves the outputs. */
 async function buildThere(
   work: Work,
-  course: Course,
+  way: Way,
   context: BuildContext,
 ): Promise<void> {
-  if (!course.isAdmitted) await admit(context);
-  course.isAdmitted = true;
+  if (!way.isAdmitted) await admit(context);
+  way.isAdmitted = true;
   const transport = await chooseTransport(context);
   const { derivation, needed, outputs } = work;
   const { seconds, size } = await sendAndBuild(work, transport, context);
+  const { course } = context;
+  Object.assign(course, { built: Date.now(), moved: 0, total: size });
   const load = { derivation, bytes: size, outputs };
   const isCarried = await context.carry?.(load, context);
   if (!isCarried) await retrieveOutputs(outputs, size, transport, context);
+  Object.assign(course, { retrieved: Date.now(), bytesRetrieved: size });
   context.observations.saveBuild(
     machineId(context.machine),
     derivationName(derivation),
@@ -5907,8 +6012,8 @@ async function buildThere(
 async function transferAndOffload(
   work: Work,
   session: Session,
-  context: Context,
-  course: Course,
+  context: AttemptContext,
+  way: Way,
 ): Promise<void> {
   readAcl(context.configDirectory); // without one, why build
   const local = openLocalDaemon(context);
@@ -5918,8 +6023,9 @@ async function transferAndOffload(
   try {
     const { derivation } = work;
     remote = await session.openDaemon();
+    context.course.connected = Date.now();
     const own = connectStores(session, remote, local, derivation, context);
-    await buildThere(work, course, await own);
+    await buildThere(work, way, await own);
     session.leaveDaemon(remote);
     isDone = true;
   } catch (cause) {
@@ -5939,19 +6045,19 @@ async function transferAndOffload(
 async function transferInStep(
   work: Work,
   session: Session,
-  context: Context,
-  course: Course = { isAdmitted: false, isOneByOne: false },
+  context: AttemptContext,
+  way: Way = { isAdmitted: false, isOneByOne: false },
 ): Promise<void> {
   try {
-    await transferAndOffload(work, session, context, course);
+    await transferAndOffload(work, session, context, way);
   } catch (error) {
     const isGone = error instanceof Gone && session.failure() === undefined;
     context.signal.throwIfAborted();
-    const mayGoOn = isOutOfStep(error) && !course.isOneByOne;
+    const mayGoOn = isOutOfStep(error) && !way.isOneByOne;
     if (!isGone && !mayGoOn) throw error;
     if (!isGone) session.askOneByOne();
-    course.isOneByOne ||= !isGone;
-    await transferInStep(work, session, context, course);
+    way.isOneByOne ||= !isGone;
+    await transferInStep(work, session, context, way);
   }
 }
 
@@ -5994,20 +6100,34 @@ function lossOf(
   return new OffloadError(message, { cause });
 }
 
+/** Begins the course of an attempt. */
+function beginCourse(
+  { courses }: Work,
+  { prospect, slot }: Assignment,
+): Course {
+  const number = Number(basename(slot.file));
+  const its = { machine: prospect.id, slot: number };
+  const course = { ...its, began: Date.now(), moved: 0 };
+  courses.push(course);
+  return course;
+}
+
 /** Runs the build on the machine that took it, and lets go of that. */
 async function attempt(
   work: Work,
   { prospect, slot }: Assignment,
-  context: Context,
+  context: AttemptContext,
 ): Promise<void> {
-  const { log, observations } = context;
+  const { course, log, observations } = context;
   // What is given up must not go on beside the next attempt.
   const over = new AbortController();
   const signal = AbortSignal.any([context.signal, over.signal]);
   let unwatch = () => {};
+  let unfollow: (() => void) | undefined;
   try {
     await clearLeftovers(slot, work.derivation, context);
     observations.useSlot(prospect.id, slot, work.derivation);
+    unfollow = observations.journal?.follow(slot, course);
     const { machine } = prospect;
     const open = () => prospect.opening ?? openSession(machine, context);
     const what = `connecting to '${machine.name}'`;
@@ -6022,6 +6142,7 @@ async function attempt(
     cleanUp(
       log,
       unwatch,
+      () => unfollow?.(),
       () => over.abort(),
       ...work.outputs.map((output) => () => removeFile(temporaryName(output))),
       // As long as the lock is held, nobody else notes anything of the slot.
@@ -6113,7 +6234,7 @@ async function chooseAnother(
   request: ScoredRequest,
   context: Context,
 ): Promise<Assignment | string> {
-  const { log, settings: { outageTimeout }, signal } = context;
+  const { log, observations, settings: { outageTimeout }, signal } = context;
   const isLeft = (machine: Machine) => resting.get(machine) !== Infinity;
   if (!machines.some(isLeft)) return "unreachable";
   const end = performance.now() + outageTimeout * 1000;
@@ -6136,6 +6257,7 @@ async function chooseAnother(
       if (choice === "busy" || isWaiting) tell("waiting for a free slot");
       else if (timeUntil(end) === 0) return choice;
       else tell(`no machine can be reached: waiting for ${outageTimeout} s`);
+      observations.journal?.saveWait(request.derivation, choice);
       await delay(1000);
       signal.throwIfAborted();
     }
@@ -6166,12 +6288,14 @@ function noteAttempt(
   machine: Machine,
   error: unknown,
   { causes, doubted, resting }: Attempts,
-  { log, observations, settings }: Context,
+  { course, log, observations, settings }: AttemptContext,
 ): void {
-  causes.push(reason(error));
+  const problem = reason(error);
+  causes.push(problem);
+  Object.assign(course, { ended: Date.now(), problem });
   const isDoubtful = error instanceof Killed || error instanceof Excess;
   if (isDoubtful) doubted.push(machine);
-  else observations.saveFailure(machine, reason(error), settings);
+  else observations.saveFailure(machine, problem, settings);
   const rest = isDoubtful ? settings.backoff : 0;
   const isForGood = error instanceof ProtocolError;
   resting.set(machine, isForGood ? Infinity : performance.now() + 1000 * rest);
@@ -6231,10 +6355,8 @@ async function offload(
 ): Promise<void> {
   const { log, settings } = context;
   const attempts: Attempts = {
-    causes: [],
-    doubted: [],
-    refusals: new Map(),
-    resting: new Map(),
+    ...{ causes: [], doubted: [] },
+    ...{ refusals: new Map(), resting: new Map() },
   };
   const { causes, resting } = attempts;
   for (let assignment: Assignment | string = first;;) {
@@ -6245,21 +6367,62 @@ async function offload(
       throw new OffloadError(causes.join("; "), { hint: why + hint });
     }
     const { machine } = assignment.prospect;
+    const own = { ...context, course: beginCourse(work, assignment) };
     try {
-      await attempt(work, assignment, context);
+      await attempt(work, assignment, own);
       return noteDoubts(work, attempts, machine, context);
     } catch (error) {
       context.signal.throwIfAborted();
       if (isFinal(error)) throw error;
       if (error instanceof NotAdmitted) {
         noteRefusal(machine, error, attempts, log);
-      } else noteAttempt(machine, error, attempts, context);
+      } else noteAttempt(machine, error, attempts, own);
       if (causes.length >= settings.attempts) {
         const hint = instead(work.derivation, request, context).slice(2);
         throw new OffloadError(causes.join("; "), { cause: error, hint });
       }
     }
     assignment = await chooseAnother(machines, resting, request, context);
+  }
+}
+
+/** How a build has ended, by the error that it has ended with. */
+function outcomeOf(
+  error: unknown,
+  { signal }: Context,
+): JournalEntry["outcome"] {
+  if (error === undefined) return "built";
+  if (signal.aborted) return "interrupted";
+  const { exitCode } = error as Partial<OffloadError>;
+  if (exitCode === EXIT.buildFailed) return "failed";
+  return exitCode === EXIT.timedOut ? "timed-out" : "lost";
+}
+
+/** Does a build, and notes in the end what became of it. */
+async function offloadNoted(
+  work: Work,
+  context: Context,
+  offload: () => Promise<void>,
+): Promise<void> {
+  const { derivation, asked, accepted, courses } = work;
+  let error: unknown;
+  try {
+    await offload();
+  } catch (thrown) {
+    error = thrown;
+    throw thrown;
+  } finally {
+    const { log, observations: { journal }, settings } = context;
+    const isGivenUp = (it: Course): it is Course & Attempt => !!it.problem;
+    const build: JournalEntry = {
+      ...courses.at(-1)!,
+      ...{ derivation, name: derivationName(derivation), asked, accepted },
+      earlier: courses.slice(0, -1).filter(isGivenUp),
+      ended: Date.now(),
+      outcome: outcomeOf(error, context),
+      ...(error !== undefined && { problem: reason(error) }),
+    };
+    cleanUp(log, () => journal?.save(build, settings));
   }
 }
 
@@ -6274,8 +6437,10 @@ export interface Conversation {
 /** Reads what the daemon says after an accept: two lines of store paths. */
 async function readWork(
   derivation: string,
+  asked: number,
   conversation: Conversation,
 ): Promise<Work> {
+  const accepted = Date.now();
   const inputs = await conversation.readLine();
   const outputs = await conversation.readLine();
   if (inputs === undefined || outputs === undefined) {
@@ -6283,7 +6448,8 @@ async function readWork(
   }
   const paths = (line: string) => line.split(" ").filter((path) => path !== "");
   const needed = [...new Set([derivation, ...paths(inputs)])];
-  return { derivation, needed, outputs: paths(outputs) };
+  const own = { derivation, needed, outputs: paths(outputs) };
+  return { ...own, asked, accepted, courses: [] };
 }
 
 /**
@@ -6311,6 +6477,7 @@ export async function processRequest(
   conversation: Conversation,
   context: Context,
 ): Promise<boolean> {
+  const asked = Date.now();
   const { machines: listed, areAll } = await concatMachines(context);
   const machines = listed.filter((machine) => machineMatches(machine, request));
   if (machines.length === 0) {
@@ -6322,18 +6489,23 @@ export async function processRequest(
   const choice = await chooseReadyMachine(machines, scored, context);
   if (typeof choice === "string") {
     const gone = choice === "unreachable" && mayBuildHere(request, context);
+    const { journal } = context.observations;
+    if (!gone) journal?.saveWait(request.derivation, choice);
     await conversation.answer(gone ? "decline" : "postpone");
     return false;
   }
   let work;
   try {
     await conversation.answer("accept");
-    work = await readWork(request.derivation, conversation);
+    work = await readWork(request.derivation, asked, conversation);
   } catch (error) {
     letGo(choice, context);
     throw error;
   }
-  await offload(work, scored, machines, choice, context);
+  await offloadNoted(
+    ...[work, context] as const,
+    () => offload(work, scored, machines, choice, context),
+  );
   return true;
 }
 

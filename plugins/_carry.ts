@@ -44,8 +44,11 @@ interface Errand {
   readonly load: Load;
 }
 
-/** What it says: a log's method, and the text for that. */
-type Told = readonly [level: "info" | "warn" | "debug", text: string];
+/** What it says: a log's method and the text for that, or bytes that moved. */
+type Told = readonly [what: "info" | "warn" | "debug" | "moved", text: string];
+
+/** How often it says how much has moved, in milliseconds. */
+const TELLING = 1000;
 
 /**
  * Has a load moved, if it is much, by a process that `self` starts; returns
@@ -55,7 +58,7 @@ type Told = readonly [level: "info" | "warn" | "debug", text: string];
 export async function carry(
   self: string,
   load: Load,
-  { machine, environment, signal, log, patiently }: BuildContext,
+  { course, machine, environment, signal, log, patiently }: BuildContext,
 ): Promise<boolean> {
   if (load.bytes < MUCH) return false;
   signal.throwIfAborted();
@@ -71,10 +74,12 @@ export async function carry(
     const errand: Errand = { machine, load };
     child.stdin.write(`${JSON.stringify(errand)}\n`);
     createInterface({ input: child.stdout }).on("line", (line) => {
-      const [level, text]: Told = JSON.parse(line);
-      log[level](text);
+      const [what, text]: Told = JSON.parse(line);
+      if (what === "moved") course.moved = Number(text);
+      else log[what](text);
     });
     const [code] = await patiently(() => once(child, "close"));
+    if (code !== 0) course.moved = 0;
     return code === 0;
   } catch (error) { // it did not start
     log.debug(reason(error));
@@ -85,10 +90,12 @@ export async function carry(
   }
 }
 
+function tell(...told: Told): void {
+  writeText(STANDARD_OUTPUT, `${JSON.stringify(told)}\n`);
+}
+
 /** The log of a process that moves something: the other one has the client. */
 export function carrierLog(): Log {
-  const tell = (...told: Told) =>
-    writeText(STANDARD_OUTPUT, `${JSON.stringify(told)}\n`);
   return {
     info: (message, ...more) => {
       const rest = more.map((it) => typeof it === "string" ? it : it.text);
@@ -135,8 +142,15 @@ async function move(
   local.catch(() => {}); // it is told below
   const remote = await session.openDaemon();
   const stores = [session, remote, local, derivation] as const;
-  const own = await connectStores(...stores, context);
+  const id = machineId(session.machine);
+  const course = { machine: id, slot: 0, began: Date.now(), moved: 0 };
+  const own = await connectStores(...stores, { ...context, course });
   const transport = await chooseTransport(own);
-  if (inputs) await transport.send(await queryItems(inputs, own.local));
-  if (outputs) await retrieveOutputs(outputs, bytes, transport, own);
+  const timer = setInterval(() => tell("moved", `${course.moved}`), TELLING);
+  try {
+    if (inputs) await transport.send(await queryItems(inputs, own.local));
+    if (outputs) await retrieveOutputs(outputs, bytes, transport, own);
+  } finally {
+    clearInterval(timer);
+  }
 }

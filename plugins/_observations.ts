@@ -35,6 +35,7 @@ import type {
   UsedSlot,
 } from "../mod.ts";
 
+import { END_OF_ABSENCE, JOURNAL_SCHEMA, SharedJournal } from "./_journal.ts";
 import { checkTypes, SLOT_TYPES, toRecord, USE_TYPES } from "./_records.ts";
 import type { Row, Types, Use } from "./_records.ts";
 
@@ -75,10 +76,9 @@ const OBSERVATIONS_PRAGMAS = `
 `;
 
 /** Another number here makes the tables anew that changed. */
-const OBSERVATIONS_VERSION = 2;
+const OBSERVATIONS_VERSION = 3;
 
 const OBSERVATIONS_SCHEMA = `
-  BEGIN IMMEDIATE;
   CREATE TABLE IF NOT EXISTS machine (
     id TEXT PRIMARY KEY, facts TEXT, failures INTEGER NOT NULL DEFAULT 0,
     until REAL NOT NULL DEFAULT 0, problem TEXT NOT NULL DEFAULT '',
@@ -104,8 +104,8 @@ const OBSERVATIONS_SCHEMA = `
   CREATE TABLE IF NOT EXISTS wait (
     id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
   INSERT OR IGNORE INTO wait VALUES (0, 0, 0);
+  ${JOURNAL_SCHEMA}
   PRAGMA user_version = ${OBSERVATIONS_VERSION};
-  COMMIT;
 `;
 
 /** Views and triggers are not ours: what reads and writes would run them. */
@@ -114,12 +114,28 @@ const OBSERVATIONS_STATE = `
     WHERE type NOT IN ('table', 'index')) AS code
   FROM pragma_user_version`;
 
+/** Which version the tables are of; `code` counts what would be run. */
+function stateOf(database: DatabaseSync): { version: number; code: number } {
+  return database.prepare(OBSERVATIONS_STATE).all()[0] as ReturnType<
+    typeof stateOf
+  >;
+}
+
+/** Makes the tables, unless another process has meanwhile: it may use them. */
+function makeTables(database: DatabaseSync): void {
+  database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
+  const isDone = stateOf(database).version === OBSERVATIONS_VERSION;
+  if (!isDone) database.exec(OBSERVATIONS_SCHEMA);
+  database.exec("COMMIT");
+}
+
 /** What is noted of a build that succeeded. */
 const NOTES_OF_BUILD = [
   "INSERT INTO build VALUES (?, ?, ?, ?)",
   "INSERT OR IGNORE INTO held SELECT value FROM json_each(?)",
   "UPDATE machine SET failures = 0, until = 0 WHERE id = ?",
   "DELETE FROM doubt WHERE machine = ?",
+  END_OF_ABSENCE,
 ] as const;
 
 /** Begins to note anew what machines hold. */
@@ -152,6 +168,10 @@ export class SharedObservations implements Observations {
   #database: DatabaseSync | undefined;
   #inode = "";
   #retry = 0;
+  /** What became of builds. */
+  readonly journal: SharedJournal = new SharedJournal((work) =>
+    this.#use(work)
+  );
   /** What went to memory, and others must learn, or take a build for dead. */
   readonly #unwritten: ((database: DatabaseSync) => void)[] = [];
 
@@ -181,12 +201,10 @@ export class SharedObservations implements Observations {
     this.#inode = isMemory ? inode : inodeOf(name);
     this.#database = new DatabaseSync(name);
     this.#database.exec(OBSERVATIONS_PRAGMAS);
-    const [row] = this.#database.prepare(OBSERVATIONS_STATE).all();
-    if (row!.code !== 0) throw new SyntaxError("it holds what would be run");
+    const { version, code } = stateOf(this.#database);
+    if (code !== 0) throw new SyntaxError("it holds what would be run");
     // Who only opens it writes nothing, and so waits for nobody.
-    if (row!.version !== OBSERVATIONS_VERSION) {
-      this.#database.exec(OBSERVATIONS_SCHEMA);
-    }
+    if (version !== OBSERVATIONS_VERSION) makeTables(this.#database);
     if (!isMemory) {
       for (const notes = this.#unwritten; notes.length > 0; notes.shift()) {
         notes[0]!(this.#database); // where that fails, it is left
@@ -314,12 +332,15 @@ export class SharedObservations implements Observations {
       UNANSWERED,
       UNANSWERED,
     );
+    const now = Date.now();
+    const isThat = "AND problem = ?3";
+    this.#query(`${END_OF_ABSENCE} ${isThat}`, id, now, UNANSWERED);
   }
 
   /** Notes that a machine failed. */
   saveFailure(machine: Machine, problem: string, settings: Settings): void {
     const id = machineId(machine);
-    this.#use((database) => {
+    const until = this.#use((database) => {
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
       const [row] = database.prepare("SELECT * FROM machine WHERE id = ?")
         .all(id);
@@ -335,7 +356,9 @@ export class SharedObservations implements Observations {
         ).run(id, after.failures, after.until, problem, after.definition);
       }
       database.exec("COMMIT");
+      return after === record ? 0 : after.until;
     });
+    if (until > 0) this.journal.saveAbsence(id, until, problem);
   }
 
   /** Notes that a build failed on a machine and did well on another one. */
@@ -398,7 +421,7 @@ export class SharedObservations implements Observations {
     const keys = JSON.stringify(heldKeys(id, items));
     const last = this.#use((database) => {
       // What is prepared beforehand makes nobody wait.
-      const [build, held, failures, doubts] = NOTES_OF_BUILD
+      const [build, held, failures, doubts, absence] = NOTES_OF_BUILD
         .map((sql) => database.prepare(sql));
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
       const { lastInsertRowid } = build!.run(name, id, seconds, now);
@@ -406,6 +429,7 @@ export class SharedObservations implements Observations {
       if (changes > 0) this.#countHeld(database, Number(changes), now);
       failures!.run(id);
       doubts!.run(id);
+      absence!.run(id, now);
       database.exec("COMMIT");
       if (this.#inode !== "memory") this.#told.clear();
       return Number(lastInsertRowid);

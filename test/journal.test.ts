@@ -1,0 +1,243 @@
+/** The journal: what is kept of builds, and for how long. */
+
+import { readdirSync } from "node:fs";
+import { DatabaseSync } from "node:sqlite";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import type { Course } from "../mod.ts";
+import { journalOf, readJournal } from "../plugins/_journal.ts";
+import { SharedObservations } from "../plugins/_observations.ts";
+import { machine, makeContext } from "./context.ts";
+import { ROOT, run, runtimes, until } from "./helpers.ts";
+import { makeEntry } from "./journal.ts";
+
+const test = suite("journal");
+
+/** A context, its journal, and what other processes see of that. */
+function makeJournal() {
+  const { context, warnings } = makeContext();
+  const { stateDirectory, log } = context;
+  const others = new SharedObservations(stateDirectory, log);
+  return {
+    context,
+    warnings,
+    journal: journalOf(context)!,
+    others: { observations: others },
+    file: `${stateDirectory}/observations.sqlite`,
+  };
+}
+
+/** Executes SQL on a database. */
+function execute(file: string, sql: string): void {
+  const database = new DatabaseSync(file);
+  database.exec(sql);
+  database.close();
+}
+
+/** Names that are odd, as derivations, machines and errors may be. */
+const ODD = [
+  "<b onload=alert(1)>&amp;",
+  `'"; DROP TABLE journal; --`,
+  "\x1b[2J\x07\r\nend",
+  "ü".repeat(200),
+];
+
+test("what is noted of a build is read as it was", () => {
+  const { context, journal, others } = makeJournal();
+  const attempt = {
+    ...{ machine: "w2:22", slot: 1, began: 1, ended: 2, problem: "gone" },
+  };
+  const { built: _, retrieved: __, ...begun } = makeEntry();
+  const failed = { ...begun, outcome: "failed", problem: "exit 1" } as const;
+  const builds = [
+    makeEntry(),
+    makeEntry({ earlier: [attempt, attempt], name: "again-1" }),
+    failed,
+  ];
+  builds.forEach((build) => journal.save(build, context.settings));
+  const { entries, absences } = readJournal(others, 0);
+  assert.equal(entries, builds);
+  assert.equal(absences, []);
+  const { ended } = failed;
+  assert.equal(readJournal(others, ended + 9e5, ended + 1e6).entries, []);
+});
+
+test("odd names, and messages of any length, are kept as one line", () => {
+  const { context, journal, others } = makeJournal();
+  for (const odd of ODD) {
+    const problem = `${odd}\0${"long ".repeat(10_000)}`;
+    const attempt = { machine: odd, slot: 0, began: 1, ended: 2, problem };
+    const build = makeEntry({
+      ...{ name: odd, machine: odd, earlier: [attempt], problem },
+      outcome: "lost",
+    });
+    const saved = journal.save(build, context.settings);
+    const { entries } = readJournal(others, 0);
+    assert.equal(entries.at(-1), saved);
+    assert.is(saved.machine, odd);
+    const [{ problem: first }] = saved.earlier as [typeof attempt];
+    for (const message of [saved.problem!, first]) {
+      assert.ok(message.length <= 1000);
+      assert.not.match(message, /\p{Cc}/u);
+    }
+  }
+});
+
+test("it has bounds: builds, and days", () => {
+  const { context, journal, others } = makeJournal();
+  const settings = {
+    ...context.settings,
+    ...{ journalBuilds: 250, journalLifetime: 60 },
+  };
+  const now = Date.now();
+  const save = (count: number, ended: number) => {
+    for (let number = 0; number < count; number++) {
+      journal.save(makeEntry({ ended }), settings);
+    }
+  };
+  const ends = () =>
+    readJournal(others, 0, now + 1e9).entries.map(({ ended }) => ended - now);
+  save(1000, now);
+  assert.is(ends().length, 250);
+  save(200, now - 61_000);
+  assert.equal(new Set(ends()), new Set([0]), "what is too old is gone");
+  save(100, now + 60_000); // before the clock was set back
+  assert.equal(new Set(ends()), new Set([0]), "what is too new is as well");
+  assert.ok(ends().length <= 250);
+});
+
+test("what is damaged is replaced, with a word", () => {
+  const damages = [
+    "UPDATE journal SET outcome = 'perhaps'",
+    "UPDATE journal SET connected = 'never'",
+    "UPDATE journal SET asked = 9e15",
+    "UPDATE journal SET derivation = x'00ff'",
+    "UPDATE journal SET earlier = '[1]'",
+    "UPDATE journal SET earlier = '[{}'",
+    "UPDATE journal SET items = 'many'",
+    "INSERT INTO absence VALUES ('w1:22', 0, 9e14, x'ff')",
+    "DROP TABLE journal",
+    `DROP TABLE absence; CREATE TABLE absence (machine, start, until, problem);
+      INSERT INTO absence VALUES (NULL, 0, 9e14, '')`,
+  ];
+  for (const damage of damages) {
+    const { context, journal, file, warnings } = makeJournal();
+    journal.save(makeEntry(), context.settings);
+    execute(file, `PRAGMA ignore_check_constraints = 1; ${damage}`);
+    assert.equal(readJournal(context, 0, 1e15), { entries: [], absences: [] });
+    assert.is(warnings.length, 1, damage);
+    assert.match(warnings[0]!, "replacing the damaged");
+    journal.save(makeEntry(), context.settings);
+    assert.is(readJournal(context, 0).entries.length, 1);
+  }
+  for (const table of ["course", "waiting"] as const) {
+    const { context, journal, file, warnings } = makeJournal();
+    journal.save(makeEntry(), context.settings);
+    const row = table === "course" ? "('0', '{}')" : "('', 0, 'now', '')";
+    execute(file, `INSERT INTO ${table} VALUES ${row}`);
+    if (table === "course") journal.courses();
+    else {
+      journal.saveWait("", "busy");
+      journal.waiting();
+      journal.save(makeEntry({ derivation: "" }), context.settings);
+    }
+    assert.is(warnings.length, table === "course" ? 1 : 0, table);
+  }
+});
+
+test("processes that note builds at once lose none", async () => {
+  const { context: { stateDirectory }, others, warnings } = makeJournal();
+  const kinds = ["node", "deno", "node", "deno"] as const;
+  const prefixes = kinds.map((kind, index) => `${kind}${index}`);
+  const results = await Promise.all(kinds.map((kind, index) => {
+    const [runtime, ...options] = runtimes[kind];
+    const script = `${ROOT}/test/fixtures/journal.ts`;
+    const args = [stateDirectory, prefixes[index]!, "150"];
+    return run(runtime, [...options, script, ...args]);
+  }));
+  results.forEach(({ stdout }) => assert.is(`${stdout}`, "done\n"));
+  const { entries } = readJournal(others, 0);
+  assert.is(new Set(entries.map(({ name }) => name)).size, 600);
+  assert.equal(warnings, []);
+  const files = readdirSync(stateDirectory);
+  assert.equal(files, ["observations.sqlite"]);
+});
+
+test("a build is asked for when it was for the first time", () => {
+  const { context: { settings }, journal, others, file } = makeJournal();
+  const build = makeEntry();
+  const { derivation, asked } = build;
+  const saved = () => readJournal(others, 0).entries.at(-1)!.asked;
+  journal.saveWait(derivation, "busy");
+  const earlier = asked - 20_000;
+  const seen = `UPDATE waiting SET since = ${earlier}, seen = `;
+  execute(file, seen + (asked - 5000));
+  journal.saveWait("/other.drv", "unreachable");
+  journal.save(build, settings);
+  assert.is(saved(), earlier);
+  const [other, ...more] = journal.waiting();
+  assert.equal(more, []);
+  assert.is(other!.derivation, "/other.drv");
+  journal.save(build, settings);
+  assert.is(saved(), asked, "it waits no more");
+  journal.saveWait(derivation, "busy");
+  execute(file, seen + (asked - 3_600_000));
+  assert.equal(journal.waiting().map((it) => it.derivation), []);
+  journal.save(build, settings);
+  assert.is(saved(), asked, "that was another time");
+});
+
+test("who waits since when is told as long as it is heard of", () => {
+  const { journal, file } = makeJournal();
+  const now = Date.now();
+  journal.saveWait("/a.drv", "busy");
+  execute(file, `UPDATE waiting SET since = ${now - 50_000}`);
+  journal.saveWait("/b.drv", "busy");
+  journal.saveWait("/a.drv", "unreachable");
+  assert.equal(
+    journal.waiting().map(({ derivation, why }) => [derivation, why]),
+    [["/a.drv", "unreachable"], ["/b.drv", "busy"]],
+  );
+  assert.is(journal.waiting()[0]!.since, now - 50_000);
+  execute(file, `UPDATE waiting SET seen = ${now - 20_000}`);
+  assert.equal(journal.waiting(), []);
+});
+
+test("builds that are under way tell how far they are, and nothing at once", async () => {
+  const { journal, others: { observations } } = makeJournal();
+  const course: Course = { machine: "w1:22", slot: 2, began: 1, moved: 0 };
+  const end = journal.follow({ file: "/2" }, course);
+  const told = () => observations.journal.courses().get("/2");
+  assert.is(told(), undefined);
+  await until("it is told", () => told() !== undefined);
+  assert.equal(told(), course);
+  Object.assign(course, { connected: 2, moved: 5, total: 10 });
+  await until("it is told again", () => told()!.moved === 5);
+  assert.equal(told(), course);
+  end();
+  assert.is(told(), undefined);
+});
+
+test("it has when machines were left alone", () => {
+  const { context, others } = makeJournal();
+  const { observations, settings } = context;
+  const [w1, w2] = ["w1", "w2"].map((name) => machine({ name }));
+  const absences = () => readJournal(others, 0, Date.now() + 1e6).absences;
+  observations.saveFailure(w1!, "it is gone\n", settings);
+  observations.saveFailure(w1!, "part of the same", settings);
+  observations.saveFailure(w2!, "no answer yet", settings);
+  const [first, second, ...more] = absences();
+  assert.equal(more, []);
+  assert.is(first!.machine, "w1:22");
+  assert.is(first!.problem, "it is gone");
+  assert.is(first!.until - first!.from >= 9000, true);
+  observations.saveBuild("w1:22", "hello", 1, []);
+  observations.saveFacts("w2:22", { time: Date.now() });
+  assert.ok(absences()[0]!.until <= Date.now(), "a build did well there");
+  assert.ok(absences()[1]!.until <= Date.now(), "its answer came late");
+  assert.is(second!.machine, "w2:22");
+  const later = Date.now() + 1;
+  assert.equal(readJournal(others, later, later).absences, []);
+});
+
+test.run();
