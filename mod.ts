@@ -1583,6 +1583,8 @@ export interface Hooks {
     machine: Machine,
     context: TransportContext,
   ): Awaitable<Transport | undefined>;
+  /** Told of a build that is over: nothing waits for what it does then. */
+  ended(build: JournalEntry, context: PluginContext): Awaitable<void>;
 }
 
 /** A plugin: a name, and at least one hook, or a command. */
@@ -1621,6 +1623,8 @@ export interface Context extends PluginContext {
   readonly queue?: SlotQueue;
   /** Has another process move store items; false where it is to be done here. */
   readonly carry?: (load: Load, context: BuildContext) => Promise<boolean>;
+  /** Tells plugins of a build that is over, where this process stays for that. */
+  readonly tellLater?: (build: JournalEntry) => void;
 }
 
 /** Store items that are to be moved for a build: one of both. */
@@ -1660,6 +1664,7 @@ const HOOKS: Readonly<
   admit: ({ connectTimeout }) => connectTimeout,
   // What is ours may have to be loaded.
   transport: ({ hookTimeout }, isOurs) => isOurs ? 60 : hookTimeout,
+  ended: ({ connectTimeout }, isOurs) => isOurs ? 60 : connectTimeout,
 };
 
 /** The hooks of which the setting of that name chooses one built-in plugin's. */
@@ -1750,6 +1755,20 @@ async function demandFromPlugins<T>(name: string, what: string): Promise<T> {
   if (found !== undefined) return found;
   const hint = "have Offload's plugins/ beside mod.ts";
   throw new OffloadError(what, { hint });
+}
+
+/** Uses a file of plugins/, if it is there, for what no build depends on. */
+async function useAside<Module>(
+  name: string,
+  { log }: Pick<Context, "log">,
+  use: (module: Module) => void,
+): Promise<void> {
+  try {
+    const module = await importFromPlugins<Module>(name);
+    if (module !== undefined) use(module);
+  } catch (error) {
+    log.debug(reason(error));
+  }
 }
 
 /** Loads the built-in plugin of a name; `undefined`: there is none. */
@@ -2117,6 +2136,34 @@ async function concatMachines(
 /** Asks all plugins for machines; of each NAME:PORT, the first plugin's. */
 export async function listMachines(context: Context): Promise<Machine[]> {
   return (await concatMachines(context)).machines;
+}
+
+/** Tells plugins of a build that is over, and warns of what fails there. */
+export async function tellEnded(
+  build: JournalEntry,
+  context: Context,
+): Promise<void> {
+  await allAnswers(
+    "ended",
+    context,
+    (plugin, own) => plugin.ended(build, own),
+    (error) => context.log.warn(error),
+  );
+}
+
+/** The same once nobody waits: at once, that would delay guix-daemon. */
+async function tellEndedLater(
+  build: JournalEntry,
+  context: Context,
+): Promise<void> {
+  if (pluginsWith("ended", context).length === 0) return;
+  if (context.tellLater) return context.tellLater(build);
+  type Module = { tellApart(build: JournalEntry, context: Context): void };
+  await useAside<Module>(
+    "_ended",
+    context,
+    (it) => it.tellApart(build, context),
+  );
 }
 
 /** The scores of a candidate: each plugin's, and their sum. */
@@ -5098,23 +5145,18 @@ async function consultMachines(
   }
 }
 
-/** Finds out about the machines, asking only those that nothing is known of. */
-export async function surveyMachines(
+/** What is known of machines, of which none is asked. */
+export async function recallMachines(
   machines: readonly Machine[],
-  request: Request,
+  derivation: string,
   context: Context,
 ): Promise<Prospect[]> {
   const records = context.observations.machines();
   const lastUsed = context.observations.lastUsed();
   const prospects = machines.map((machine) => {
     const id = machineId(machine);
-    return makeProspect(
-      machine,
-      request.derivation,
-      records.get(id),
-      lastUsed.get(id),
-      context,
-    );
+    const [record, used] = [records.get(id), lastUsed.get(id)];
+    return makeProspect(machine, derivation, record, used, context);
   });
   const exclusions = await firstExclusions(prospects, context);
   const own = context.observations.ownDefinitions();
@@ -5122,6 +5164,17 @@ export async function surveyMachines(
     const isThis = own.size > 0 && own.has(definitionOf(it.machine));
     it.excluded = isThis ? THIS_MACHINE : exclusions[index];
   });
+  return prospects;
+}
+
+/** Finds out about the machines, asking only those that nothing is known of. */
+export async function surveyMachines(
+  machines: readonly Machine[],
+  request: Request,
+  context: Context,
+): Promise<Prospect[]> {
+  const { derivation } = request;
+  const prospects = await recallMachines(machines, derivation, context);
   const unknown = prospects
     .filter((prospect) => isUnknown(prospect) && prospect.freeSlots() > 0)
     .sort((a, b) => b.machine.speed - a.machine.speed);
@@ -6422,7 +6475,9 @@ async function offloadNoted(
       outcome: outcomeOf(error, context),
       ...(error !== undefined && { problem: reason(error) }),
     };
-    cleanUp(log, () => journal?.save(build, settings));
+    let known = build;
+    cleanUp(log, () => known = journal?.save(build, settings) ?? build);
+    await tellEndedLater(known, context);
   }
 }
 
@@ -7076,12 +7131,7 @@ async function serveDaemon(
 /** Starts the process that stays and serves the next hooks. */
 async function startResident(context: Context): Promise<void> {
   type Module = { start(context: Context): void };
-  try {
-    const resident = await importFromPlugins<Module>("_resident_start");
-    resident?.start(context);
-  } catch (error) { // the build is done
-    context.log.debug(reason(error));
-  }
+  await useAside<Module>("_resident_start", context, (it) => it.start(context));
 }
 
 /** What the program exits with because of an error. */

@@ -36,6 +36,7 @@ import type {
   Connection,
   Facts,
   Hooks,
+  JournalEntry,
   Machine,
   Options,
   Plugin,
@@ -435,6 +436,51 @@ export async function checkAdmit(
   });
 }
 
+/** Builds that are over, in all ways, which nobody may change. */
+function makeEnded(): JournalEntry[] {
+  const now = Date.now();
+  const common = {
+    derivation: "/gnu/store/0-hello-2.12.drv",
+    name: "hello-2.12",
+    machine: "example:22",
+    slot: 0,
+    earlier: [],
+    asked: now - 9000,
+    accepted: now - 8900,
+    ended: now,
+  };
+  const ways = ["failed", "timed-out", "lost", "interrupted"] as const;
+  const begun = { ...common, began: now - 8900, connected: now - 8000 };
+  const sent = { ...begun, sent: now - 7000 };
+  const sizes = { items: 3, bytesSent: 2 ** 20, bytesRetrieved: 2 ** 10 };
+  const { machine, slot } = common;
+  const problem = "lost connection to 'example': \u2028<b>\"";
+  const attempt = { machine, slot, began: 1, ended: 2, problem };
+  return [
+    ...ways.map((outcome) => ({ ...begun, outcome, problem })),
+    {
+      ...{ ...sent, ...sizes, built: now - 2000, retrieved: now - 1000 },
+      ...{ earlier: [Object.freeze(attempt)], outcome: "built" as const },
+    },
+  ].map((build) => Object.freeze(build));
+}
+
+/** Checks `ended`: it comes to an end, whatever became of a build. */
+export async function checkEnded(
+  plugin: Plugin,
+  context: PluginContext = makePluginContext(plugin),
+): Promise<void> {
+  const { connectTimeout } = context.settings;
+  demand(plugin.ended, "there is no hook 'ended'");
+  for (const build of makeEnded()) {
+    await answerWithin(
+      connectTimeout,
+      "ended",
+      () => plugin.ended!(build, context),
+    );
+  }
+}
+
 /** The check of each hook, in the order in which a build meets them. */
 export const CHECKS: Readonly<
   Record<keyof Hooks, (plugin: Plugin, ...more: never[]) => Promise<unknown>>
@@ -445,4 +491,5 @@ export const CHECKS: Readonly<
   score: checkScore,
   admit: checkAdmit,
   transport: checkTransport,
+  ended: checkEnded,
 };

@@ -20,6 +20,14 @@ import type {
 import { checkTypes } from "./_records.ts";
 import type { Row, Types } from "./_records.ts";
 import { inOneLine } from "./_screen.ts";
+import {
+  countsOf,
+  readCounts,
+  TALLY,
+  TALLY_END,
+  TALLY_SCHEMA,
+} from "./_tally.ts";
+import type { Count } from "./_tally.ts";
 
 export type { Attempt, Course, JournalEntry } from "../mod.ts";
 
@@ -74,6 +82,7 @@ export const JOURNAL_SCHEMA = `
   CREATE TABLE waiting (
     derivation TEXT PRIMARY KEY, since REAL NOT NULL, seen REAL NOT NULL,
     why TEXT NOT NULL);
+  ${TALLY_SCHEMA}
 `;
 
 /** How often a build that is under way tells how far it is, in ms. */
@@ -297,7 +306,7 @@ export class SharedJournal implements Journal {
     };
     return this.#use((database) => {
       // What is prepared beforehand makes nobody wait.
-      const [wait, insertion] = [END_OF_WAIT, INSERTION]
+      const [wait, insertion, tally] = [END_OF_WAIT, INSERTION, TALLY]
         .map((sql) => database.prepare(sql));
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
       const asked = waitedSince(known, wait!.all(known.derivation)[0]);
@@ -305,6 +314,7 @@ export class SharedJournal implements Journal {
       const row = { ...entry, earlier: JSON.stringify(entry.earlier) };
       const values = COLUMNS.map((name) => row[name] ?? null);
       const last = Number(insertion!.run(...values).lastInsertRowid);
+      tally!.run(countsOf(entry));
       if (last % PRUNED === 0) this.#prune(last, settings, database);
       database.exec("COMMIT");
       return entry;
@@ -329,6 +339,7 @@ export class SharedJournal implements Journal {
         ["DELETE FROM waiting WHERE seen < ?", now - WAIT_LIFETIME.counted],
       ] as const
     ) database.prepare(sql).run(value);
+    database.exec(TALLY_END);
   }
 
   /** Notes that a machine is left alone from now on. */
@@ -352,6 +363,11 @@ export class SharedJournal implements Journal {
         .map((row) => checkAll<Absence>(withoutNull(row), ABSENCE_TYPES));
       return { entries, absences };
     });
+  }
+
+  /** What was counted of all builds so far. */
+  counts(): Count[] {
+    return this.#use(readCounts);
   }
 
   #run(sql: string, ...values: readonly (string | number)[]): void {

@@ -44,8 +44,9 @@ import {
   reason,
   serveRequest,
   sleep,
+  tellEnded,
 } from "../mod.ts";
-import type { Context, Conversation, Slot } from "../mod.ts";
+import type { Context, Conversation, JournalEntry, Slot } from "../mod.ts";
 import { carry } from "./_carry.ts";
 import { Ground, isReadOnly } from "./_ground.ts";
 import { GUARD, toolPath } from "./_guard.ts";
@@ -111,6 +112,7 @@ export class Resident {
   #beats = 0;
   #inbox: number | undefined;
   readonly #told = new Set<string>();
+  readonly #telling = new Set<Promise<void>>();
 
   /**
    * Has the directory for itself.
@@ -174,6 +176,7 @@ export class Resident {
       this.#vacate("it ends");
       this.#keeper.end();
       guard.kill("SIGKILL");
+      await Promise.all(this.#telling);
       rmSync(this.#beatFile, { force: true });
     }
   }
@@ -349,7 +352,10 @@ export class Resident {
         hook.signal.throwIfAborted();
       },
     };
-    const start = () => Promise.resolve(this.#contextOf(hook));
+    const ended: JournalEntry[] = [];
+    const tellLater = (build: JournalEntry) => void ended.push(build);
+    const start = () =>
+      Promise.resolve({ ...this.#contextOf(hook), tellLater });
     let code = 0;
     try {
       const { args: { system }, log, signal } = hook;
@@ -364,7 +370,19 @@ export class Resident {
     if (!isAnswered) return this.#leave(number);
     if (!hook.isAccepted) return;
     this.#served++;
-    await hook.finish(code).finally(() => this.#leave(number));
+    await hook.finish(code).finally(() => {
+      ended.forEach((build) => this.#tellEnded(build));
+      this.#leave(number);
+    });
+  }
+
+  /** Tells plugins of a build that is over, as the client knows by now. */
+  #tellEnded(build: JournalEntry): void {
+    const { log } = this.#context;
+    const telling = doFor(undefined, () => tellEnded(build, this.#context))
+      .catch((error) => log.warn(error))
+      .finally(() => this.#telling.delete(telling));
+    this.#telling.add(telling);
   }
 
   /** Notes that there is something to do. */

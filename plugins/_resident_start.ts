@@ -5,7 +5,8 @@
  */
 
 import { spawn } from "node:child_process";
-import { readFileSync } from "node:fs";
+import { readFileSync, rmSync, statSync } from "node:fs";
+import { dirname } from "node:path";
 import { asOwner, isLocked, makeStateDirectory, parentOf } from "../mod.ts";
 import type { Context, Variables } from "../mod.ts";
 import { withoutRuntime } from "./_ground.ts";
@@ -76,22 +77,36 @@ export function spawnResident(
   environment: Variables,
   daemon?: number,
 ): void {
+  const end = [`--idle=${idle}`, ...daemon ? [`--daemon=${daemon}`] : []];
+  const log = `${stateDirectory}/offload/resident.log`;
+  rmSync(log, { force: true });
+  spawnApart(["serve", "--foreground", ...end], log, environment);
+}
+
+/** How long a file of messages may become, in bytes. */
+const LONGEST_LOG = 2 ** 20;
+
+/** Runs a command of ours in the background; what it says goes to a file. */
+export function spawnApart(
+  args: readonly string[],
+  log: string,
+  environment: Variables,
+): void {
   const { OFFLOAD_SELF: self = "", OFFLOAD_SHIM: _, ...env } = withoutRuntime(
     environment,
   );
-  const directory = `${stateDirectory}/offload`;
-  makeStateDirectory(directory);
-  const end = [`--idle=${idle}`, ...daemon ? [`--daemon=${daemon}`] : []];
+  makeStateDirectory(dirname(log));
+  const { size = 0 } = statSync(log, { throwIfNoEntry: false }) ?? {};
+  if (size > LONGEST_LOG) rmSync(log);
   const script =
-    'umask 077; log=$1; shift; exec "$@" </dev/null >"$log" 2>&1 4>&-';
-  const log = `${directory}/resident.log`;
-  const serve = [self, "offload", "serve", "--foreground", ...end];
-  const child = spawn("/bin/sh", ["-c", script, "sh", log, ...serve], {
+    'umask 077; log=$1; shift; exec "$@" </dev/null >>"$log" 2>&1 4>&-';
+  const command = ["-c", script, "sh", log, self, "offload", ...args];
+  const child = spawn("/bin/sh", command, {
     cwd: "/",
     detached: true,
     env: env as NodeJS.ProcessEnv,
     stdio: "ignore",
   });
-  child.on("error", () => {}); // the next hook tries again
+  child.on("error", () => {}); // the next one tries again
   child.unref();
 }

@@ -6,8 +6,9 @@ import { tmpdir } from "node:os";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { loadBuiltins, machineToJson } from "../mod.ts";
-import type { Hooks, Plugin } from "../mod.ts";
+import type { Hooks, JournalEntry, Plugin } from "../mod.ts";
 import {
+  checkEnded,
   checkExclude,
   checkMachines,
   checkPlugin,
@@ -55,6 +56,9 @@ const checks = {
   score: checkScore,
 };
 
+/** The same, with what the page's examples do something by. */
+const allChecks = { ...checks, ended: checkEnded };
+
 for (const plugin of builtinPlugins) {
   test(`'${plugin.name}' keeps the contract`, async () => {
     checkPlugin(plugin);
@@ -69,9 +73,9 @@ for (const plugin of builtinPlugins) {
 /** Demands that a check finds something wrong with a hook. */
 async function refuses(hooks: Partial<Hooks>, message: RegExp): Promise<void> {
   const plugin = { name: "odd", ...hooks } as Plugin;
-  const [hook] = Object.keys(hooks) as (keyof typeof checks)[];
+  const [hook] = Object.keys(hooks) as (keyof typeof allChecks)[];
   try {
-    await checks[hook!](plugin);
+    await allChecks[hook!](plugin);
   } catch (error) {
     assert.match(String(error), message);
     return;
@@ -80,6 +84,8 @@ async function refuses(hooks: Partial<Hooks>, message: RegExp): Promise<void> {
 }
 
 test("the checks find what is wrong", async () => {
+  const failing = { ended: ({ sent }: JournalEntry) => void sent!.toFixed() };
+  await refuses(failing, /undefined/);
   assert.throws(() => checkPlugin({ name: "x" }), /it has no hook/);
   assert.throws(() => checkPlugin({ name: "x", skore() {} }), /'skore'/);
   await refuses({ score: () => NaN }, /score: NaN of no facts/);
@@ -164,6 +170,28 @@ test("the page's examples are plugins, type-checked, that work", async () => {
         if (hook in plugin) await check(plugin);
       }
     }
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+});
+
+test("the page's example of 'ended' sends mail of what went wrong", async () => {
+  const directory = writeExamples();
+  try {
+    const { default: plugin } = await import(`${directory}/notify.ts`);
+    const program = `${directory}/sendmail`;
+    const mails = `${directory}/mails`;
+    const text = `#!/bin/sh\n{ echo "to $1"; cat; } >>${mails}\n`;
+    writeFileSync(program, text, { mode: 0o755 });
+    await checkEnded(plugin, makePluginContext(plugin, { program, to: "me" }));
+    const sent = readFileSync(mails, "utf8");
+    const subjects = [...sent.matchAll(/^Subject: (.*)$/gm)];
+    assert.equal(
+      subjects.map(([, subject]) => subject),
+      ["failed", "timed-out", "lost"].map((it) => `hello-2.12 ${it}`),
+    );
+    assert.match(sent, /^to me\n/);
+    assert.match(sent, "\nexample:22: lost connection");
   } finally {
     rmSync(directory, { recursive: true });
   }
