@@ -333,6 +333,8 @@ export interface Screen {
   paint(style: Style, text: string): string;
   /** How many columns and lines there is room for. */
   size(): readonly [columns: number, lines: number];
+  /** Draws how much of something is done, 0 to 1. */
+  bar(share: number, columns: number): string;
   /** Writes text as it is. */
   print(text: string): void;
   /** Shows whoever waits how much of some work is done, until it ends. */

@@ -40,7 +40,7 @@ import type {
   Style,
   Variables,
 } from "../mod.ts";
-import { Foot, progressBar } from "./_screen.ts";
+import { drawBar, Foot, progressBar } from "./_screen.ts";
 
 /** The version, which stands in package.json alone. */
 export const VERSION: string = manifest.version;
@@ -317,6 +317,9 @@ function makeScreen(environment: Variables, foot?: Foot): Screen {
     isTerminal,
     paint,
     size: () => [process.stdout.columns ?? 80, process.stdout.rows ?? 24],
+    // A table makes of several spaces one.
+    bar: (share, columns) =>
+      drawBar(share, columns - 2, isUnicode, isUnicode ? "░" : "-"),
     print: (text) => writeFileSync(STANDARD_OUTPUT, text),
     progress: (what, total) =>
       foot?.progress(total, (done) => {

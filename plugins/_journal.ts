@@ -51,6 +51,12 @@ export interface JournalPart {
   readonly absences: Absence[];
 }
 
+/** How far a build was at a time, in milliseconds since 1970. */
+export interface ToldCourse extends Course {
+  /** When it told that. */
+  readonly time: number;
+}
+
 /** A build that waits for a slot. */
 export interface Waiting {
   /** File name of the derivation. */
@@ -78,7 +84,8 @@ export const JOURNAL_SCHEMA = `
     machine TEXT NOT NULL, start REAL NOT NULL, until REAL NOT NULL,
     problem TEXT NOT NULL);
   CREATE INDEX absence_machine ON absence (machine, until);
-  CREATE TABLE course (file TEXT PRIMARY KEY, course TEXT NOT NULL);
+  CREATE TABLE course (
+    file TEXT PRIMARY KEY, time REAL NOT NULL, course TEXT NOT NULL);
   CREATE TABLE waiting (
     derivation TEXT PRIMARY KEY, since REAL NOT NULL, seen REAL NOT NULL,
     why TEXT NOT NULL);
@@ -253,7 +260,10 @@ export class SharedJournal implements Journal {
       const text = JSON.stringify(course);
       if (text === told) return;
       told = text;
-      this.#run("INSERT OR REPLACE INTO course VALUES (?, ?)", file, text);
+      this.#run(
+        "INSERT OR REPLACE INTO course VALUES (?, ?, ?)",
+        ...[file, Date.now(), text],
+      );
     };
     // Most builds are over before anybody could have looked.
     const timer = setInterval(tell, TELLING);
@@ -263,13 +273,17 @@ export class SharedJournal implements Journal {
     };
   }
 
-  /** How far builds in slots are, by the files of these. */
-  courses(): Map<string, Course> {
+  /**
+   * How far builds in slots were last, by the files of these. One that has been
+   * killed has left what it told.
+   */
+  courses(): Map<string, ToldCourse> {
     return this.#use((database) => {
       const rows = database.prepare("SELECT * FROM course").all();
-      return new Map(
-        rows.map((row) => [`${row.file}`, toCourse(`${row.course}`)] as const),
-      );
+      return new Map(rows.map((row) => {
+        const { time } = checkAll<ToldCourse>(row, { time: "time" });
+        return [`${row.file}`, { ...toCourse(`${row.course}`), time }] as const;
+      }));
     });
   }
 

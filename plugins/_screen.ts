@@ -76,14 +76,28 @@ export function progressBar(
   const text = `${what} ${number}/${total}`;
   const width = Math.min(40, columns - text.length - " [] ".length);
   if (width < 3) return text.slice(0, Math.max(0, columns - 1));
+  return `${text} ${drawBar(done / total, width, isUnicode)}`;
+}
+
+/**
+ * Draws how much is done of it all, in so many columns and two at its ends, with
+ * `empty` for what is not.
+ */
+export function drawBar(
+  share: number,
+  width: number,
+  isUnicode: boolean,
+  empty = " ",
+): string {
   const [left, steps, right] = isUnicode
     ? ["\u2595", " ▏▎▍▌▋▊▉█", "\u258f"] as const
     : ["[", " #", "]"] as const;
   const parts = steps.length - 1; // that a column is drawn in
-  const filled = Math.floor(width * parts * done / total);
+  const filled = Math.floor(width * parts * Math.min(1, Math.max(0, share)));
   const bar = steps[parts]!.repeat(Math.floor(filled / parts)) +
     steps[filled % parts];
-  return `${text} ${left}${bar.padEnd(width).slice(0, width)}${right}`;
+  const filledIn = bar.trimEnd().padEnd(width, empty);
+  return `${left}${filledIn.slice(0, width)}${right}`;
 }
 
 /** Seconds of waiting after which it is shown how much is done. */

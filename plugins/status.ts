@@ -8,7 +8,6 @@ import { existsSync, opendirSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import {
   codeOf,
-  derivationName,
   DOUBTS,
   isThisMachine,
   leftAloneUntil,
@@ -18,7 +17,6 @@ import {
   openSession,
   pluginDirectory,
   reason,
-  takenSlots,
   THIS_MACHINE,
   within,
 } from "../mod.ts";
@@ -34,6 +32,15 @@ import type {
   Session,
   Styled,
 } from "../mod.ts";
+import {
+  describeBuild,
+  describeWaiting,
+  findWaiting,
+  findWork,
+  formatWork,
+} from "./_at_work.ts";
+import type { Work } from "./_at_work.ts";
+import type { Waiting } from "./_journal.ts";
 import {
   hasErrors,
   JSON_OPTION,
@@ -76,10 +83,7 @@ interface MachineStatus {
   readonly latency?: number | undefined;
   readonly slots: number;
   /** What the slots that are taken are used for, if it is us who took them. */
-  readonly builds: readonly {
-    readonly derivation?: string | undefined;
-    readonly since?: string | undefined;
-  }[];
+  readonly builds: readonly Work[];
   /** How often it failed since a build last succeeded there. */
   readonly failures: number;
   /** Seconds for which it is left alone, and why. */
@@ -107,21 +111,17 @@ function describeFacts(facts: Facts): Partial<MachineStatus> {
 /** What is known here of a machine, without asking it. */
 function describeUse(
   machine: Machine,
-  { observations, settings, stateDirectory }: Context,
+  context: Context,
 ): MachineStatus {
+  const { observations, settings } = context;
   const id = machineId(machine);
   const record = observations.machines(id).get(id);
-  const used = observations.slots();
   const until = leftAloneUntil(machine, record, settings);
   const left = (until - Date.now()) / 1000;
   return {
     machine: id,
     slots: machine.parallelBuilds,
-    builds: takenSlots(machine, stateDirectory).map((file) => {
-      const use = used.find((it) => it.file === file);
-      const since = use && new Date(use.time).toISOString();
-      return { derivation: use?.derivation, since };
-    }),
+    builds: findWork(machine, context),
     failures: record?.failures ?? 0,
     leftAlone: Math.max(0, Math.ceil(left)),
     lastProblem: record?.failures ? inOneLine(record.problem) : undefined,
@@ -208,23 +208,11 @@ function formatSize(bytes: number): string {
   return `${Math.round(bytes / 1024 ** index)} ${units[index]}`;
 }
 
-/** How long something takes, to be read at a glance. */
-function formatDuration(seconds: number): string {
-  if (seconds < 100) return `${Math.round(seconds)} s`;
-  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
-  return `${Math.round(seconds / 3600)} h`;
-}
-
 /** What is known of a machine beside numbers: builds, failures. */
 function describeWork(
   { builds, doubts, failures, leftAlone, problem, lastProblem }: MachineStatus,
 ): string[] {
-  const notes = builds.map(({ derivation, since }) => {
-    if (derivation === undefined) return "a build of another program's";
-    const seconds = Math.max(0, Date.now() - Date.parse(since!)) / 1000;
-    const time = formatDuration(seconds);
-    return `building ${derivationName(derivation)} for ${time}`;
-  });
+  const notes = builds.map(describeBuild);
   if (problem !== undefined) notes.unshift(problem);
   if (failures > 0) {
     const times = failures === 1 ? "once" : `${failures} times`;
@@ -276,6 +264,7 @@ function formatStatus(statuses: readonly MachineStatus[]): string {
 function formatStatusTable(
   statuses: readonly MachineStatus[],
   screen: Screen,
+  describe = describeWork,
 ): string {
   const rows = statuses.map((status) => {
     const { load, disk, clock, latency } = formatNumbers(status);
@@ -286,10 +275,43 @@ function formatStatusTable(
     const numbers = [`${builds.length}/${slots}`, load, disk, clock, latency];
     const names = [status.hostName, status.architecture, status.kernel];
     const cells = [...numbers, ...names].map((cell) => cell ?? "-");
-    return [machine, state, ...cells, describeWork(status).join("; ")];
+    return [machine, state, ...cells, describe(status).join("; ")];
   });
   const header = "machine,,slots,load,disk,clock,latency,host,arch,kernel,";
   return formatTable([header.split(","), ...rows], screen);
+}
+
+/** Shows builds above machines, which get the rest of the screen. */
+function formatWatch(
+  statuses: readonly MachineStatus[],
+  waiting: readonly Waiting[],
+  screen: Screen,
+): string {
+  const describe = (status: MachineStatus) =>
+    describeWork({ ...status, builds: [] }); // they have lines of their own
+  const machines = formatStatusTable(statuses, screen, describe);
+  const work = new Map(statuses.map((it) => [it.machine, it.builds]));
+  const [, lines] = screen.size();
+  const builds = formatWork(work, waiting, Math.floor(lines / 2), screen);
+  return builds === "" ? machines : `${builds}\n\n${machines}`;
+}
+
+/** Shows all in the form that is wanted. */
+function formatAll(
+  statuses: readonly MachineStatus[],
+  { json, watch }: CommandOptions,
+  context: Context,
+  screen: Screen,
+): string {
+  const work = statuses.flatMap(({ builds }) => builds);
+  const waiting = findWaiting(work, context);
+  if (json && watch) return JSON.stringify({ machines: statuses, waiting });
+  if (json) return JSON.stringify(statuses, null, 2);
+  if (watch && screen.isTerminal) return formatWatch(statuses, waiting, screen);
+  const machines = screen.isTerminal
+    ? formatStatusTable(statuses, screen)
+    : formatStatus(statuses);
+  return [machines, ...describeWaiting(waiting)].join("\n");
 }
 
 /** Says what the process does that stays, where there is one. */
@@ -341,7 +363,13 @@ async function watchMachines(
   ended.catch(() => {}); // the interruption, seen below
   try {
     await Promise.race([Promise.all(first), pause()]);
-    for (;; await pause()) show(latest);
+    for (;; await pause()) {
+      // What is known here does not wait for a machine that is slow to answer.
+      show(latest.map((status, index) => {
+        const builds = findWork(machines[index]!, context);
+        return { ...status, builds };
+      }));
+    }
   } catch (error) {
     if (!context.signal.aborted) throw error;
   }
@@ -388,11 +416,7 @@ async function statusCommand(
   const look = (machine: Machine) =>
     inspect(machine, seconds, sessions, context);
   const describe = (statuses: readonly MachineStatus[]) =>
-    options.json
-      ? JSON.stringify(statuses, null, options.watch ? 0 : 2)
-      : screen.isTerminal
-      ? formatStatusTable(statuses, screen)
-      : formatStatus(statuses);
+    formatAll(statuses, options, context, screen);
   try {
     if (options.watch) {
       await watchMachines(machines, look, (statuses) => {
@@ -424,11 +448,14 @@ const plugin = {
       "Where the output is no terminal, it is in the format of 'guix offload " +
       "status', with more lines. The exit code is 1 when a machine can't be " +
       "reached.",
+      "With --watch, builds come first: what each is at, how much has moved or " +
+      "is left, by how long it took before, and which ones wait. JSON then has " +
+      "a line each time, with 'machines' and those that are 'waiting'.",
     ],
     options: [
       JSON_OPTION,
       TIMEOUT_OPTION,
-      ["--watch", "Show it anew every 2 s until interrupted"],
+      ["--watch", "Show it anew every 2 s until interrupted, builds first"],
     ],
     examples: [
       ["offload status", "shows all machines"],

@@ -34,6 +34,7 @@ const SCREEN: Screen = {
   isTerminal: false,
   paint: (_, text) => text,
   size: () => [80, 24],
+  bar: () => "",
   print: () => {},
   progress: () => ({ step: () => {}, end: () => {} }),
 };
