@@ -31,6 +31,27 @@ need_kernel() {
         fail "the kernel has no overlay file system: load its module 'overlay'"
 }
 
+# Have promtool, of Debian's package prometheus: installed, that would serve.
+make_promtool() {
+    [ ! -x "$lab/roots/promtool" ] || return 0
+    need_programs apt-get dpkg-deb
+    mkdir -p "$lab/roots"
+    place=$(mktemp -d "$lab/roots/promtool.XXXXXX")
+    (
+        cd "$place" || exit
+        apt-get download -qq prometheus 2>/dev/null ||
+            { retry apt-get update -qq && retry apt-get download -qq prometheus; } ||
+            exit
+        dpkg-deb --extract prometheus_*.deb . && mv usr/bin/promtool ..
+    ) >&2 || fail "failed to fetch Debian's package prometheus: see 'apt-get update'"
+    rm -rf "$place"
+}
+
+promtool() {
+    make_promtool
+    "$lab/roots/promtool" "$@"
+}
+
 # The Debian mirror that apt uses on this machine, from sources of both forms.
 mirror() {
     if [ -n "${OFFLOAD_LAB_MIRROR:-}" ]; then
