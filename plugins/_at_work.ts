@@ -9,7 +9,8 @@ import { derivationName, machineId, mebibytes, takenSlots } from "../mod.ts";
 import type { Context, Machine, PastBuild, Screen } from "../mod.ts";
 import { journalOf } from "./_journal.ts";
 import type { ToldCourse, Waiting } from "./_journal.ts";
-import { formatTable, inOneLine } from "./_screen.ts";
+import { median } from "./_report_figures.ts";
+import { formatDuration, formatTable, inOneLine } from "./_screen.ts";
 
 /** A build in a slot; what another program does there is not known. */
 export interface Work {
@@ -40,14 +41,6 @@ export interface Work {
 
 /** How many earlier builds say how long one takes. */
 const EARLIER = 10;
-
-/** The one in the middle. */
-function median(numbers: readonly number[]): number | undefined {
-  const sorted = numbers.toSorted((a, b) => a - b);
-  const [low, high] = [sorted.length - 1, sorted.length]
-    .map((it) => sorted[Math.floor(it / 2)]);
-  return low === undefined ? undefined : (low + high!) / 2;
-}
 
 /** How long builds of a name took, on that machine where there were some. */
 function usualTime(
@@ -114,13 +107,6 @@ export function findWaiting(
   return waiting.filter(({ derivation }) =>
     !work.some((it) => it.derivation === derivation)
   );
-}
-
-/** How long something takes, to be read at a glance. */
-export function formatDuration(seconds: number): string {
-  if (seconds < 100) return `${Math.round(seconds)} s`;
-  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
-  return `${Math.round(seconds / 3600)} h`;
 }
 
 /** For how long until now. */

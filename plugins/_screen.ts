@@ -36,6 +36,40 @@ export function inOneLine(text: string): string {
   return text.replace(/[\s\p{Cc}]+/gu, " ").trim();
 }
 
+/** A number of bytes, as the reference writes it. */
+export function formatSize(bytes: number): string {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+  const exponent = units.findLastIndex((_, index) => bytes > 1024 ** index);
+  const index = Math.max(0, exponent);
+  return `${Math.round(bytes / 1024 ** index)} ${units[index]}`;
+}
+
+/** How long something takes, to be read at a glance. */
+export function formatDuration(seconds: number): string {
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
+  return `${Math.round(seconds / 3600)} h`;
+}
+
+/** How long something took, where parts of a second and of an hour count. */
+export function formatTook(seconds: number): string {
+  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  if (seconds < 6000) return formatDuration(seconds);
+  return `${(seconds / 3600).toFixed(1)} h`;
+}
+
+/** A share, from 0 to 1, to be read at a glance. */
+export function formatShare(share: number): string {
+  const percent = Math.round(100 * share);
+  return share > 0 && percent === 0 ? "< 1 %" : `${percent} %`;
+}
+
+/** Date and time here, of milliseconds since 1970. */
+export function formatTime(time: number): string {
+  return new Date(time).toLocaleString("sv");
+}
+
 /** Waits for what all machines are asked, and shows how many have answered. */
 export async function awaitAll<T>(
   what: string,

@@ -52,6 +52,7 @@ import {
 } from "./_machines.ts";
 import {
   awaitAll,
+  formatSize,
   formatTable,
   inOneLine,
   redraw,
@@ -198,14 +199,6 @@ async function inspect(
     const use = describeUse(machine, context);
     return { ...use, reachable: false, problem, code };
   }
-}
-
-/** A number of bytes, as the reference writes it. */
-function formatSize(bytes: number): string {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-  const exponent = units.findLastIndex((_, index) => bytes > 1024 ** index);
-  const index = Math.max(0, exponent);
-  return `${Math.round(bytes / 1024 ** index)} ${units[index]}`;
 }
 
 /** What is known of a machine beside numbers: builds, failures. */

@@ -15,6 +15,8 @@ import { tmpdir } from "node:os";
 import { performance } from "node:perf_hooks";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { countFigures } from "../plugins/_report_figures.ts";
+import { makePage } from "../plugins/_report_page.ts";
 import { machine } from "./context.ts";
 import { bundle, ROOT, run, runtimes, withDirectory } from "./helpers.ts";
 
@@ -91,6 +93,20 @@ function makeSite(directory: string): Record<string, string> {
   };
 }
 
+/** The names of the functions in a page's script; esbuild numbers some. */
+function namesIn(page: string): string[] {
+  const [, script] = /<script>([^]*?)<\/script>/.exec(page)!;
+  new Function(script!); // it can be read
+  return [...script!.matchAll(/^(?:async )?function (\w+)/gm)]
+    .map(([, name]) => name!.replace(/\d+$/, "")).sort();
+}
+
+/** Demands that a page's script has what one from source has. */
+function assertSameScript(page: string): void {
+  const none = countFigures([], [], [], { since: 0, until: 1 });
+  assert.equal(namesIn(page), namesIn(makePage([], [], none)));
+}
+
 for (const [name, [program, ...options]] of Object.entries(runtimes)) {
   test(`offload.mjs runs alone under ${name}, with a site's plugin`, async () => {
     await withDirectory(async (alone) => {
@@ -107,6 +123,10 @@ for (const [name, [program, ...options]] of Object.entries(runtimes)) {
         /^127\.0\.0\.1:1\b.*connection refused/m,
         text + explained.stderr,
       );
+      // The page's script is made of functions that are in there.
+      const reported = await offload("report", "--html", `${alone}/page.html`);
+      assert.match(reported.stderr, "wrote '", reported.stderr);
+      assertSameScript(readFileSync(`${alone}/page.html`, "utf8"));
       // Whose trace can be read, by the names of its functions.
       const failed = await offload("explain", `${alone}/none.drv`);
       assert.match(failed.stderr, `failed to read '${alone}/none.drv'`);

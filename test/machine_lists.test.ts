@@ -30,6 +30,7 @@ import { parseMachines } from "../plugins/_machine_list.ts";
 import { privateDirectory } from "../plugins/_programs.ts";
 import { HOST_KEY, machine, makeContext } from "./context.ts";
 import { until } from "./helpers.ts";
+import { conforms } from "./schema.ts";
 
 const [command, jsonMachines] = await loadBuiltins([
   "command",
@@ -98,38 +99,6 @@ function parse(list: unknown) {
 
 const schemaFile = new URL("../plugins/machines.schema.json", import.meta.url);
 const schema = JSON.parse(readFileSync(schemaFile, "utf8"));
-
-/** Whether a value is as a schema says, as far as this one goes. */
-// deno-lint-ignore no-explicit-any
-function conforms(value: any, rule: any): boolean {
-  if (rule.$ref) return conforms(value, schema.$defs[rule.$ref.slice(8)]);
-  // deno-lint-ignore no-explicit-any
-  if (rule.anyOf) return rule.anyOf.some((it: any) => conforms(value, it));
-  if ("const" in rule) return value === rule.const;
-  if (rule.type === "string") {
-    return typeof value === "string" && value.length >= (rule.minLength ?? 0) &&
-      new RegExp(rule.pattern ?? "").test(value);
-  }
-  if (rule.type === "array") {
-    return Array.isArray(value) &&
-      value.length <= (rule.maxItems ?? Infinity) &&
-      value.every((item) => conforms(item, rule.items ?? { const: item })) &&
-      (!rule.contains || value.some((item) => conforms(item, rule.contains)));
-  }
-  if (rule.type === "object") {
-    const needed = Object.entries(rule.dependentRequired ?? {})
-      .flatMap(([name, others]) => name in Object(value) ? others : []);
-    return value?.constructor === Object &&
-      [...rule.required, ...needed].every((name) => name in value) &&
-      Object.entries(value).every(([name, part]) =>
-        Object.hasOwn(rule.properties, name) &&
-        conforms(part, rule.properties[name])
-      );
-  }
-  return typeof value === "number" && value <= (rule.maximum ?? Infinity) &&
-    value >= (rule.minimum ?? -Infinity) &&
-    (rule.type === "number" || value % 1 === 0);
-}
 
 test("privateDirectory() believes nothing in another account's state", () => {
   const own = process.getuid!();

@@ -1,0 +1,321 @@
+/**
+ * What `offload report` makes of the journal: figures of the machines, of the
+ * builds, and of where their time went.
+ *
+ * @module
+ */
+
+import type { Absence, Attempt, JournalEntry } from "./_journal.ts";
+
+/** What a build does, one after another. */
+export const PHASES = [
+  "waiting",
+  "failed attempts",
+  "connecting",
+  "sending",
+  "building",
+  "retrieving",
+] as const;
+
+/** One of them. */
+export type Phase = typeof PHASES[number];
+
+/** How a build can end. */
+export type Outcome = JournalEntry["outcome"];
+
+/** All of these. */
+export const OUTCOMES = [
+  "built",
+  "failed",
+  "timed-out",
+  "lost",
+  "interrupted",
+] as const satisfies readonly Outcome[];
+
+/** A span of time, in milliseconds since 1970. */
+export interface Span {
+  /** Its beginning. */
+  readonly since: number;
+  /** Its end. */
+  readonly until: number;
+}
+
+/** A machine, and how many builds it may do at a time. */
+export interface Capacity {
+  /** NAME:PORT. */
+  readonly machine: string;
+  /** At least 1. */
+  readonly slots: number;
+}
+
+/** Why a machine was left alone, and for how long. */
+export interface LeftAlone {
+  /** In one line. */
+  readonly problem: string;
+  /** How often. */
+  readonly times: number;
+  /** Seconds, of all these times. */
+  readonly seconds: number;
+}
+
+/** What a machine did. */
+export interface MachineFigures extends Capacity {
+  /** Builds that ended there, whatever came of them. */
+  readonly builds: number;
+  /** Those that failed or took too long, by no fault of the machine. */
+  readonly failed: number;
+  /** Attempts that the machine failed. */
+  readonly lost: number;
+  /** Share of the time of all its slots in which they were taken, 0 to 1. */
+  readonly used: number;
+  /** Median of the seconds that a build took beside the build itself. */
+  readonly overhead: number | undefined;
+  /** Bytes that were sent there for builds. */
+  readonly bytesSent: number;
+  /** Bytes that came from there. */
+  readonly bytesRetrieved: number;
+  /** Why it was left alone, what lasted longest first. */
+  readonly leftAlone: readonly LeftAlone[];
+}
+
+/** A build that is worth a look. */
+export interface BuildFigures {
+  /** Of the derivation, without hash and `.drv`. */
+  readonly name: string;
+  /** The store's path. */
+  readonly derivation: string;
+  /** The last one that it was tried on, NAME:PORT. */
+  readonly machine: string;
+  /** From the request to the end. */
+  readonly seconds: number;
+  /** How often it was tried. */
+  readonly attempts: number;
+  /** How it ended. */
+  readonly outcome: Outcome;
+  /** What went wrong last, in one line. */
+  readonly problem: string | undefined;
+}
+
+/** All that is known of a span of time. */
+export interface Figures extends Span {
+  /** Builds by how they ended. */
+  readonly outcomes: Readonly<Record<Outcome, number>>;
+  /** Seconds of all builds together. */
+  readonly phases: Readonly<Record<Phase, number>>;
+  /** Those of the list, and others that had builds. */
+  readonly machines: readonly MachineFigures[];
+  /** Those that took the longest. */
+  readonly longest: readonly BuildFigures[];
+  /** Those that machines failed, the most often first. */
+  readonly unluckiest: readonly BuildFigures[];
+}
+
+/** How many builds are worth a look, of each kind. */
+const WORTH_A_LOOK = 5;
+
+/**
+ * The times between which the phases of a build lie: its beginning, and the end
+ * of each, none before the one before, whatever clocks did.
+ */
+export function phaseTimes(entry: JournalEntry): number[] {
+  const { asked, accepted, earlier, connected, sent, built, ended } = entry;
+  const last = earlier.at(-1);
+  const began = last === undefined ? accepted : entry.began ?? last.ended;
+  const times = [asked, accepted, began, connected, sent, built, ended];
+  let latest = asked;
+  return times.map((time = ended) => {
+    latest = Math.max(latest, Math.min(time, ended));
+    return latest;
+  });
+}
+
+/** All attempts of a build, the last one included. */
+export function attemptsOf(entry: JournalEntry): Attempt[] {
+  const { machine, slot, problem = "" } = entry;
+  const times = phaseTimes(entry);
+  const began = times[PHASES.indexOf("connecting")]!;
+  const ended = times.at(-1)!;
+  return [...entry.earlier, { machine, slot, began, ended, problem }];
+}
+
+/** Seconds that each phase of a build took. */
+export function phaseSeconds(entry: JournalEntry): Record<Phase, number> {
+  const times = phaseTimes(entry);
+  const seconds = PHASES.map((phase, index) =>
+    [phase, (times[index + 1]! - times[index]!) / 1000] as const
+  );
+  return Object.fromEntries(seconds) as Record<Phase, number>;
+}
+
+/** Seconds of a build's last attempt that were not the build itself. */
+function overheadOf(entry: JournalEntry): number {
+  const { connecting, sending, retrieving } = phaseSeconds(entry);
+  return connecting + sending + retrieving;
+}
+
+/** The middle one of numbers, or the mean of the two there; of none, none. */
+export function median(numbers: readonly number[]): number | undefined {
+  if (numbers.length === 0) return undefined;
+  const sorted = numbers.toSorted((a, b) => a - b);
+  const half = (sorted.length - 1) / 2;
+  return (sorted[Math.floor(half)]! + sorted[Math.ceil(half)]!) / 2;
+}
+
+function sum(numbers: readonly number[]): number {
+  return numbers.reduce((total, number) => total + number, 0);
+}
+
+/** Milliseconds of a time that are within a span. */
+function overlap(from: number, to: number, { since, until }: Span): number {
+  return Math.max(0, Math.min(to, until) - Math.max(from, since));
+}
+
+/** Puts together what belongs to the same. */
+function groupBy<T>(
+  items: readonly T[],
+  keyOf: (item: T) => string,
+): Map<string, T[]> {
+  const groups = new Map<string, T[]>();
+  for (const item of items) {
+    const group = groups.get(keyOf(item));
+    if (group === undefined) groups.set(keyOf(item), [item]);
+    else group.push(item);
+  }
+  return groups;
+}
+
+/** Why a machine was left alone within a span. */
+function reasonsOf(absences: readonly Absence[], span: Span): LeftAlone[] {
+  return [...groupBy(absences, ({ problem }) => problem)]
+    .map(([problem, times]) => ({
+      problem,
+      times: times.length,
+      seconds: sum(times.map((it) => overlap(it.from, it.until, span))) / 1000,
+    }))
+    .filter(({ seconds }) => seconds > 0)
+    .sort((a, b) => b.seconds - a.seconds);
+}
+
+/** What a machine did, of its builds and of attempts there. */
+function machineFigures(
+  { machine, slots }: Capacity,
+  builds: readonly JournalEntry[],
+  attempts: readonly Attempt[],
+  absences: readonly Absence[],
+  span: Span,
+): MachineFigures {
+  const count = (...outcomes: readonly Outcome[]) =>
+    builds.filter(({ outcome }) => outcomes.includes(outcome)).length;
+  const total = (key: "bytesSent" | "bytesRetrieved") =>
+    sum(builds.map((it) => it[key] ?? 0));
+  const built = builds.filter(({ outcome }) => outcome === "built");
+  const taken = attempts.map((it) => overlap(it.began, it.ended, span));
+  const all = slots * (span.until - span.since);
+  return {
+    machine,
+    slots,
+    builds: builds.length,
+    failed: count("failed", "timed-out"),
+    lost: attempts.length - builds.length + count("lost"),
+    used: Math.min(1, sum(taken) / all),
+    overhead: median(built.map(overheadOf)),
+    bytesSent: total("bytesSent"),
+    bytesRetrieved: total("bytesRetrieved"),
+    leftAlone: reasonsOf(absences, span),
+  };
+}
+
+/** The listed machines, with the slots that were used, then other ones. */
+export function capacities(
+  listed: readonly Capacity[],
+  entries: readonly JournalEntry[],
+  absences: readonly Absence[] = [],
+): Capacity[] {
+  const slots = new Map(listed.map((it) => [it.machine, it.slots] as const));
+  const note = (machine: string, least: number) =>
+    slots.set(machine, Math.max(least, slots.get(machine) ?? 1));
+  for (const entry of entries) {
+    for (const { machine, slot } of attemptsOf(entry)) note(machine, slot + 1);
+  }
+  for (const { machine } of absences) note(machine, 1);
+  return [...slots].map(([machine, slots]) => ({ machine, slots }));
+}
+
+function buildFigures(entry: JournalEntry): BuildFigures {
+  const { name, derivation, machine, earlier, outcome } = entry;
+  const times = phaseTimes(entry);
+  return {
+    name,
+    derivation,
+    machine,
+    seconds: (times.at(-1)! - times[0]!) / 1000,
+    attempts: earlier.length + 1,
+    outcome,
+    problem: entry.problem ?? earlier.at(-1)?.problem,
+  };
+}
+
+/** How often machines failed a build. */
+function misfortune({ attempts, outcome }: BuildFigures): number {
+  return attempts - (outcome === "lost" ? 0 : 1);
+}
+
+/** The builds that are worth a look. */
+function remarkable(entries: readonly JournalEntry[]) {
+  const builds = entries.map(buildFigures)
+    .sort((a, b) => b.seconds - a.seconds);
+  const unlucky = builds.filter((it) => misfortune(it) > 0)
+    .sort((a, b) => misfortune(b) - misfortune(a));
+  return {
+    longest: builds.slice(0, WORTH_A_LOOK),
+    unluckiest: unlucky.slice(0, WORTH_A_LOOK),
+  };
+}
+
+/** Builds by how they ended, of which there may be none. */
+function countOutcomes(
+  entries: readonly JournalEntry[],
+): Record<Outcome, number> {
+  const counts = OUTCOMES.map((outcome) =>
+    [outcome, entries.filter((it) => it.outcome === outcome).length] as const
+  );
+  return Object.fromEntries(counts) as Record<Outcome, number>;
+}
+
+/** Seconds of all builds by phase. */
+function sumPhases(entries: readonly JournalEntry[]): Record<Phase, number> {
+  const each = entries.map(phaseSeconds);
+  const sums = PHASES.map((phase) =>
+    [phase, sum(each.map((seconds) => seconds[phase]))] as const
+  );
+  return Object.fromEntries(sums) as Record<Phase, number>;
+}
+
+/** Counts what happened in a span of time. */
+export function countFigures(
+  entries: readonly JournalEntry[],
+  absences: readonly Absence[],
+  machines: readonly Capacity[],
+  span: Span,
+): Figures {
+  const builds = groupBy(entries, ({ machine }) => machine);
+  const attempts = groupBy(entries.flatMap(attemptsOf), (it) => it.machine);
+  const alone = groupBy(absences, ({ machine }) => machine);
+  return {
+    ...span,
+    outcomes: countOutcomes(entries),
+    phases: sumPhases(entries),
+    machines: machines.map((capacity) => {
+      const of = <T>(groups: Map<string, T[]>) =>
+        groups.get(capacity.machine) ?? [];
+      return machineFigures(
+        capacity,
+        of(builds),
+        of(attempts),
+        of(alone),
+        span,
+      );
+    }),
+    ...remarkable(entries),
+  };
+}
