@@ -91,12 +91,13 @@ ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; }
 .hatched path { fill: none; stroke-width: 2; }
 form { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center;
   margin-bottom: 0.6rem; }
-label { color: var(--muted); }
+label { color: var(--muted); max-width: 100%; }
 input, select, button {
   font: inherit; color: var(--text); background: var(--panel);
   border: 1px solid var(--line); border-radius: 6px; padding: 0.25rem 0.6rem;
   max-width: 100%;
 }
+select { max-width: 14rem; }
 button { cursor: pointer; }
 :focus-visible { outline: 2px solid var(--sending); outline-offset: 1px; }
 .buttons { margin-left: auto; display: flex; gap: 0.3rem; }
@@ -139,6 +140,7 @@ summary { cursor: pointer; padding: 0.5rem 0; }
   tr { display: block; padding: 0.4rem 0; border-bottom: 1px solid var(--line); }
   th, td, td:last-child { display: inline-block; border: none; padding: 0;
     margin-right: 0.9rem; min-width: 0; width: auto; max-width: 100%; }
+  td { white-space: normal; }
   th { display: block; }
   td::before { content: attr(data-label) " "; color: var(--muted); }
 }

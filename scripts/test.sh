@@ -108,6 +108,7 @@ if [ "${1-}" != --unit ]; then
     # Two at a time: they wait as much as they work.
     first=${OFFLOAD_LAB:-/var/cache/offload-lab}
     scripts/lab/lab roots || exit 1
+    scripts/lab/lab browser || exit 1
     mkdir -p "$first.second"
     ln -sfn "$first/roots" "$first.second/roots"
     lane "$first.second" 127.0.2 &

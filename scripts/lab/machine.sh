@@ -11,17 +11,19 @@ need_programs() {
         command -v "$program" >/dev/null || missing="$missing $program"
     done
     [ -n "$missing" ] || return 0
+    packages="debootstrap debian-archive-keyring util-linux"
+    case $missing in *chromium*) packages="chromium fonts-dejavu-core" ;; esac
     command -v apt-get >/dev/null ||
-        fail "missing programs:$missing: install debootstrap, debian-archive-keyring and util-linux"
+        fail "missing programs:$missing: install $packages"
     say "installing what is missing:$missing"
-    install_programs >&2 ||
+    install_packages $packages >&2 ||
         fail "failed to install the missing programs:$missing"
 }
 
-install_programs() {
+install_packages() {
     retry apt-get update -qq &&
         retry env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-            --no-install-recommends debootstrap debian-archive-keyring util-linux
+            --no-install-recommends "$@"
 }
 
 need_kernel() {

@@ -71,7 +71,8 @@ export interface Result {
 }
 
 function runLab(args: readonly string[], input = ""): Result {
-  const timeout = args[0] === "up" ? TIMEOUTS.up : TIMEOUTS.command;
+  const mayInstall = args[0] === "up" || args[0] === "browser";
+  const timeout = mayInstall ? TIMEOUTS.up : TIMEOUTS.command;
   const result = spawnSync(LAB, args, {
     input,
     timeout,
