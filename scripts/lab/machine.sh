@@ -12,7 +12,9 @@ need_programs() {
     done
     [ -n "$missing" ] || return 0
     packages="debootstrap debian-archive-keyring util-linux"
-    case $missing in *chromium*) packages="chromium fonts-dejavu-core" ;; esac
+    case $missing in
+        *chromium* | *pngquant*) packages="chromium fonts-dejavu-core pngquant" ;;
+    esac
     command -v apt-get >/dev/null ||
         fail "missing programs:$missing: install $packages"
     say "installing what is missing:$missing"
