@@ -330,9 +330,8 @@ test("plugins/README.md checks a plugin against the types", () => {
   const [, command] = /^ {4}(deno check .*)$/m.exec(page)!;
   const [, example] = /^```ts\n(\/\/ roomy\.ts\n[^]*?)^```$/m.exec(page)!;
   const file = `${release}/roomy.ts`;
-  writeFileSync(file, example!.replaceAll("/opt/offload/", ROOT));
-  const args = command!.replaceAll("/opt/offload/", ROOT)
-    .replace("/etc/guix/offload/roomy.ts", file)
+  writeFileSync(file, example!.replace("/usr/local/lib/offload", release));
+  const args = command!.replace("/etc/guix/offload/roomy.ts", file)
     .split(" ").slice(1);
   const result = spawnSync(DENO, args, { encoding: "utf8" });
   assert.is(result.status, 0, result.stderr);
