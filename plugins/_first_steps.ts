@@ -16,6 +16,8 @@ export const AS_ACCOUNT =
 
 /** Whether this account may not do so much with a file that is there. */
 function isForbidden(file: string, mode: number): boolean {
+  // Deno goes by a file's mode, which root does not.
+  if (process.geteuid!() === 0) return false;
   try {
     accessSync(file, mode);
     return false;
