@@ -6334,6 +6334,10 @@ interface Attempts {
   readonly resting: Map<Machine, number>;
 }
 
+function noAttempts(): Attempts {
+  return { causes: [], doubted: [], refusals: new Map(), resting: new Map() };
+}
+
 /**
  * Notes why a build failed on a machine. One that a user's build can make fail
  * as it likes is not to blame: once others failed there that did well
@@ -6409,10 +6413,7 @@ async function offload(
   context: Context,
 ): Promise<void> {
   const { log, settings } = context;
-  const attempts: Attempts = {
-    ...{ causes: [], doubted: [] },
-    ...{ refusals: new Map(), resting: new Map() },
-  };
+  const attempts = noAttempts();
   const { causes, resting } = attempts;
   for (let assignment: Assignment | string = first;;) {
     if (typeof assignment === "string") {
@@ -6471,7 +6472,10 @@ async function offloadNoted(
     const isGivenUp = (it: Course): it is Course & Attempt => !!it.problem;
     const build: JournalEntry = {
       ...courses.at(-1)!,
-      ...{ derivation, name: derivationName(derivation), asked, accepted },
+      derivation,
+      name: derivationName(derivation),
+      asked,
+      accepted,
       earlier: courses.slice(0, -1).filter(isGivenUp),
       ended: Date.now(),
       outcome: outcomeOf(error, context),
@@ -6559,10 +6563,8 @@ export async function processRequest(
     letGo(choice, context);
     throw error;
   }
-  await offloadNoted(
-    ...[work, context] as const,
-    () => offload(work, scored, machines, choice, context),
-  );
+  const build = () => offload(work, scored, machines, choice, context);
+  await offloadNoted(work, context, build);
   return true;
 }
 
