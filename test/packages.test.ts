@@ -234,7 +234,7 @@ test("the npm package has what is installed, runs, and is for authors", async ()
     await npm(directory, "install", `${RELEASE}/${ARCHIVE}`);
     const own = `${directory}/node_modules/guix-offload`;
     const names = ["CHANGELOG.md", "LICENSE", "README.md", "package.json"]
-      .concat(globSync(["plugins/*.md", "scripts/*.svg"], { cwd: ROOT }));
+      .concat(globSync(["plugins/*.md", "scripts/*.{png,svg}"], { cwd: ROOT }));
     const there = readdirSync(own, { recursive: true }) as string[];
     const files = there.filter((name) => /^(?!dist\/).*\./.test(name));
     assert.equal(files.concat("LICENSE").sort(), names.sort());
