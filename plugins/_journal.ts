@@ -119,9 +119,9 @@ const INSERTION = `INSERT INTO journal (${COLUMNS.join(", ")})
 const END_OF_WAIT =
   "DELETE FROM waiting WHERE derivation = ? RETURNING since, seen";
 
-/** Ends an absence. */
+/** Ends an absence: now, of that machine, which lasts longer than now. */
 export const END_OF_ABSENCE =
-  "UPDATE absence SET until = ?2 WHERE machine = ?1 AND until > ?2";
+  "UPDATE absence SET until = ? WHERE machine = ? AND until > ?";
 
 const OUTCOMES: readonly string[] = [
   "built",

@@ -333,8 +333,8 @@ export class SharedObservations implements Observations {
       UNANSWERED,
     );
     const now = Date.now();
-    const isThat = "AND problem = ?3";
-    this.#query(`${END_OF_ABSENCE} ${isThat}`, id, now, UNANSWERED);
+    const sql = `${END_OF_ABSENCE} AND problem = ?`;
+    this.#query(sql, now, id, now, UNANSWERED);
   }
 
   /** Notes that a machine failed. */
@@ -429,7 +429,7 @@ export class SharedObservations implements Observations {
       if (changes > 0) this.#countHeld(database, Number(changes), now);
       failures!.run(id);
       doubts!.run(id);
-      absence!.run(id, now);
+      absence!.run(now, id, now);
       database.exec("COMMIT");
       if (this.#inode !== "memory") this.#told.clear();
       return Number(lastInsertRowid);

@@ -46,7 +46,11 @@ async function stop(context: Context, directory: string): Promise<string> {
   // One that has just begun has none yet.
   await until(() => existsSync(inbox) || !isThere(directory), context);
   if (!isThere(directory)) return "no process serves";
-  asOwner(inbox, () => appendFileSync(inbox, "stop\n", { flag: "r+" }));
+  try {
+    asOwner(inbox, () => appendFileSync(inbox, "stop\n", { flag: "r+" }));
+  } catch (error) { // it is about to end by itself
+    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+  }
   if (!await until(() => !isThere(directory), context)) {
     throw new OffloadError("the process that serves does not answer", {
       hint: `kill it: its number is in '${directory}/status.json'`,

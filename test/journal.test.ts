@@ -47,13 +47,13 @@ test("what is noted of a build is read as it was", () => {
   const attempt = {
     ...{ machine: "w2:22", slot: 1, began: 1, ended: 2, problem: "gone" },
   };
-  const { built: _, retrieved: __, ...begun } = makeEntry();
-  const failed = { ...begun, outcome: "failed", problem: "exit 1" } as const;
   const builds = [
     makeEntry(),
     makeEntry({ earlier: [attempt, attempt], name: "again-1" }),
-    failed,
   ];
+  const { built: _, retrieved: __, ...begun } = makeEntry();
+  const failed = { ...begun, outcome: "failed", problem: "exit 1" } as const;
+  builds.push(failed);
   builds.forEach((build) => journal.save(build, context.settings));
   const { entries, absences } = readJournal(others, 0);
   assert.equal(entries, builds);
