@@ -8,7 +8,7 @@
 import { appendFileSync, existsSync, readFileSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
-import { asOwner, makeLog, OffloadError, ownerOf } from "../mod.ts";
+import { asOwner, inodeOf, makeLog, OffloadError, ownerOf } from "../mod.ts";
 import type {
   Command,
   CommandOptions,
@@ -40,18 +40,29 @@ async function until(isSo: () => boolean, context: Context): Promise<boolean> {
   return true;
 }
 
-/** Has the one that serves take no more requests. */
-async function stop(context: Context, directory: string): Promise<string> {
-  const inbox = `${directory}/inbox`;
-  // One that has just begun has none yet.
-  await until(() => existsSync(inbox) || !isThere(directory), context);
-  if (!isThere(directory)) return "no process serves";
+/** Tells the one that reads an inbox to end. */
+function tellToEnd(inbox: string): void {
   try {
     asOwner(inbox, () => appendFileSync(inbox, "stop\n", { flag: "r+" }));
   } catch (error) { // it is about to end by itself
     if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
   }
-  if (!await until(() => !isThere(directory), context)) {
+}
+
+/** Has the one that serves take no more requests. */
+async function stop(context: Context, directory: string): Promise<string> {
+  if (!isThere(directory)) return "no process serves";
+  const inbox = `${directory}/inbox`;
+  let told = "";
+  const isOver = () => {
+    if (!isThere(directory)) return true;
+    // One that has just begun has none yet, or that of one that was killed.
+    const inode = inodeOf(inbox);
+    if (inode !== told) tellToEnd(inbox);
+    told = inode;
+    return false;
+  };
+  if (!await until(isOver, context)) {
     throw new OffloadError("the process that serves does not answer", {
       hint: `kill it: its number is in '${directory}/status.json'`,
     });
