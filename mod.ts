@@ -2753,7 +2753,8 @@ export async function operateAll(
         await awaitAnswer(store, takesLong, answer);
       } catch (error) {
         if (!(error instanceof DaemonError) || isOutOfStep(error)) {
-          throw await failed(refused ?? error);
+          const cause = refused ?? error;
+          throw await failed(message.length > 1 ? asLost(cause) : cause);
         }
         refused ??= error;
       }
@@ -2762,8 +2763,18 @@ export async function operateAll(
   }
 }
 
-/** What a daemon says that got something while it was at work, or does not. */
+/**
+ * What a daemon says that got something while it was at work, or does not, or
+ * leaves instead of saying.
+ */
 const OUT_OF_STEP = /^EOF expected|^no answer to requests that came together/;
+
+/** The error where a daemon that lost count may have left for that. */
+function asLost(error: unknown): unknown {
+  if (!/: unexpected end of data$/.test(reason(error))) return error;
+  const message = `no answer to requests that came together: ${reason(error)}`;
+  return new OffloadError(message, { cause: error });
+}
 
 /** Whether a daemon got something while it was at work: it lost count then. */
 export function isOutOfStep(error: unknown): boolean {
