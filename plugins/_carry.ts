@@ -122,8 +122,8 @@ export async function carryHere(context: Context): Promise<void> {
   const { machine, load } = await readErrand();
   const { observations, settings, log } = context;
   const session = await openSession(machine, context);
-  const { facts } = observations.machines(machineId(machine))
-    .get(machineId(machine)) ?? {};
+  const id = machineId(machine);
+  const { facts } = observations.machines(id).get(id) ?? {};
   session.useSocket(facts?.socket);
   const unwatch = watchSession(session, settings);
   try {

@@ -117,19 +117,27 @@ export async function nextStep(
   }
 }
 
-/** Tells an account that may not see the state, or a key, what it misses. */
-function warnOfAccount(
-  machines: readonly Machine[],
+/** Tells an account that may not see the state what seems to be so. */
+export function warnOfState(
+  seeming: string,
   { stateDirectory, log }: Context,
 ): void {
   const directory = `${stateDirectory}/offload`;
-  const warn = (message: string) =>
-    log.warn(new OffloadError(message, { hint: AS_ACCOUNT }));
-  if (!maySee(directory)) {
-    warn(`all slots look free, for '${directory}' can't be seen`);
-  }
+  if (maySee(directory)) return;
+  const message = `${seeming}, for '${directory}' can't be seen`;
+  log.warn(new OffloadError(message, { hint: AS_ACCOUNT }));
+}
+
+/** Tells an account that may not see the state, or a key, what it misses. */
+function warnOfAccount(
+  machines: readonly Machine[],
+  context: Context,
+): void {
+  warnOfState("all slots look free", context);
   const key = machines.find((it) => isUnreadable(it.privateKey))?.privateKey;
-  if (key !== undefined) warn(`this account may not use the SSH key '${key}'`);
+  if (key === undefined) return;
+  const message = `this account may not use the SSH key '${key}'`;
+  context.log.warn(new OffloadError(message, { hint: AS_ACCOUNT }));
 }
 
 /** Says what to type next where something keeps a command from its answer. */

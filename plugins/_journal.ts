@@ -123,13 +123,14 @@ const END_OF_WAIT =
 export const END_OF_ABSENCE =
   "UPDATE absence SET until = ? WHERE machine = ? AND until > ?";
 
-const OUTCOMES: readonly string[] = [
+/** How a build can end. */
+export const OUTCOMES: readonly JournalEntry["outcome"][] = [
   "built",
   "failed",
   "timed-out",
   "lost",
   "interrupted",
-] satisfies JournalEntry["outcome"][];
+];
 
 const ATTEMPT_TYPES: Types = {
   machine: "string",

@@ -5,6 +5,7 @@
  * @module
  */
 
+import { OUTCOMES } from "./_journal.ts";
 import type { Absence, Attempt, JournalEntry } from "./_journal.ts";
 
 /** What a build does, one after another. */
@@ -22,15 +23,6 @@ export type Phase = typeof PHASES[number];
 
 /** How a build can end. */
 export type Outcome = JournalEntry["outcome"];
-
-/** All of these. */
-export const OUTCOMES = [
-  "built",
-  "failed",
-  "timed-out",
-  "lost",
-  "interrupted",
-] as const satisfies readonly Outcome[];
 
 /** A span of time, in milliseconds since 1970. */
 export interface Span {

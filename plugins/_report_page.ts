@@ -9,9 +9,10 @@
  */
 
 import { createHash } from "node:crypto";
+import { OUTCOMES } from "./_journal.ts";
 import type { Absence, Attempt, JournalEntry } from "./_journal.ts";
 import * as drawing from "./_report_draw.ts";
-import { OUTCOMES, PHASES, phaseTimes } from "./_report_figures.ts";
+import { PHASES, phaseTimes } from "./_report_figures.ts";
 import type {
   BuildFigures,
   Figures,

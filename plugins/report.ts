@@ -5,7 +5,7 @@
  */
 
 import { Buffer } from "node:buffer";
-import { DAY, listMachines, machineId, maySee, OffloadError } from "../mod.ts";
+import { DAY, listMachines, machineId } from "../mod.ts";
 import type {
   CommandOptions,
   CommandResult,
@@ -15,7 +15,7 @@ import type {
 } from "../mod.ts";
 import { replaceFile } from "./_authorization.ts";
 import { usageError } from "./_commands.ts";
-import { AS_ACCOUNT, warnOfLack } from "./_first_steps.ts";
+import { warnOfLack, warnOfState } from "./_first_steps.ts";
 import { readJournal } from "./_journal.ts";
 import { hasErrors, JSON_OPTION } from "./_machines.ts";
 import { capacities, countFigures, PHASES } from "./_report_figures.ts";
@@ -168,14 +168,6 @@ function writeReport(file: string, text: string, context: Context): void {
   context.log.info(`wrote '${file}'`);
 }
 
-/** Tells an account that may not see the journal that it misses it. */
-function warnOfState({ stateDirectory, log }: Context): void {
-  const directory = `${stateDirectory}/offload`;
-  if (maySee(directory)) return;
-  const message = `no builds are known, for '${directory}' can't be seen`;
-  log.warn(new OffloadError(message, { hint: AS_ACCOUNT }));
-}
-
 /** `offload report`. */
 async function reportCommand(
   options: CommandOptions,
@@ -183,7 +175,7 @@ async function reportCommand(
   screen: Screen,
 ): Promise<CommandResult> {
   const span = spanOf(options);
-  warnOfState(context);
+  warnOfState("no builds are known", context);
   const known = await listMachines(context);
   await warnOfLack(known, context);
   const listed = known.map((machine) => (

@@ -2,7 +2,8 @@
 
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { OUTCOMES, PHASES } from "../plugins/_report_figures.ts";
+import { OUTCOMES } from "../plugins/_journal.ts";
+import { PHASES } from "../plugins/_report_figures.ts";
 import { DARK, LIGHT } from "../plugins/_report_style.ts";
 import type { Palette } from "../plugins/_report_style.ts";
 
