@@ -29,12 +29,24 @@ END
     [ "$patch" -ge "$4" ]
 }
 
+# runs_types FILE: whether Node can run what is to be run. Debian's is built
+# without what runs TypeScript; that of the checkout is not, and isn't asked.
+runs_types() {
+    case ${script-} in
+    *.ts) [ "$1" = "$node" ] ||
+        [ "$("$1" --experimental-strip-types -p process.features.typescript)" != false ] ;;
+    esac </dev/null 2>/dev/null
+}
+
 # Prints "node FILE" or "deno FILE" for the first program given that can run
 # Offload; "node-strip FILE" for a Node that takes TypeScript only if told.
 find_runtime() {
     for program; do
         file=$(command -v "$program") || continue
         version=$("$file" --version 2>/dev/null) || continue
+        case $version in
+        v*) runs_types "$file" || continue ;;
+        esac
         case $version in
         v22.1[4-7].* | v23.[0-5].*) echo "node-strip $file" && return ;;
         v*) new_enough "${version#v}" 22 14 0 && echo "node $file" && return ;;
@@ -54,6 +66,7 @@ run() {
         "install Offload anew, readable for all"
     # Where this is a checkout, `npm install` brought both; where it was
     # installed, `runtime` is what that found, whatever the daemon's PATH is.
+    script=$1/$2
     node=$1/node_modules/node/bin/node
     deno=$(echo "$1"/node_modules/@deno/*/deno)
     case ${OFFLOAD_RUNTIME-} in
@@ -62,7 +75,10 @@ run() {
     deno) runtime=$(find_runtime deno "$deno") ;;
     *) runtime=$(find_runtime "$OFFLOAD_RUNTIME") ;;
     esac || cannot_start "neither Node 22.14 nor Deno 2.7.14, or newer, is there" \
-        "install one of them, or set OFFLOAD_RUNTIME to its file name"
+        "install one of them, or set OFFLOAD_RUNTIME to its file name$(
+            [ "$2" = offload.mjs ] ||
+                echo '; from source, Node has to run TypeScript, as Debian'\''s does not'
+        )"
 
     # Both compile a script once where they can keep the result, and guix-daemon
     # waits for each start.  Nobody else may write there, nor have put another's
@@ -75,7 +91,6 @@ run() {
         export DENO_DIR="${DENO_DIR:-$state/deno-cache}"
     fi
 
-    script=$1/$2
     shift 2
     # A small nursery: what moves is garbage soon, and would be 200 MiB of it.
     nursery=--max-semi-space-size=2

@@ -90,10 +90,15 @@ export class Sandbox {
     );
   }
 
-  /** Makes a runtime that does something else. */
-  pretend(name: string, version: string, script: string): string {
-    const say =
-      `if [ "$1" = --version ]; then printf '${version}\\n'; exit; fi`;
+  /** Makes a runtime that does something else; `types`: how it runs TypeScript. */
+  pretend(
+    name: string,
+    version: string,
+    script: string,
+    types = "strip",
+  ): string {
+    const say = `if [ "$1" = --version ]; then printf '${version}\\n'; exit; fi
+if [ "$2" = -p ]; then echo ${types}; exit; fi`;
     return this.program(name, `${say}\n${script}`);
   }
 

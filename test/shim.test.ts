@@ -170,6 +170,23 @@ test("guix offload takes the runtimes of the checkout where it must", async () =
   });
 });
 
+test("guix offload takes no Node without TypeScript, as Debian's is", async () => {
+  await sandbox(async (box) => {
+    const debians = ["v24.1.0", "echo ran", "false"] as const;
+    const without = box.pretend("bin/node", ...debians);
+    for (const OFFLOAD_RUNTIME of ["", "node", without]) {
+      const env = { OFFLOAD_RUNTIME };
+      const { code, stderr } = await box.call(["offload"], { env });
+      assert.match(stderr, "Node has to run TypeScript");
+      assert.is(code, 1);
+    }
+    const own = "checkout/node_modules/node/bin/node";
+    box.runtime(own, "v24.1.0");
+    const { stdout } = await box.call(["offload"]);
+    assert.match(stdout, `${own}:`);
+  });
+});
+
 test("guix offload runs the bundle of a release, with its runtime", async () => {
   await sandbox(async (box) => {
     const release = `${box.directory}/release`;
