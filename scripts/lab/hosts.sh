@@ -69,13 +69,14 @@ parse_host() {
     esac
     for flavour in $flavours; do
         case $flavour in
-            master | bullseye | unprivileged | systemd | stranger) ;;
-            *) fail "unknown flavour '$flavour' of '$name': master, bullseye, unprivileged, systemd and stranger exist" ;;
+            master | bullseye | unprivileged | systemd | nodejs | stranger) ;;
+            *) fail "unknown flavour '$flavour' of '$name': master, bullseye, unprivileged, systemd, nodejs and stranger exist" ;;
         esac
     done
     case $(echo $flavours) in
         *bullseye*unprivileged*) fail "'$name' can't be both: Guix 1.2 has no unprivileged daemon" ;;
         *bullseye*systemd*) fail "'$name' can't be both: only the root of sid has systemd" ;;
+        *bullseye*nodejs*) fail "'$name' can't be both: the Node of bullseye is too old" ;;
     esac
 }
 

@@ -41,7 +41,9 @@ init() {
         mount -t tmpfs -o "size=$memory" memory memory
         mkdir memory/upper memory/work
     fi
-    mount -t overlay lab -o "lowerdir=../../roots/$suite,upperdir=$writes/upper,workdir=$writes/work" root
+    below=../../roots/$suite
+    ! has "$name" nodejs || below=../../roots/nodejs:$below
+    mount -t overlay lab -o "lowerdir=$below,upperdir=$writes/upper,workdir=$writes/work" root
     mount -t proc proc root/proc
     make_devices root/dev
     if [ -n "$shared" ]; then

@@ -1,4 +1,4 @@
-/** The oldest runtimes, and releases under all: a real build by each. */
+/** The oldest runtimes, and releases under all, Debian's too: a build by each. */
 
 import { chmodSync, globSync } from "node:fs";
 import { suite } from "uvu";
@@ -32,16 +32,21 @@ function inPackages(pattern: string): string {
   return `/offload/${file!.slice(ROOT.length)}`;
 }
 
-/** Programs, and whether no other suite has them run this from source. */
+/** Debian's, on hosts that have it. */
+const DEBIANS = "/usr/bin/node";
+
+/** Programs, and whether they are the oldest: the others run this from source in
+ * other suites. */
 const PROGRAMS = {
   "the oldest Node": [inPackages("node-oldest/bin/node"), true],
   "the oldest Deno": [inPackages("deno-oldest/**/deno"), true],
   "Node": [inPackages("node/bin/node"), false],
   "Deno": [inPackages("@deno/*/deno"), false],
+  "Debian's Node": [DEBIANS, false],
 } as const;
 
 /** A master, the account that its guix-daemon runs as. */
-const MASTERS = { head: "root", uhead: "guix-daemon" } as const;
+const MASTERS = { dhead: "root", duhead: "guix-daemon" } as const;
 
 /** What runs it, where its shim is. */
 const SHIMS = {
@@ -52,7 +57,7 @@ const SHIMS = {
 const test = suite("runtimes");
 
 test.before(async () => {
-  up("head", "uhead:master:unprivileged", "w1");
+  up("dhead:master:nodejs", "duhead:master:nodejs:unprivileged", "w1");
   await serveRelease();
   for (const master of Object.keys(MASTERS)) {
     copyRelease(master);
@@ -62,8 +67,7 @@ test.before(async () => {
 });
 test.after(() => {
   endRelease();
-  inHost("head", "rm", "-r", "/root/release");
-  down("uhead");
+  down(...Object.keys(MASTERS));
   up("head", "w1"); // who is gone leaves the machine files
 });
 
@@ -94,6 +98,17 @@ async function buildBoth(master: string): Promise<void> {
   await until("its count", () => residentStatus(master)?.served === 1);
 }
 
+test("Debian's Node is new enough", () => {
+  for (const master of Object.keys(MASTERS)) {
+    const owner = inHost(master, "dpkg-query", "--search", DEBIANS);
+    assert.is(owner, `nodejs: ${DEBIANS}\n`);
+    const version = inHost(master, DEBIANS, "--version").trim();
+    const [, major, minor] = /^v(\d+)\.(\d+)\./.exec(version)!;
+    const isNewEnough = Number(major) * 1000 + Number(minor) >= 22_014;
+    assert.ok(isNewEnough, `Debian has ${version}, and 22.14 is the oldest`);
+  }
+});
+
 for (const [name, [program, isOld]] of Object.entries(PROGRAMS)) {
   for (const [kind, shim] of Object.entries(SHIMS)) {
     if (kind === "source" && !isOld) continue;
@@ -107,27 +122,27 @@ for (const [name, [program, isOld]] of Object.entries(PROGRAMS)) {
   if (!isOld) continue;
 
   test(`${name} compresses what goes a slow way`, async () => {
-    use("head", SHIMS.source, program, "OFFLOAD_RESIDENT=false");
-    useMachines("head", ["w1"], relayed);
+    use("dhead", SHIMS.source, program, "OFFLOAD_RESIDENT=false");
+    useMachines("dhead", ["w1"], relayed);
     const relay = await startRelay("w1", "--delay", "8");
     try {
       const [derivation] = makeWork(
-        ...["head", "--compressible", "--inputs=1"],
+        ...["dhead", "--compressible", "--inputs=1"],
         ...[`--input-size=${6 * MEBIBYTE}`, `--output-size=${6 * MEBIBYTE}`],
       );
-      assertOffloaded(derivation!, build("head", derivation!), ["w1"]);
+      assertOffloaded(derivation!, build("dhead", derivation!), ["w1"]);
       const { up, down } = await relay.count();
       assert.ok(Math.max(up, down) < 3 * MEBIBYTE, `${up} and ${down} bytes`);
     } finally {
       await relay.stop();
-      useMachines("head", ["w1"]);
+      useMachines("dhead", ["w1"]);
     }
   });
 
   test(`${name} runs commands`, () => {
     const runtime = `OFFLOAD_RUNTIME=${program}`;
     const { status, stdout, stderr } = run(
-      ...["head", "env", runtime, SHIMS.source, "offload", "test"] as const,
+      ...["dhead", "env", runtime, SHIMS.source, "offload", "test"] as const,
     );
     assert.is(status, 0, stderr);
     assert.match(stdout, /^w1:22\tok\t8\/8\t/m);
