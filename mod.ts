@@ -677,18 +677,18 @@ function written({ value }: Form): string {
     : "#";
 }
 
-/** What Guix System writes before its machines (gnu/services/base.scm). */
-const GUIX_SYSTEM = [
-  "(@ (srfi srfi-1) append-map)",
-  "(lambda (entry) (if (build-machine? entry) (list entry) entry))",
-];
+/** What Guix System writes first (gnu/services/base.scm): where modules are, of
+ * which it uses none; what makes one list of its machines. */
+const LOAD_PATH =
+  /^\(expand load eval\) \(let \(\(extensions [^!]*\) \(set! %load-path [^!]*\) \(set! %load-compiled-path [^!]*\)\)$/;
+const GUIX_SYSTEM = "(@ (srfi srfi-1) append-map) " +
+  "(lambda (entry) (if (build-machine? entry) (list entry) entry))";
 
 /** Evaluates what Guix System writes: each machine may be a list of some. */
 function machinesOfGuixSystem(site: Site, forms: Form[], head: Form): Value[] {
   const [procedure, list, ...others] = forms;
   needData(site, procedure && list && others.length === 0);
-  const [first, second] = GUIX_SYSTEM;
-  needData(site, written(head) === first && written(procedure) === second);
+  needData(site, `${written(head)} ${written(procedure)}` === GUIX_SYSTEM);
   const entries = evaluate(site, list);
   needData(site, Array.isArray(entries));
   return entries.flatMap((entry) => {
@@ -805,13 +805,13 @@ const expressions: Record<
 };
 
 /** Those that stand alone, of the top level. */
-const definitions: Record<
-  symbol,
-  ((site: Site, forms: Form[]) => undefined) | undefined
-> = {
+const definitions: Record<symbol, typeof define | undefined> = {
   [Symbol.for("define")]: define,
   [Symbol.for("define-public")]: define,
   [Symbol.for("use-modules")]: useModules,
+  [Symbol.for("eval-when")]: (site, forms) => {
+    needData(site, LOAD_PATH.test(forms.map(written).join(" ")));
+  },
 };
 
 /** Evaluates a form of the top level. */

@@ -214,6 +214,11 @@ evaluating("takes what Guix System writes, and nothing like it", () => {
   assert.is(evaluate(write(list)).machines.length, 2);
   assert.ok(evaluate(write(list, "it")).needsGuile);
   assert.ok(evaluate(write("(list 1)")).needsGuile);
+  const [paths] = readFileSync(join(corpus, "guix-system.scm"), "utf8")
+    .split("((@ ");
+  assert.is(evaluate(paths + write(list)).machines.length, 2);
+  const changing = paths!.replace("(set! ", "(set! list map) (set! ");
+  assert.ok(evaluate(changing + write(list)).needsGuile);
 });
 
 evaluating("leaves to Guile what is a program, or not sure", () => {

@@ -277,6 +277,12 @@ test("a system is computed of README's declaration, and a daemon obeys it", () =
   const machines = inHost("head", "guix", "build", partOf("-machines.scm.drv"));
   const file = "/etc/guix/machines.scm";
   inHost("head", "ln", "-sfn", machines.trim(), file);
+  const withoutGuile = [
+    "env",
+    "OFFLOAD_GUIX=/bin/false",
+    `${KEPT}/bin/offload`,
+  ];
+  assert.match(inHost("head", ...withoutGuile, "machines"), /^w1:22\t/m);
   // What its daemon's environment is; that has next to nothing in PATH.
   writeFileSync(`${root("head")}/tmp/environment.scm`, ENVIRONMENT_SCRIPT);
   const service = partOf("-shepherd-guix-daemon.scm-builder");
@@ -299,8 +305,9 @@ test("a system is computed of README's declaration, and a daemon obeys it", () =
   chmodSync(hook, 0o755);
   lab("daemon", "head", "GUIX=/tmp/guix");
   const [derivation] = makeWork("head");
-  assertOffloaded(derivation!, build("head", derivation!), ["w1"]);
+  const result = build("head", derivation!);
   rmSync(root("head") + file); // what it leads to is the store's
+  assertOffloaded(derivation!, result, ["w1"]);
 });
 
 test("a daemon offloads by it, whatever is collected", () => {
