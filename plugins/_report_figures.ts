@@ -7,19 +7,8 @@
 
 import { OUTCOMES } from "./_journal.ts";
 import type { Absence, Attempt, JournalEntry } from "./_journal.ts";
-
-/** What a build does, one after another. */
-export const PHASES = [
-  "waiting",
-  "failed attempts",
-  "connecting",
-  "sending",
-  "building",
-  "retrieving",
-] as const;
-
-/** One of them. */
-export type Phase = typeof PHASES[number];
+import { PHASES, phaseSeconds, phaseTimes } from "./_phases.ts";
+import type { Phase } from "./_phases.ts";
 
 /** How a build can end. */
 export type Outcome = JournalEntry["outcome"];
@@ -105,22 +94,6 @@ export interface Figures extends Span {
 /** How many builds are worth a look, of each kind. */
 const WORTH_A_LOOK = 5;
 
-/**
- * The times between which the phases of a build lie: its beginning, and the end
- * of each, none before the one before, whatever clocks did.
- */
-export function phaseTimes(entry: JournalEntry): number[] {
-  const { asked, accepted, earlier, connected, sent, built, ended } = entry;
-  const last = earlier.at(-1);
-  const began = last === undefined ? accepted : entry.began ?? last.ended;
-  const times = [asked, accepted, began, connected, sent, built, ended];
-  let latest = asked;
-  return times.map((time = ended) => {
-    latest = Math.max(latest, Math.min(time, ended));
-    return latest;
-  });
-}
-
 /** All attempts of a build, the last one included. */
 export function attemptsOf(entry: JournalEntry): Attempt[] {
   const { machine, slot, problem = "" } = entry;
@@ -128,15 +101,6 @@ export function attemptsOf(entry: JournalEntry): Attempt[] {
   const began = times[PHASES.indexOf("connecting")]!;
   const ended = times.at(-1)!;
   return [...entry.earlier, { machine, slot, began, ended, problem }];
-}
-
-/** Seconds that each phase of a build took. */
-export function phaseSeconds(entry: JournalEntry): Record<Phase, number> {
-  const times = phaseTimes(entry);
-  const seconds = PHASES.map((phase, index) =>
-    [phase, (times[index + 1]! - times[index]!) / 1000] as const
-  );
-  return Object.fromEntries(seconds) as Record<Phase, number>;
 }
 
 /** Seconds of a build's last attempt that were not the build itself. */

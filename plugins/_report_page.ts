@@ -11,14 +11,14 @@
 import { createHash } from "node:crypto";
 import { OUTCOMES } from "./_journal.ts";
 import type { Absence, Attempt, JournalEntry } from "./_journal.ts";
+import { PHASES, phaseTimes } from "./_phases.ts";
+import type { Phase } from "./_phases.ts";
 import * as drawing from "./_report_draw.ts";
-import { PHASES, phaseTimes } from "./_report_figures.ts";
 import type {
   BuildFigures,
   Figures,
   MachineFigures,
   Outcome,
-  Phase,
 } from "./_report_figures.ts";
 import { STYLE } from "./_report_style.ts";
 import * as view from "./_report_view.ts";

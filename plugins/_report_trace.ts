@@ -6,7 +6,7 @@
  */
 
 import type { Absence, JournalEntry } from "./_journal.ts";
-import { PHASES, phaseTimes } from "./_report_figures.ts";
+import { PHASES, phaseTimes } from "./_phases.ts";
 import type { Capacity } from "./_report_figures.ts";
 import { inOneLine } from "./_screen.ts";
 

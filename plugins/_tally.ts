@@ -7,44 +7,9 @@
 
 import type { DatabaseSync } from "node:sqlite";
 import type { JournalEntry } from "../mod.ts";
+import { finishedPhases } from "./_phases.ts";
 import { checkTypes } from "./_records.ts";
 import type { Types } from "./_records.ts";
-
-/** What a build goes through, in order. */
-export const PHASES = [
-  "waiting",
-  "connecting",
-  "sending",
-  "building",
-  "retrieving",
-] as const;
-
-/** One of them. */
-export type Phase = typeof PHASES[number];
-
-/**
- * How long each phase of the last attempt took, in seconds; those are left out
- * that it did not come to, or not to the end of. What failed was built.
- */
-export function phasesOf(
-  { asked, accepted, began, connected, sent, built, retrieved, ...build }:
-    JournalEntry,
-): Partial<Record<Phase, number>> {
-  const isOver = build.outcome === "failed" || build.outcome === "timed-out";
-  const ends = [
-    [asked, accepted],
-    [began, connected],
-    [connected, sent],
-    [sent, built ?? (isOver ? build.ended : undefined)],
-    [built, retrieved],
-  ] as const;
-  const phases: Partial<Record<Phase, number>> = {};
-  for (const [index, [from, to]] of ends.entries()) {
-    if (from === undefined || to === undefined) continue;
-    phases[PHASES[index]!] = Math.max(0, to - from) / 1000; // a clock may be set
-  }
-  return phases;
-}
 
 /** The bounds of what is counted together, in seconds; the last has none. */
 export const BOUNDS: readonly number[] = [
@@ -111,7 +76,7 @@ export function countsOf(build: JournalEntry): string {
     counts.push(["attempts", machine, "", 1]);
     counts.push(["busy", machine, "", Math.max(0, ended - began) / 1000]);
   }
-  for (const [phase, seconds] of Object.entries(phasesOf(build))) {
+  for (const [phase, seconds] of Object.entries(finishedPhases(build))) {
     const bound = BOUNDS.find((it) => seconds <= it);
     counts.push(["phase", "", phase, seconds]);
     counts.push(["bound", "", `${phase} ${bound}`, 1]);

@@ -36,8 +36,9 @@ import { warnOfGaps } from "./_first_steps.ts";
 import { journalOf } from "./_journal.ts";
 import { formatMetrics } from "./_metrics_format.ts";
 import type { Family, Sample } from "./_metrics_format.ts";
+import { PHASES } from "./_phases.ts";
 import { inOneLine } from "./_screen.ts";
-import { BOUNDS, PHASES } from "./_tally.ts";
+import { BOUNDS } from "./_tally.ts";
 import type { Count } from "./_tally.ts";
 
 /** A machine, and what is known of it without asking. */

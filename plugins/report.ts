@@ -18,7 +18,8 @@ import { usageError } from "./_commands.ts";
 import { warnOfLack, warnOfState } from "./_first_steps.ts";
 import { readJournal } from "./_journal.ts";
 import { hasErrors, JSON_OPTION } from "./_machines.ts";
-import { capacities, countFigures, PHASES } from "./_report_figures.ts";
+import { PHASES } from "./_phases.ts";
+import { capacities, countFigures } from "./_report_figures.ts";
 import type {
   BuildFigures,
   Figures,

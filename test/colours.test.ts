@@ -3,7 +3,7 @@
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { OUTCOMES } from "../plugins/_journal.ts";
-import { PHASES } from "../plugins/_report_figures.ts";
+import { PHASES } from "../plugins/_phases.ts";
 import { DARK, LIGHT } from "../plugins/_report_style.ts";
 import type { Palette } from "../plugins/_report_style.ts";
 

@@ -6,7 +6,7 @@ import * as assert from "uvu/assert";
 import { acquireBuildSlot } from "../mod.ts";
 import type { Context, JournalEntry, Screen } from "../mod.ts";
 import { formatMetrics } from "../plugins/_metrics_format.ts";
-import { phasesOf } from "../plugins/_tally.ts";
+import { finishedPhases } from "../plugins/_phases.ts";
 import plugin from "../plugins/metrics.ts";
 import { machine, makeContext } from "./context.ts";
 import { settled, withDirectory } from "./helpers.ts";
@@ -57,22 +57,26 @@ function numbers(text: string): Record<string, number> {
   );
 }
 
-test("phasesOf() tells what a build came to the end of", () => {
-  assert.equal(phasesOf(makeEntry()), {
+test("finishedPhases() tells what a build came to the end of", () => {
+  assert.equal(finishedPhases(makeEntry()), {
     waiting: 0.5,
     connecting: 0.5,
     sending: 1,
     building: 5,
-    retrieving: 1,
+    retrieving: 2,
   });
   const { built: _, retrieved: __, ...begun } = makeEntry();
   const phases = { waiting: 0.5, connecting: 0.5, sending: 1 };
   const failed = { ...begun, outcome: "failed" } as const;
-  assert.equal(phasesOf(failed), { ...phases, building: 7 });
-  assert.equal(phasesOf({ ...begun, outcome: "lost" }), phases);
-  const { asked } = begun;
+  assert.equal(finishedPhases(failed), { ...phases, building: 7 });
+  assert.equal(finishedPhases({ ...begun, outcome: "lost" }), phases);
+  const { asked, accepted } = begun;
   const set = { ...begun, accepted: asked - 1e6, outcome: "lost" } as const;
-  assert.is(phasesOf(set).waiting, 0, "the clock was set back");
+  assert.is(finishedPhases(set).waiting, 0, "the clock was set back");
+  const attempt = { machine: "w2:22", slot: 0, began: accepted, problem: "" };
+  const earlier = [{ ...attempt, ended: accepted + 100 }];
+  const again = { ...makeEntry(), earlier, began: accepted + 300 };
+  assert.is(finishedPhases(again)["failed attempts"], 0.3);
 });
 
 test("builds are counted, for as long as they are not kept, too", async () => {

@@ -8,12 +8,11 @@ import * as assert from "uvu/assert";
 import type { Screen } from "../mod.ts";
 import type { Absence, JournalEntry } from "../plugins/_journal.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
+import { phaseSeconds, phaseTimes } from "../plugins/_phases.ts";
 import {
   capacities,
   countFigures,
   median,
-  phaseSeconds,
-  phaseTimes,
 } from "../plugins/_report_figures.ts";
 import { makePage, pageData } from "../plugins/_report_page.ts";
 import { makeTrace } from "../plugins/_report_trace.ts";
