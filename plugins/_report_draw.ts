@@ -16,7 +16,7 @@ export interface Bar {
   readonly from: number;
   /** The same. */
   readonly until: number;
-  /** Not there where the machine was left alone. */
+  /** Not there where the machine took nothing. */
   readonly build?: PageBuild;
   /** Of an attempt or an absence, else not there. */
   readonly problem?: string;
@@ -56,8 +56,8 @@ export interface Page {
   until: number;
   /** What details are shown of. */
   chosen?: { readonly lane: Lane; readonly bar: Bar } | undefined;
-  /** Colours by the names of style sheet's properties. */
-  colours: Readonly<Record<string, string>>;
+  /** By the names of the style sheet's properties, and stripes of some. */
+  colours: Readonly<Record<string, string | CanvasPattern>>;
   /** Whether it is to be drawn already. */
   isDue: boolean;
 }
@@ -72,18 +72,16 @@ export function heightOf({ slot }: Lane): number {
   return slot < 0 ? sizes().heading : sizes().lane;
 }
 
+/** Those bars of which something is to be seen. */
+export function inSight(page: Page, bars: readonly Bar[]): Bar[] {
+  return bars.filter((it) => it.until >= page.from && it.from <= page.until);
+}
+
 /** Where a time is drawn. */
 export function placeOf(page: Page, time: number): number {
   const { gutter } = sizes();
   const width = page.width - gutter;
   return gutter + (time - page.from) / (page.until - page.from) * width;
-}
-
-/** Which time is drawn there. */
-export function timeAt(page: Page, x: number): number {
-  const { gutter } = sizes();
-  const width = page.width - gutter;
-  return page.from + (x - gutter) / width * (page.until - page.from);
 }
 
 /** Has it drawn once the browser draws again. */
@@ -96,29 +94,48 @@ export function drawSoon(page: Page): void {
   });
 }
 
-/** Draws all that can be seen. */
+/** Draws all that can be seen: the axis, and the lanes that are below it. */
 export function draw(page: Page): void {
   const { canvas, pen, shown } = page;
-  const scroller = canvas.closest<HTMLElement>("#scroller")!;
-  const [width, height] = [canvas.clientWidth, scroller.clientHeight];
-  page.width = width;
-  const scale = devicePixelRatio;
-  canvas.style.height = `${height}px`;
-  canvas.width = Math.round(width * scale);
-  canvas.height = Math.round(height * scale);
-  pen.scale(scale, scale);
-  pen.font = `12px ${getComputedStyle(canvas).fontFamily}`;
+  const { scrollTop, clientHeight } = canvas.closest("#scroller")!;
+  page.width = canvas.clientWidth;
+  canvas.style.height = `${clientHeight}px`;
+  canvas.width = Math.round(page.width * devicePixelRatio);
+  canvas.height = Math.round(clientHeight * devicePixelRatio);
+  pen.scale(devicePixelRatio, devicePixelRatio);
   pen.textBaseline = "middle";
-  const top = scroller.scrollTop;
-  drawGrid(page, height);
+  pen.textAlign = "center";
+  drawAxis(page, clientHeight);
+  const { axis } = sizes();
+  pen.textAlign = "start";
+  pen.beginPath();
+  pen.rect(0, axis, page.width, clientHeight);
+  pen.clip();
+  pen.translate(0, -scrollTop);
   for (const lane of shown) {
-    const y = lane.top - top;
-    if (y > height) break;
-    if (lane.slot < 0) drawHeading(page, lane, y);
-    else if (y + heightOf(lane) > 0) drawLane(page, lane, y);
+    if (lane.top > scrollTop + clientHeight) break;
+    if (lane.top + heightOf(lane) < scrollTop + axis) continue;
+    if (lane.slot < 0) drawHeading(page, lane);
+    else drawLane(page, lane);
   }
-  drawAxis(page);
-  drawChosen(page, top);
+  drawChosen(page);
+}
+
+/** Writes as much of a text as has room; returns where it ends. */
+export function write(
+  { pen, canvas, colours }: Page,
+  text: string,
+  [x, y]: readonly [x: number, y: number],
+  colour: string,
+  { weight = "normal", room = Infinity } = {},
+): number {
+  pen.font = `${weight} 12px ${getComputedStyle(canvas).fontFamily}`;
+  pen.fillStyle = colours[colour]!;
+  const length = pen.measureText(text).width;
+  const most = Math.max(0, Math.floor(text.length * room / length) - 2);
+  const shown = length <= room ? text : `${text.slice(0, most).trimEnd()}…`;
+  pen.fillText(shown, x, y);
+  return x + Math.min(length, room);
 }
 
 /** Milliseconds between two marks of the axis, so that they have room. */
@@ -127,7 +144,7 @@ export function stepOf(span: number, marks: number): number {
     .concat([1, 2, 5, 10, 15, 30].map((minutes) => minutes * 60))
     .concat([1, 2, 3, 6, 12, 24, 48, 168, 336].map((hours) => hours * 3600));
   const enough = seconds.find((it) => span / (it * 1000) <= marks);
-  return (enough ?? seconds.at(-1)!) * 1000;
+  return 1000 * (enough ?? Math.max(...seconds));
 }
 
 /** What stands at a mark: the day, where one begins, else the time. */
@@ -138,80 +155,25 @@ export function markText(time: number, step: number): string {
     return date.toLocaleDateString([], { month: "short", day: "numeric" });
   }
   const text = date.toTimeString().slice(0, step < 60_000 ? 8 : 5);
-  const part = date.getMilliseconds() / 100;
-  return step < 1000 ? `${text}.${Math.floor(part)}` : text;
+  return step < 1000 ? `${text}.${date.getMilliseconds() / 100}` : text;
 }
 
-/** The marks of the axis: where each is, and what it says. */
-export function marksOf(page: Page): [x: number, text: string][] {
-  const { data, from, until, width } = page;
-  const marks = Math.max(2, (width - sizes().gutter) / 90);
-  const step = stepOf(until - from, marks);
+/** Draws the axis: its marks, what these say, and lines down from them. */
+export function drawAxis(page: Page, height: number): void {
+  const { colours, data, from, pen, until, width } = page;
+  const { axis, gutter } = sizes();
+  const step = stepOf(until - from, Math.max(2, (width - gutter) / 90));
   // They are at round times of the clock on the wall.
   const zone = new Date(data.since).getTimezoneOffset() * 60_000;
   const offset = data.since - zone;
-  const first = Math.ceil((from + offset) / step);
-  const count = Math.floor((until + offset) / step) - first + 1;
-  return Array.from({ length: count }, (_, index) => {
-    const time = (first + index) * step;
-    return [placeOf(page, time - offset), markText(time + zone, step)];
-  });
-}
-
-/** Draws a line for each mark, beneath all else. */
-export function drawGrid(page: Page, height: number): void {
-  page.pen.fillStyle = page.colours.line!;
-  for (const [x] of marksOf(page)) page.pen.fillRect(x, 0, 1, height);
-}
-
-/** Draws the axis above the lanes. */
-export function drawAxis(page: Page): void {
-  const { pen, colours, width } = page;
-  const { axis, gutter } = sizes();
-  pen.fillStyle = colours.back!;
-  pen.fillRect(0, 0, width, axis);
-  for (const [x, text] of marksOf(page)) {
+  const first = Math.ceil((from + offset) / step) * step;
+  for (let time = first; time <= until + offset; time += step) {
+    const x = placeOf(page, time - offset);
     pen.fillStyle = colours.line!;
-    pen.fillRect(x, axis - 6, 1, 6);
-    const half = pen.measureText(text).width / 2;
-    if (x < gutter + half || x > width - half) continue;
-    pen.fillStyle = colours.muted!;
-    pen.fillText(text, x - half, axis / 2 - 2);
+    pen.fillRect(x, axis - 6, 1, height);
+    if (x < gutter + 30 || x > width - 30) continue;
+    write(page, markText(time + zone, step), [x, axis / 2 - 2], "muted");
   }
-}
-
-/** As much of a text as has room. */
-export function fit(page: Page, text: string, width: number): string {
-  const length = (text: string) => page.pen.measureText(text).width;
-  if (length(text) <= width) return text;
-  const most = Math.floor(text.length * width / length(text)) - 2;
-  return most < 3 ? "" : `${text.slice(0, most).trimEnd()}…`;
-}
-
-/** Draws the name of a machine, and when it was left alone. */
-export function drawHeading(page: Page, lane: Lane, y: number): void {
-  const { pen, colours, data, width } = page;
-  const { heading, lane: each, gutter } = sizes();
-  const { name, slots, summary } = data.machines[lane.machine]!;
-  if (y + heading + slots * each < 0) return;
-  for (const bar of lane.bars) {
-    const [from, to] = edges(page, bar);
-    if (to < gutter || from > width) continue;
-    const below = y + heading;
-    hatch(pen, colours.absent!, 0.5, [from, below, to - from, slots * each]);
-    pen.fillStyle = colours.absent!;
-    pen.fillRect(from, below - 4, to - from, 3);
-  }
-  pen.save();
-  pen.font = `bold ${pen.font}`;
-  pen.fillStyle = colours.text!;
-  const shown = fit(page, name, width / 2);
-  pen.fillText(shown, 4, y + heading / 2 + 2);
-  const x = 14 + pen.measureText(shown).width;
-  pen.restore();
-  pen.fillStyle = colours.muted!;
-  const rest = fit(page, summary, width - x - 4);
-  pen.fillText(rest, x, y + heading / 2 + 2);
 }
 
 /** Where a bar begins and ends, in pixels; what is short can be seen, too. */
@@ -221,119 +183,110 @@ export function edges(page: Page, { from, until }: Bar): [number, number] {
   return [left, Math.max(left + 1.5, right)];
 }
 
-/** Fills a rectangle with stripes. */
-export function hatch(
-  pen: CanvasRenderingContext2D,
+/** Draws when a machine took nothing. */
+export function drawAbsences(
+  page: Page,
+  { machine }: Lane,
+  [top, height]: readonly [top: number, height: number],
   colour: string,
-  strength: number,
-  [x, y, width, height]: readonly [number, number, number, number],
 ): void {
-  pen.save();
-  pen.beginPath();
-  pen.rect(x, y, width, height);
-  pen.clip();
-  pen.globalAlpha = strength;
-  pen.strokeStyle = colour;
-  pen.lineWidth = 2;
-  pen.beginPath();
-  // All at the same places, so that what is beside goes on.
-  for (let at = x - x % 7 - height; at < x + width; at += 7) {
-    pen.moveTo(at, y + height);
-    pen.lineTo(at + height, y);
+  page.pen.fillStyle = page.colours[colour]!;
+  for (const it of inSight(page, page.data.machines[machine]!.absences)) {
+    const [left, right] = edges(page, it);
+    page.pen.fillRect(left, top, right - left, height);
   }
-  pen.stroke();
-  pen.restore();
+}
+
+/** Draws the name of a machine, what it did, and when it took nothing. */
+export function drawHeading(page: Page, lane: Lane): void {
+  const { name, summary } = page.data.machines[lane.machine]!;
+  const { heading } = sizes();
+  const y = lane.top + heading / 2 + 2;
+  drawAbsences(page, lane, [lane.top + heading - 4, 3], "absent");
+  const named = { weight: "bold", room: page.width / 2 };
+  const x = write(page, name, [4, y], "text", named) + 10;
+  write(page, summary, [x, y], "muted", { room: page.width - x - 4 });
 }
 
 /** Draws the builds of a slot. */
-export function drawLane(page: Page, lane: Lane, y: number): void {
+export function drawLane(page: Page, lane: Lane): void {
   const { pen, colours, width, matches } = page;
   const { lane: height, gutter } = sizes();
-  pen.fillStyle = colours.muted!;
-  pen.fillText(String(lane.slot), 8, y + height / 2);
+  write(page, String(lane.slot), [8, lane.top + height / 2], "muted");
+  drawAbsences(page, lane, [lane.top, height], "absent stripes");
   pen.fillStyle = colours.line!;
-  pen.fillRect(gutter, y + height - 1, width, 1);
+  pen.fillRect(gutter, lane.top + height - 1, width, 1);
   for (const isMatch of [false, true]) {
     pen.globalAlpha = isMatch ? 1 : 0.15;
     let drawn = -1; // up to which pixel
-    for (const bar of lane.bars) {
+    for (const bar of inSight(page, lane.bars)) {
       if (matches.has(bar.build!) !== isMatch) continue;
-      const [left, right] = edges(page, bar);
-      if (placeOf(page, bar.until) < gutter) continue;
-      if (left > width) break;
+      const [, right] = edges(page, bar);
       // What nobody could see needn't be drawn, but for what went wrong.
-      const isWell = bar.build!.outcome === "built" &&
-        bar.problem === undefined;
+      const { outcome } = bar.build!;
+      const isWell = outcome === "built" && bar.problem === undefined;
       if (isWell && right < drawn + 0.5) continue;
       drawn = right;
-      drawBar(page, bar, y + 2, [left, right]);
+      drawBar(page, bar, lane.top + 2);
     }
   }
 }
 
 /** Draws an attempt that failed, or a build: its phases, and its outcome. */
-export function drawBar(
-  page: Page,
-  { build, problem }: Bar,
-  y: number,
-  [left, right]: readonly [number, number],
-): void {
+export function drawBar(page: Page, bar: Bar, top: number): void {
   const { pen, colours, data } = page;
-  const { bar: height } = sizes();
-  const { outcome, times } = build!;
-  const fill = (colour: string, from: number, to: number) => {
+  const { outcome, times } = bar.build!;
+  const height = sizes().bar;
+  const [left, right] = edges(page, bar);
+  const fill = (colour: string, from: number, to: number, y = 0) => {
+    const [start, end] = [Math.max(left, from), Math.min(right, to)];
     pen.fillStyle = colours[colour]!;
-    pen.fillRect(from, y, to - from, height);
+    pen.fillRect(start, top + y, Math.max(0, end - start), height - y);
   };
-  const isShort = right - left < 3;
-  if (problem !== undefined) {
-    if (isShort) return fill("lost", left, right);
-    hatch(pen, colours.lost!, pen.globalAlpha, [left, y, right - left, height]);
+  if (bar.problem !== undefined) {
+    fill("lost stripes", left, right);
     pen.strokeStyle = colours.lost!;
-    return pen.strokeRect(left + 0.5, y + 0.5, right - left - 1, height - 1);
+    pen.strokeRect(left + 0.5, top + 0.5, right - left - 1, height - 1);
+    return;
   }
-  if (isShort) {
-    return fill(outcome === "built" ? "building" : outcome, left, right);
-  }
+  fill(outcome === "built" ? "building" : outcome, left, right);
+  if (right - left < 3) return;
+  const places = times.map((time) => placeOf(page, time));
   data.phases.forEach(([, colour], index) => {
     if (index < 2) return; // that was before it had the slot
-    const from = Math.max(left, placeOf(page, times[index]!));
-    const to = Math.min(right, placeOf(page, times[index + 1]!));
-    if (to > from) fill(colour, from, to);
+    fill(colour, places[index]!, places[index + 1]!);
   });
-  if (outcome !== "built") drawOutcome(page, outcome, y, [left, right]);
-}
-
-/** Draws what became of a build that was not built. */
-export function drawOutcome(
-  { pen, colours, data }: Page,
-  outcome: string,
-  y: number,
-  [left, right]: readonly [number, number],
-): void {
-  const { bar: height } = sizes();
-  const cap = Math.max(left, right - 12);
-  pen.fillStyle = colours[outcome]!;
-  pen.fillRect(left, y + height - 4, right - left, 4);
-  pen.fillRect(cap, y, right - cap, height);
-  if (right - cap < 12) return;
-  pen.save();
-  pen.fillStyle = colours.back!;
-  pen.font = `bold ${pen.font}`;
-  pen.textAlign = "center";
-  pen.fillText(data.outcomes[outcome]!, cap + 6, y + height / 2 + 1);
-  pen.restore();
+  if (outcome === "built") return;
+  fill(outcome, left, right, height - 4);
+  fill(outcome, right - 12, right);
+  if (right - left < 12) return;
+  const place = [right - 9, top + height / 2 + 1] as const;
+  write(page, data.outcomes[outcome]!, place, "back", { weight: "bold" });
 }
 
 /** Draws a frame around what details are shown of. */
-export function drawChosen(page: Page, top: number): void {
-  if (page.chosen === undefined) return;
-  const { pen, colours, chosen: { lane, bar } } = page;
-  const [left, right] = edges(page, bar);
-  const [y, height] = [lane.top - top, heightOf(lane)];
-  if (y < sizes().axis - height || right < sizes().gutter) return;
+export function drawChosen(page: Page): void {
+  const { pen, colours, chosen } = page;
+  if (!chosen || inSight(page, [chosen.bar]).length === 0) return;
+  const [left, right] = edges(page, chosen.bar);
+  const [y, height] = [chosen.lane.top + 1, heightOf(chosen.lane) - 2];
   pen.lineWidth = 2;
   pen.strokeStyle = colours.text!;
-  pen.strokeRect(left - 1, y + 1, right - left + 2, height - 2);
-  pen.lineWidth = 1;
+  pen.strokeRect(left - 1, y, right - left + 2, height);
+}
+
+/** Stripes in a colour, of two pixels each for screens that have them. */
+export function makeStripes({ pen }: Page, colour: string): CanvasPattern {
+  const tile = new OffscreenCanvas(14, 14);
+  const brush = tile.getContext("2d")!;
+  brush.strokeStyle = colour;
+  brush.lineWidth = 4;
+  for (const x of [-14, 0, 14]) { // beside it, too: they reach into its corners
+    brush.moveTo(x - 2, 16);
+    brush.lineTo(x + 16, -2);
+  }
+  brush.stroke();
+  const stripes = pen.createPattern(tile, "repeat")!;
+  stripes.setTransform(new DOMMatrix().scale(0.5));
+  return stripes;
 }

@@ -9,9 +9,9 @@ import {
   drawSoon,
   edges,
   heightOf,
+  makeStripes,
   placeOf,
   sizes,
-  timeAt,
 } from "./_report_draw.ts";
 import type { Bar, Lane, Page } from "./_report_draw.ts";
 import type { PageBuild, PageData } from "./_report_page.ts";
@@ -85,10 +85,14 @@ export function readColours(page: Page): void {
   const names = ["back", "text", "muted", "line", "absent", "lost"]
     .concat(page.data.phases.map(([, colour]) => colour))
     .concat(Object.keys(page.data.outcomes));
-  const pairs = names.map((
-    name,
-  ) => [name, style.getPropertyValue(`--${name}`)]);
-  page.colours = Object.fromEntries(pairs);
+  const colours = Object.fromEntries(
+    names.map((name) => [name, style.getPropertyValue(`--${name}`)]),
+  );
+  page.colours = {
+    ...colours,
+    "absent stripes": makeStripes(page, `${colours.absent}80`),
+    "lost stripes": makeStripes(page, colours.lost!),
+  };
   drawSoon(page);
 }
 
@@ -206,6 +210,13 @@ export function barAt(page: Page, x: number, y: number): Page["chosen"] {
     nearest = { lane: lane!, bar };
   }
   return nearest;
+}
+
+/** Which time is drawn there. */
+export function timeAt(page: Page, x: number): number {
+  const { gutter } = sizes();
+  const width = page.width - gutter;
+  return page.from + (x - gutter) / width * (page.until - page.from);
 }
 
 /** Shows more or less of the time, around a place. */
