@@ -26,11 +26,20 @@ export interface Family {
   readonly samples: readonly Sample[];
 }
 
-/** A value of a label: what came from elsewhere ends neither it nor the line. */
+/** What stands for what would end a value of a label. */
+const ESCAPES: Readonly<Record<string, string>> = {
+  "\n": "\\n",
+  '"': '\\"',
+  "\\": "\\\\",
+};
+
+/**
+ * A value of a label: what came from elsewhere ends neither it nor the line, and
+ * controls no terminal.
+ */
 function quote(text: string): string {
-  const escapes: Record<string, string> = { "\n": "\\n", "\r": " " };
   const escaped = text.toWellFormed()
-    .replace(/["\\\n\r]/g, (it) => escapes[it] ?? `\\${it}`);
+    .replace(/["\\]|\p{Cc}/gu, (it) => ESCAPES[it] ?? " ");
   return `"${escaped}"`;
 }
 

@@ -24,6 +24,7 @@ import { STYLE } from "./_report_style.ts";
 import * as view from "./_report_view.ts";
 import {
   formatDuration,
+  formatJson,
   formatShare,
   formatSize,
   formatTime,
@@ -115,9 +116,7 @@ function escapeText(text: string): string {
 
 /** JSON for an element of a page: neither markup nor control characters. */
 function escapeJson(value: unknown): string {
-  const toHex = (it: string) => it.charCodeAt(0).toString(16).padStart(4, "0");
-  return JSON.stringify(value)
-    .replace(/[<\p{Cc}]/gu, (it) => `\\u${toHex(it)}`);
+  return formatJson(value).replaceAll("<", "\\u003c");
 }
 
 /** What is said of a machine above its lanes. */

@@ -36,6 +36,13 @@ export function inOneLine(text: string): string {
   return text.replace(/[\s\p{Cc}]+/gu, " ").trim();
 }
 
+/** JSON that no terminal obeys either. */
+export function formatJson(value: unknown, space?: number): string {
+  const toHex = (it: string) => it.charCodeAt(0).toString(16).padStart(4, "0");
+  return JSON.stringify(value, null, space)
+    .replace(/(?!\n)\p{Cc}/gu, (it) => `\\u${toHex(it)}`);
+}
+
 /** A number of bytes, as the reference writes it. */
 export function formatSize(bytes: number): string {
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];

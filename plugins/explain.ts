@@ -36,7 +36,7 @@ import type {
 } from "../mod.ts";
 import { warnOfGaps } from "./_first_steps.ts";
 import { JSON_OPTION, systemOf } from "./_machines.ts";
-import { formatTable } from "./_screen.ts";
+import { formatJson, formatTable } from "./_screen.ts";
 
 /**
  * Reads from a derivation what decides on the machine (guix/derivations.scm).
@@ -222,7 +222,7 @@ export async function explainCommand(
   await warnOfGaps(machines, context);
   const explanations = await explain(machines, request, context, never);
   const output = options.json
-    ? JSON.stringify(explanations, null, 2)
+    ? formatJson(explanations, 2)
     : formatExplanation(explanations, screen);
   const found = explanations.some(({ chosen }) => chosen);
   return { output, exitCode: found ? 0 : 1 };

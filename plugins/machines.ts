@@ -14,7 +14,7 @@ import type {
 } from "../mod.ts";
 import { warnOfLack } from "./_first_steps.ts";
 import { hasErrors, JSON_OPTION, machinePlugins } from "./_machines.ts";
-import { formatTable } from "./_screen.ts";
+import { formatJson, formatTable } from "./_screen.ts";
 
 /** `offload machines [FILE]`. */
 async function machinesCommand(
@@ -39,7 +39,7 @@ async function machinesCommand(
   ]);
   const columns = "machine,systems,user,slots,speed,threshold,features";
   const output = options.json
-    ? JSON.stringify(machines.map(machineToJson), null, 2)
+    ? formatJson(machines.map(machineToJson), 2)
     : formatTable([columns.split(","), ...rows], screen);
   const failed = hasErrors(context);
   return { output, exitCode: failed ? 1 : 0 };

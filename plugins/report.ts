@@ -27,6 +27,7 @@ import type {
   Span,
 } from "./_report_figures.ts";
 import {
+  formatJson,
   formatShare,
   formatSize,
   formatTable,
@@ -196,7 +197,7 @@ async function reportCommand(
     writeReport(String(options.trace), trace, context);
   }
   const output = options.json
-    ? JSON.stringify(reportToJson(figures), null, 2)
+    ? formatJson(reportToJson(figures), 2)
     : formatReport(figures, screen);
   return { output, exitCode: hasErrors(context) ? 1 : 0 };
 }

@@ -52,6 +52,7 @@ import {
 } from "./_machines.ts";
 import {
   awaitAll,
+  formatJson,
   formatSize,
   formatTable,
   inOneLine,
@@ -298,8 +299,8 @@ function formatAll(
 ): string {
   const work = statuses.flatMap(({ builds }) => builds);
   const waiting = findWaiting(work, context);
-  if (json && watch) return JSON.stringify({ machines: statuses, waiting });
-  if (json) return JSON.stringify(statuses, null, 2);
+  if (json && watch) return formatJson({ machines: statuses, waiting });
+  if (json) return formatJson(statuses, 2);
   if (watch && screen.isTerminal) return formatWatch(statuses, waiting, screen);
   const machines = screen.isTerminal
     ? formatStatusTable(statuses, screen)

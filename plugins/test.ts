@@ -26,7 +26,7 @@ import {
   timeoutOf,
   WHICH_MACHINES,
 } from "./_machines.ts";
-import { awaitAll } from "./_screen.ts";
+import { awaitAll, formatJson } from "./_screen.ts";
 import {
   formatReports,
   makeSample,
@@ -248,7 +248,7 @@ async function testCommand(
   const failed = reports.some(({ outcome }) => outcome === "failed");
   const failure = isNothing ? EXIT.usage : 1;
   const output = options.json
-    ? JSON.stringify(reports, null, 2)
+    ? formatJson(reports, 2)
     : formatReports(reports, screen);
   return { output, exitCode: failed || problem ? failure : 0, problem };
 }

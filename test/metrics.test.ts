@@ -160,11 +160,11 @@ test("the formats differ in the names of counters, and the end", async () => {
 });
 
 test("a label ends neither at a quote nor at the end of a line", () => {
-  const labels = { machine: '"}\\\n# HELP \ud800' };
+  const labels = { machine: '"}\\\n# HELP \ud800\r\x1b\x9b' };
   const sample = { labels, value: 1 };
   const family = { name: "x", help: "X.", type: "gauge" } as const;
   const text = formatMetrics([{ ...family, samples: [sample] }], "text");
-  const shown = 'x{machine="\\"}\\\\\\n# HELP \ufffd"} 1';
+  const shown = 'x{machine="\\"}\\\\\\n# HELP \ufffd   "} 1';
   assert.is(text, `# HELP x X.\n# TYPE x gauge\n${shown}\n`);
 });
 

@@ -16,6 +16,7 @@ import {
 } from "../plugins/_report_figures.ts";
 import { makePage, pageData } from "../plugins/_report_page.ts";
 import { makeTrace } from "../plugins/_report_trace.ts";
+import { formatJson } from "../plugins/_screen.ts";
 import { formatReport, parseTime, reportToJson } from "../plugins/report.ts";
 import { makeContext } from "./context.ts";
 import { HOSTILE, makeDay, MORNING, morningBuild } from "./day.ts";
@@ -482,6 +483,9 @@ for (const [index, text] of HOSTILE.entries()) {
       const lines = tables.split("\n\n").map((it) => it.split("\n").length);
       assert.equal(lines, [1, 3, 7, 2, 2]);
     }
+    const json = formatJson(reportToJson(figures), 2);
+    assert.not.match(json, CONTROLS);
+    assert.is(JSON.parse(json).longest[0].name, text);
     const trace = makeTrace(entries, absences, machines);
     assert.ok(conforms(JSON.parse(JSON.stringify(trace)), SCHEMA));
     const shown = trace.traceEvents
