@@ -3886,6 +3886,8 @@ export interface Journal {
   saveWait(derivation: string, why: string): void;
   /** Notes a build that is over; returns all that is known of it. */
   save(build: JournalEntry, settings: Settings): JournalEntry;
+  /** Notes a build whose hook was killed, which so has not. */
+  saveKilled(use: UsedSlot, settings: Settings): void;
 }
 
 /**
@@ -6236,10 +6238,11 @@ function removeLeftovers(derivation: string, log: Log): void {
  * the lock of the slot knows, for as long as that is held.
  */
 function clearSlot(
-  { file, derivation, inode }: UsedSlot,
+  use: UsedSlot,
   mine: Slot,
-  { observations, log }: Pick<Context, "observations" | "log">,
+  { observations, log, settings }: Parameters<typeof clearLeftovers>[2],
 ): boolean {
+  const { file, derivation, inode } = use;
   if (inodeOf(file) !== inode) {
     // Nobody can tell whether it is dead: the garbage collector will.
     observations.releaseSlot(file, derivation);
@@ -6253,7 +6256,10 @@ function clearSlot(
     const uses = observations.slots()
       .filter((it) => it.derivation === derivation);
     if (!uses.some((it) => it.file === file)) return true;
-    if (uses.length === 1) removeLeftovers(derivation, log);
+    if (uses.length === 1) {
+      removeLeftovers(derivation, log);
+      observations.journal?.saveKilled(use, settings);
+    }
     observations.releaseSlot(file, derivation);
     return true;
   } finally {

@@ -6,6 +6,7 @@
  * @module
  */
 
+import { basename, dirname } from "node:path";
 import type { DatabaseSync } from "node:sqlite";
 import { derivationName } from "../mod.ts";
 import type {
@@ -16,6 +17,7 @@ import type {
   JournalEntry,
   Settings,
   Slot,
+  UsedSlot,
 } from "../mod.ts";
 import { checkTypes } from "./_records.ts";
 import type { Row, Types } from "./_records.ts";
@@ -92,8 +94,11 @@ export const JOURNAL_SCHEMA = `
   ${TALLY_SCHEMA}
 `;
 
-/** How often a build that is under way tells how far it is, in ms. */
-const TELLING = 1000;
+/**
+ * How often a build that is under way tells how far it is, in ms; and that it is
+ * there still, where that is the same.
+ */
+const TELLING = { news: 1000, same: 10_000 } as const;
 
 /**
  * For how long a build that is not heard of still waits, in ms. guix-daemon asks
@@ -245,6 +250,36 @@ function toAttempt(
   return { machine, slot, began, ended, problem: shorten(problem) };
 }
 
+/** Prepares to put in a build; what that returns does, and numbers it. */
+function prepareEntry(
+  database: DatabaseSync,
+): (entry: JournalEntry) => number {
+  const [insertion, tally] = [INSERTION, TALLY]
+    .map((sql) => database.prepare(sql));
+  return (entry) => {
+    const row = { ...entry, earlier: JSON.stringify(entry.earlier) };
+    const values = COLUMNS.map((name) => row[name] ?? null);
+    tally!.run(countsOf(entry));
+    return Number(insertion!.run(...values).lastInsertRowid);
+  };
+}
+
+/** A build whose hook was killed, as far as it has told what it came to. */
+function killedEntry(
+  { file, derivation, time }: UsedSlot,
+  told: ToldCourse | undefined,
+): JournalEntry {
+  const machine = basename(dirname(file));
+  const own = told !== undefined && told.time >= time ? told : undefined;
+  const began = own?.began ?? time;
+  return {
+    ...{ machine, slot: Number(basename(file)), ...own, began },
+    ...{ derivation, name: derivationName(derivation), earlier: [] },
+    ...{ asked: began, accepted: began, ended: own?.time ?? time },
+    ...{ outcome: "interrupted", problem: "its hook was killed" },
+  };
+}
+
 /** The journal in the database of all our processes. */
 export class SharedJournal implements Journal {
   readonly #use: <T>(work: (database: DatabaseSync) => T) => T;
@@ -257,17 +292,19 @@ export class SharedJournal implements Journal {
   /** Tells how far a build in a slot is, until what this returns is called. */
   follow({ file }: Pick<Slot, "file">, course: Course): () => void {
     let told = "";
+    let time = 0;
     const tell = () => {
       const text = JSON.stringify(course);
-      if (text === told) return;
-      told = text;
+      const now = Date.now();
+      if (text === told && now - time < TELLING.same) return;
+      [told, time] = [text, now];
       this.#run(
         "INSERT OR REPLACE INTO course VALUES (?, ?, ?)",
-        ...[file, Date.now(), text],
+        ...[file, now, text],
       );
     };
     // Most builds are over before anybody could have looked.
-    const timer = setInterval(tell, TELLING);
+    const timer = setInterval(tell, TELLING.news);
     return () => {
       clearInterval(timer);
       if (told !== "") this.#run("DELETE FROM course WHERE file = ?", file);
@@ -321,18 +358,37 @@ export class SharedJournal implements Journal {
     };
     return this.#use((database) => {
       // What is prepared beforehand makes nobody wait.
-      const [wait, insertion, tally] = [END_OF_WAIT, INSERTION, TALLY]
-        .map((sql) => database.prepare(sql));
+      const wait = database.prepare(END_OF_WAIT);
+      const insert = prepareEntry(database);
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
-      const asked = waitedSince(known, wait!.all(known.derivation)[0]);
+      const asked = waitedSince(known, wait.all(known.derivation)[0]);
       const entry = { ...known, asked };
-      const row = { ...entry, earlier: JSON.stringify(entry.earlier) };
-      const values = COLUMNS.map((name) => row[name] ?? null);
-      const last = Number(insertion!.run(...values).lastInsertRowid);
-      tally!.run(countsOf(entry));
+      const last = insert(entry);
       if (last % PRUNED === 0) this.#prune(last, settings, database);
       database.exec("COMMIT");
       return entry;
+    });
+  }
+
+  /**
+   * Notes a build whose hook was killed, by what that has told: when it was last
+   * heard of is then its end.
+   */
+  saveKilled(use: UsedSlot, settings: Settings): void {
+    const told = this.courses().get(use.file);
+    const entry = killedEntry(use, told);
+    this.#use((database) => {
+      const noted = database.prepare(
+        "SELECT 1 FROM journal WHERE ended >= ? AND derivation = ? LIMIT 1",
+      );
+      const insert = prepareEntry(database);
+      database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
+      if (noted.all(use.time, use.derivation).length === 0) {
+        const last = insert(entry);
+        if (last % PRUNED === 0) this.#prune(last, settings, database);
+      }
+      database.prepare("DELETE FROM course WHERE file = ?").run(use.file);
+      database.exec("COMMIT");
     });
   }
 

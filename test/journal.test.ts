@@ -187,6 +187,49 @@ test("a build is asked for when it was for the first time", () => {
   assert.is(saved(), asked, "that was another time");
 });
 
+test("a build whose hook was killed is kept, as far as that has told", () => {
+  const { context, journal, others, file } = makeJournal();
+  const { settings } = context;
+  const entries = () => readJournal(others, 0).entries;
+  const now = Date.now();
+  const path = (name: string) => `/gnu/store/${"0".repeat(32)}-${name}.drv`;
+  const derivation = path("one");
+  const use = { file: "/x/w1:22/3", derivation, inode: "", time: now - 5000 };
+  journal.saveKilled(use, settings);
+  const times = { asked: use.time, accepted: use.time, began: use.time };
+  const killed = { outcome: "interrupted", problem: "its hook was killed" };
+  const [silent, ...none] = entries();
+  assert.equal(none, []);
+  assert.equal(silent, {
+    ...{ derivation, name: "one", machine: "w1:22", slot: 3, earlier: [] },
+    ...{ ...times, ended: use.time, ...killed },
+  });
+  journal.saveKilled(use, settings);
+  assert.is(entries().length, 1, "it is noted already");
+  // Another one, which has told something, and waits once more.
+  const course = { machine: "w1:22", slot: 3, began: now - 4000, moved: 7 };
+  const told = { ...course, connected: now - 3000, total: 9 };
+  execute(
+    file,
+    `INSERT INTO course VALUES
+    ('${use.file}', ${now - 1000}, '${JSON.stringify(told)}')`,
+  );
+  const other = { ...use, derivation: path("two") };
+  journal.saveWait(other.derivation, "busy");
+  journal.saveKilled(other, settings);
+  const [, second] = entries();
+  assert.is(second!.name, "two");
+  assert.equal(
+    [second!.asked, second!.began, second!.connected, second!.ended],
+    [now - 4000, now - 4000, now - 3000, now - 1000],
+  );
+  assert.is(second!.sent, undefined);
+  assert.is(journal.waiting().length, 1, "that is of the next try");
+  assert.is(journal.courses().size, 0);
+  const counted = journal.counts().find(({ name }) => name === "builds")!;
+  assert.equal([counted.label, counted.value], ["interrupted", 2]);
+});
+
 test("who waits since when is told as long as it is heard of", () => {
   const { journal, file } = makeJournal();
   const now = Date.now();

@@ -21,6 +21,7 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { acquireBuildSlot, clearLeftovers } from "../mod.ts";
 import type { Slot, UsedSlot } from "../mod.ts";
+import { readJournal } from "../plugins/_journal.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
 import { makeContext } from "./context.ts";
 import {
@@ -342,6 +343,10 @@ test("clearLeftovers() clears what was killed, and no more", async () => {
     await clearLeftovers(mine, "/another.drv", context);
     assert.is(killed.isThere(), false, "my slot's former hook is dead");
     assert.is(alive.isThere(), true);
+    const [noted, ...more] = readJournal(context, 0).entries;
+    assert.equal(more, []);
+    assert.is(noted!.derivation, killed.derivation);
+    assert.is(noted!.outcome, "interrupted");
     assert.equal(observations.slots().map(({ file }) => file), [files[0]]);
     await other.end("SIGKILL");
     await clearLeftovers(mine, "/another.drv", context);
@@ -411,6 +416,7 @@ test("clearLeftovers() spares a build that has another slot by now", async () =>
     before!.release();
     await clearLeftovers(mine!, "/another.drv", context);
     assert.is(alive.isThere(), true);
+    assert.equal(readJournal(context, 0).entries, []);
     const left = context.observations.slots().map(({ file }) => file);
     assert.equal(left, [theirs!.file]);
     [mine, theirs].forEach((slot) => slot!.release());

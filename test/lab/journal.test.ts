@@ -181,6 +181,32 @@ function suiteUnder(runtime: Runtime): void {
     useOffload("head", runtime);
   });
 
+  test("a build whose hook is killed is kept, once somebody finds that", async () => {
+    useOffload("head", runtime, "OFFLOAD_RESIDENT=false");
+    const [derivation] = makeWork("head", "--seconds=600");
+    const client = watch(start("head", ...buildCommand([derivation!])));
+    await until("the build", () => builds("w1") + builds("w2") === 1);
+    await until(
+      "what it told",
+      () => onDatabase(OBSERVATIONS, "SELECT * FROM course").length === 1,
+    );
+    run("head", "sh", "-c", "kill -INT $(pgrep -f 'guix build')");
+    await within("the client's end", client.ended);
+    await until("its end", () => builds("w1") + builds("w2") === 0);
+    const [next, result] = buildWork();
+    assertOffloaded(next, result, ["w1", "w2"]);
+    await until("the journal", () => countRows() === 2);
+    const [killed, row] = journalRows();
+    assert.is(killed!.derivation, derivation);
+    assert.is(killed!.outcome, "interrupted");
+    assert.is(killed!.problem, "its hook was killed");
+    assert.ok(Number(killed!.sent) >= Number(killed!.connected));
+    assert.ok(Number(killed!.ended) - Number(killed!.began) >= 900);
+    assert.is(killed!.built, null);
+    assert.is(row!.outcome, "built");
+    useOffload("head", runtime);
+  });
+
   test("plugins are told, and nothing waits for them", async () => {
     const files = ["may-tell", "told"].map((it) => `${root("head")}/tmp/${it}`);
     files.forEach((file) => rmSync(file, { force: true }));
