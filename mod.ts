@@ -3888,6 +3888,8 @@ export interface Journal {
   save(build: JournalEntry, settings: Settings): JournalEntry;
   /** Notes a build whose hook was killed, which so has not. */
   saveKilled(use: UsedSlot, settings: Settings): void;
+  /** Notes why machines take nothing, now and as long as this process is there. */
+  watch(machines: Machine[], request: ScoredRequest, context: Context): void;
 }
 
 /**
@@ -6565,11 +6567,12 @@ export async function processRequest(
   }
   const scored = scoredRequest(request, context);
   const choice = await chooseReadyMachine(machines, scored, context);
+  const { journal } = context.observations;
   if (typeof choice === "string") {
     const gone = choice === "unreachable" && mayBuildHere(request, context);
-    const { journal } = context.observations;
     if (!gone) journal?.saveWait(request.derivation, choice);
     await conversation.answer(gone ? "decline" : "postpone");
+    journal?.watch(listed, scored, context);
     return false;
   }
   let work;
@@ -6580,6 +6583,7 @@ export async function processRequest(
     letGo(choice, context);
     throw error;
   }
+  journal?.watch(listed, scored, context);
   const build = () => offload(work, scored, machines, choice, context);
   await offloadNoted(work, context, build);
   return true;

@@ -8,7 +8,8 @@
 
 import { basename, dirname } from "node:path";
 import type { DatabaseSync } from "node:sqlite";
-import { derivationName } from "../mod.ts";
+import { clearInterval, setInterval } from "node:timers";
+import { derivationName, reason } from "../mod.ts";
 import type {
   Attempt,
   Context,
@@ -19,9 +20,17 @@ import type {
   Slot,
   UsedSlot,
 } from "../mod.ts";
-import { checkTypes } from "./_records.ts";
+import {
+  ABSENCE_SCHEMA,
+  claimLook,
+  insertAbsence,
+  LOOKING,
+  readAbsences,
+  saveReasons,
+} from "./_absences.ts";
+import type { Absence, Reasons } from "./_absences.ts";
+import { checkAll, shorten, withoutNull } from "./_records.ts";
 import type { Row, Types } from "./_records.ts";
-import { inOneLine } from "./_screen.ts";
 import {
   countsOf,
   readCounts,
@@ -33,23 +42,11 @@ import type { Count } from "./_tally.ts";
 
 export type { Attempt, Course, JournalEntry } from "../mod.ts";
 
-/** A time in which a machine was left alone; milliseconds since 1970. */
-export interface Absence {
-  /** The machine, NAME:PORT. */
-  readonly machine: string;
-  /** When it began. */
-  readonly from: number;
-  /** When it ended, or will. */
-  readonly until: number;
-  /** Why. */
-  readonly problem: string;
-}
-
 /** What the journal has of some time. */
 export interface JournalPart {
   /** Builds, in the order in which they have ended. */
   readonly entries: JournalEntry[];
-  /** When machines were left alone, in order. */
+  /** When machines took nothing, and why, in order. */
   readonly absences: Absence[];
 }
 
@@ -72,7 +69,6 @@ export interface Waiting {
 /** The tables; what is under way is made anew with them. */
 export const JOURNAL_SCHEMA = `
   DROP TABLE IF EXISTS journal;
-  DROP TABLE IF EXISTS absence;
   DROP TABLE IF EXISTS course;
   DROP TABLE IF EXISTS waiting;
   CREATE TABLE journal (
@@ -82,15 +78,12 @@ export const JOURNAL_SCHEMA = `
     retrieved REAL, ended REAL NOT NULL, items INTEGER, bytesSent REAL,
     bytesRetrieved REAL, outcome TEXT NOT NULL, problem TEXT);
   CREATE INDEX journal_ended ON journal (ended);
-  CREATE TABLE absence (
-    machine TEXT NOT NULL, start REAL NOT NULL, until REAL NOT NULL,
-    problem TEXT NOT NULL);
-  CREATE INDEX absence_machine ON absence (machine, until);
   CREATE TABLE course (
     file TEXT PRIMARY KEY, time REAL NOT NULL, course TEXT NOT NULL);
   CREATE TABLE waiting (
     derivation TEXT PRIMARY KEY, since REAL NOT NULL, seen REAL NOT NULL,
     why TEXT NOT NULL);
+  ${ABSENCE_SCHEMA}
   ${TALLY_SCHEMA}
 `;
 
@@ -109,9 +102,6 @@ const WAIT_LIFETIME = { shown: 15_000, counted: 60_000 } as const;
 /** How many builds there are before old ones go. */
 const PRUNED = 100;
 
-/** How long a problem may be, in characters. */
-const LONGEST_PROBLEM = 1000;
-
 const COLUMNS = [
   ...["derivation", "machine", "slot", "earlier", "asked", "accepted"],
   ...["began", "connected", "sent", "built", "retrieved", "ended", "items"],
@@ -123,10 +113,6 @@ const INSERTION = `INSERT INTO journal (${COLUMNS.join(", ")})
 
 const END_OF_WAIT =
   "DELETE FROM waiting WHERE derivation = ? RETURNING since, seen";
-
-/** Ends an absence: now, of that machine, which lasts longer than now. */
-export const END_OF_ABSENCE =
-  "UPDATE absence SET until = ? WHERE machine = ? AND until > ?";
 
 /** How a build can end. */
 export const OUTCOMES: readonly JournalEntry["outcome"][] = [
@@ -166,36 +152,11 @@ const COURSE_TYPES: Types = {
   total: "number",
 };
 
-const ABSENCE_TYPES: Types = {
-  machine: "string",
-  from: "time",
-  until: "time",
-  problem: "string",
-};
-
 const WAITING_TYPES: Types = {
   derivation: "string",
   since: "time",
   why: "string",
 };
-
-/** Leaves out what a row does not have. */
-function withoutNull(row: object): object {
-  return Object.fromEntries(
-    Object.entries(row).filter(([, value]) => value !== null),
-  );
-}
-
-/** The same, which has to have some of it. */
-function checkAll<T extends object>(
-  value: object,
-  types: Types,
-  needed: readonly string[] = Object.keys(types),
-): T {
-  const lacking = needed.find((name) => !(name in value));
-  if (lacking !== undefined) throw new SyntaxError(`'${lacking}' is missing`);
-  return checkTypes<T>(value, types);
-}
 
 /** Reads a list of attempts, such as is kept with a build. */
 function parseAttempts(text: string): Attempt[] {
@@ -224,11 +185,6 @@ function toEntry({ id: _, earlier, ...row }: Row): JournalEntry {
 function toCourse(text: string): Course {
   const needed = ["machine", "slot", "began", "moved"];
   return checkAll<Course>(Object(JSON.parse(text)), COURSE_TYPES, needed);
-}
-
-/** A message as it is kept. */
-function shorten(problem: string): string {
-  return inOneLine(problem.slice(0, LONGEST_PROBLEM));
 }
 
 /** Since when a build was asked for that may have waited. */
@@ -283,6 +239,9 @@ function killedEntry(
 /** The journal in the database of all our processes. */
 export class SharedJournal implements Journal {
   readonly #use: <T>(work: (database: DatabaseSync) => T) => T;
+  #watched?: Parameters<Journal["watch"]>;
+  #watching?: ReturnType<typeof setInterval>;
+  #nextLook = 0;
 
   /** Keeps it where `use` leads, which copes with all that is wrong there. */
   constructor(use: <T>(work: (database: DatabaseSync) => T) => T) {
@@ -407,6 +366,7 @@ export class SharedJournal implements Journal {
         // The clock was set back.
         ["DELETE FROM journal WHERE ended > ?", now],
         ["DELETE FROM absence WHERE until < ?", oldest],
+        ["DELETE FROM absence WHERE start > ?", now],
         ["DELETE FROM waiting WHERE seen < ?", now - WAIT_LIFETIME.counted],
       ] as const
     ) database.prepare(sql).run(value);
@@ -415,10 +375,38 @@ export class SharedJournal implements Journal {
 
   /** Notes that a machine is left alone from now on. */
   saveAbsence(machine: string, until: number, problem: string): void {
-    this.#run(
-      "INSERT INTO absence VALUES (?, ?, ?, ?)",
-      ...[machine, Date.now(), until, shorten(problem)],
-    );
+    this.#use((it) => insertAbsence(machine, until, problem, it));
+  }
+
+  /**
+   * Notes why machines take nothing: soon, and now and then for as long as this
+   * process is there. Of all our processes one does.
+   */
+  watch(...watched: Parameters<Journal["watch"]>): void {
+    this.#watched = watched;
+    this.#watching ??= setInterval(() => this.#look(), LOOKING.interval)
+      .unref();
+    this.#look();
+  }
+
+  async #look(): Promise<void> {
+    if (performance.now() < this.#nextLook) return;
+    this.#nextLook = performance.now() + LOOKING.least;
+    const watched = this.#watched!;
+    try {
+      const before = this.#use(claimLook);
+      if (before === undefined) return;
+      const { lookAtMachines } = await import("./_idle.ts");
+      this.saveReasons(await lookAtMachines(...watched), before);
+    } catch (error) {
+      const [, , { log }] = watched;
+      log.debug(`why machines take nothing: ${reason(error)}`);
+    }
+  }
+
+  /** Notes why machines take nothing now; `before` is when that last was. */
+  saveReasons(reasons: Reasons, before: number): void {
+    this.#use((it) => saveReasons(reasons, before, it));
   }
 
   /** What the journal has of the time from `since` to `until`. */
@@ -427,11 +415,7 @@ export class SharedJournal implements Journal {
       const entries = database.prepare(
         "SELECT * FROM journal WHERE ended BETWEEN ? AND ? ORDER BY ended, id",
       ).all(since, until).map((row) => toEntry(row as Row));
-      const absences = database.prepare(
-        `SELECT machine, start AS "from", until, problem FROM absence
-         WHERE until >= ? AND start <= ? ORDER BY start`,
-      ).all(since, until)
-        .map((row) => checkAll<Absence>(withoutNull(row), ABSENCE_TYPES));
+      const absences = readAbsences(since, until, database);
       return { entries, absences };
     });
   }
@@ -455,7 +439,7 @@ export function journalOf(
 
 /**
  * What the journal has of the builds that ended from `since` to `until`, in
- * milliseconds since 1970, and of the machines that were left alone then.
+ * milliseconds since 1970, and of the machines that took nothing then.
  */
 export function readJournal(
   context: Pick<Context, "observations">,

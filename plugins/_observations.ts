@@ -35,7 +35,8 @@ import type {
   UsedSlot,
 } from "../mod.ts";
 
-import { END_OF_ABSENCE, JOURNAL_SCHEMA, SharedJournal } from "./_journal.ts";
+import { END_OF_ABSENCE } from "./_absences.ts";
+import { JOURNAL_SCHEMA, SharedJournal } from "./_journal.ts";
 import { checkTypes, SLOT_TYPES, toRecord, USE_TYPES } from "./_records.ts";
 import type { Row, Types, Use } from "./_records.ts";
 
@@ -76,7 +77,7 @@ const OBSERVATIONS_PRAGMAS = `
 `;
 
 /** Another number here makes the tables anew that changed. */
-const OBSERVATIONS_VERSION = 3;
+const OBSERVATIONS_VERSION = 4;
 
 const OBSERVATIONS_SCHEMA = `
   CREATE TABLE IF NOT EXISTS machine (

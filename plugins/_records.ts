@@ -8,6 +8,7 @@
 import type { SQLOutputValue } from "node:sqlite";
 import { isWithin } from "../mod.ts";
 import type { Facts, MachineRecord } from "../mod.ts";
+import { inOneLine } from "./_screen.ts";
 
 /** A row of the database. */
 export type Row = Record<string, SQLOutputValue>;
@@ -45,6 +46,32 @@ export function checkTypes<T extends object>(
     }
   }
   return value as T;
+}
+
+/** The same of a value that has to have some of it, or all. */
+export function checkAll<T extends object>(
+  value: object,
+  types: Types,
+  needed: readonly string[] = Object.keys(types),
+): T {
+  const lacking = needed.find((name) => !(name in value));
+  if (lacking !== undefined) throw new SyntaxError(`'${lacking}' is missing`);
+  return checkTypes<T>(value, types);
+}
+
+/** How long a message may be that is kept, in characters. */
+const LONGEST_MESSAGE = 1000;
+
+/** A message as it is kept. */
+export function shorten(message: string): string {
+  return inOneLine(message.slice(0, LONGEST_MESSAGE));
+}
+
+/** Leaves out what a row does not have. */
+export function withoutNull(row: object): object {
+  return Object.fromEntries(
+    Object.entries(row).filter(([, value]) => value !== null),
+  );
 }
 
 const FACTS_TYPES: Types = {

@@ -5,8 +5,9 @@
  * @module
  */
 
+import type { Absence } from "./_absences.ts";
 import { OUTCOMES } from "./_journal.ts";
-import type { Absence, Attempt, JournalEntry } from "./_journal.ts";
+import type { Attempt, JournalEntry } from "./_journal.ts";
 import { PHASES, phaseSeconds, phaseTimes } from "./_phases.ts";
 import type { Phase } from "./_phases.ts";
 
@@ -29,10 +30,10 @@ export interface Capacity {
   readonly slots: number;
 }
 
-/** Why a machine was left alone, and for how long. */
-export interface LeftAlone {
+/** Why a machine took nothing, and for how long. */
+export interface Idleness {
   /** In one line. */
-  readonly problem: string;
+  readonly why: string;
   /** How often. */
   readonly times: number;
   /** Seconds, of all these times. */
@@ -55,8 +56,8 @@ export interface MachineFigures extends Capacity {
   readonly bytesSent: number;
   /** Bytes that came from there. */
   readonly bytesRetrieved: number;
-  /** Why it was left alone, what lasted longest first. */
-  readonly leftAlone: readonly LeftAlone[];
+  /** Why it took nothing, what lasted longest first. */
+  readonly idle: readonly Idleness[];
 }
 
 /** A build that is worth a look. */
@@ -140,11 +141,11 @@ function groupBy<T>(
   return groups;
 }
 
-/** Why a machine was left alone within a span. */
-function reasonsOf(absences: readonly Absence[], span: Span): LeftAlone[] {
+/** Why a machine took nothing within a span. */
+function reasonsOf(absences: readonly Absence[], span: Span): Idleness[] {
   return [...groupBy(absences, ({ problem }) => problem)]
-    .map(([problem, times]) => ({
-      problem,
+    .map(([why, times]) => ({
+      why,
       times: times.length,
       seconds: sum(times.map((it) => overlap(it.from, it.until, span))) / 1000,
     }))
@@ -177,7 +178,7 @@ function machineFigures(
     overhead: median(built.map(overheadOf)),
     bytesSent: total("bytesSent"),
     bytesRetrieved: total("bytesRetrieved"),
-    leftAlone: reasonsOf(absences, span),
+    idle: reasonsOf(absences, span),
   };
 }
 
@@ -256,7 +257,7 @@ export function countFigures(
 ): Figures {
   const builds = groupBy(entries, ({ machine }) => machine);
   const attempts = groupBy(entries.flatMap(attemptsOf), (it) => it.machine);
-  const alone = groupBy(absences, ({ machine }) => machine);
+  const idle = groupBy(absences, ({ machine }) => machine);
   return {
     ...span,
     outcomes: countOutcomes(entries),
@@ -268,7 +269,7 @@ export function countFigures(
         capacity,
         of(builds),
         of(attempts),
-        of(alone),
+        of(idle),
         span,
       );
     }),

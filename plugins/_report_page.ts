@@ -9,8 +9,9 @@
  */
 
 import { createHash } from "node:crypto";
+import type { Absence } from "./_absences.ts";
 import { OUTCOMES } from "./_journal.ts";
-import type { Absence, Attempt, JournalEntry } from "./_journal.ts";
+import type { Attempt, JournalEntry } from "./_journal.ts";
 import { PHASES, phaseTimes } from "./_phases.ts";
 import type { Phase } from "./_phases.ts";
 import * as drawing from "./_report_draw.ts";
@@ -55,7 +56,7 @@ export interface PageMachine {
   readonly slots: number;
   /** What is said beside the name. */
   readonly summary: string;
-  /** When it was left alone, in the same milliseconds, and why. */
+  /** When it took nothing, in the same milliseconds, and why. */
   readonly absences: readonly {
     readonly from: number;
     readonly until: number;
@@ -120,15 +121,15 @@ function escapeJson(value: unknown): string {
 }
 
 /** What is said of a machine above its lanes. */
-function summarize({ builds, used, lost, leftAlone }: MachineFigures): string {
-  const [longest] = leftAlone;
-  const seconds = leftAlone.reduce((sum, it) => sum + it.seconds, 0);
+function summarize({ builds, used, lost, idle }: MachineFigures): string {
+  const [longest] = idle;
+  const seconds = idle.reduce((sum, it) => sum + it.seconds, 0);
   return [
     builds === 1 ? "1 build" : `${builds} builds`,
     `${formatShare(used)} used`,
     ...(lost > 0 ? [`${lost} lost`] : []),
     ...(longest === undefined ? [] : [
-      `left alone for ${formatTook(seconds)}: ${inOneLine(longest.problem)}`,
+      `took nothing for ${formatTook(seconds)}: ${inOneLine(longest.why)}`,
     ]),
   ].join(" · ");
 }
@@ -174,7 +175,6 @@ function pageBuild(
 function pageMachine(
   machine: MachineFigures,
   absences: readonly Absence[],
-  until: number,
   { inPage }: Places,
 ): PageMachine {
   return {
@@ -184,7 +184,7 @@ function pageMachine(
     absences: absences.filter((it) => it.machine === machine.machine)
       .map((it) => ({
         from: inPage(it.from),
-        until: inPage(Math.min(until, it.until)),
+        until: inPage(it.until),
         problem: it.problem,
       })),
   };
@@ -203,7 +203,7 @@ export function pageData(
     length: Math.round(until - since),
     phases: PHASES.map((phase) => [phase, COLOURS[phase]]),
     outcomes: SIGNS,
-    machines: machines.map((it) => pageMachine(it, absences, until, places)),
+    machines: machines.map((it) => pageMachine(it, absences, places)),
     builds: entries.map((it) => pageBuild(it, places)),
   };
 }
@@ -238,13 +238,12 @@ function machineTable(machines: readonly MachineFigures[]): string {
     it.overhead === undefined ? "–" : formatTook(it.overhead),
     formatSize(it.bytesSent),
     formatSize(it.bytesRetrieved),
-    it.leftAlone.map(({ problem, seconds, times }) =>
-      `${formatTook(seconds)}${times > 1 ? ` in ${times} times` : ""}: ` +
-      problem
+    it.idle.map(({ why, seconds, times }) =>
+      `${formatTook(seconds)}${times > 1 ? ` in ${times} times` : ""}: ${why}`
     ).join("; ") || "–",
   ]);
   const heading = ["machine", "slots", "builds", "failed", "lost", "slots used"]
-    .concat("median overhead", "sent", "retrieved", "left alone");
+    .concat("median overhead", "sent", "retrieved", "took nothing");
   return makeTable(heading, rows, "There are no machines.");
 }
 
@@ -364,7 +363,7 @@ function signs(): string {
 <li><svg class="sample hatched" viewBox="0 0 12 12" aria-hidden="true">
 <path class="lost" d="M0 6L6 0M0 12L12 0M6 12L12 6"/></svg>attempt that failed</li>
 <li><svg class="sample hatched" viewBox="0 0 12 12" aria-hidden="true">
-<path class="absent" d="M0 6L6 0M0 12L12 0M6 12L12 6"/></svg>left alone</li></ul>`;
+<path class="absent" d="M0 6L6 0M0 12L12 0M6 12L12 6"/></svg>took nothing</li></ul>`;
 }
 
 /** The timeline, and what stands around it. */

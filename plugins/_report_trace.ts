@@ -5,7 +5,8 @@
  * @module
  */
 
-import type { Absence, JournalEntry } from "./_journal.ts";
+import type { Absence } from "./_absences.ts";
+import type { JournalEntry } from "./_journal.ts";
 import { PHASES, phaseTimes } from "./_phases.ts";
 import type { Capacity } from "./_report_figures.ts";
 import { inOneLine } from "./_screen.ts";
@@ -63,7 +64,7 @@ function nameMachine(
   const names = Array.from({ length: slots }, (_, slot) => `slot ${slot}`);
   return [
     ...nameTrack("process", inOneLine(machine), index, { pid, tid: 0 }),
-    ...["left alone", ...names].flatMap((name, tid) =>
+    ...["took nothing", ...names].flatMap((name, tid) =>
       nameTrack("thread", name, tid, { pid, tid })
     ),
   ];
@@ -144,7 +145,7 @@ export function makeTrace(
     traceEvents: [
       ...machines.flatMap(nameMachine),
       ...absences.map(({ machine, from, until, problem }) =>
-        lasting([problem, "left alone"], [from, until], trackOf(machine, -1))
+        lasting([problem, "took nothing"], [from, until], trackOf(machine, -1))
       ),
       ...entries.flatMap((entry, index) =>
         traceBuild(entry, trackOf, String(index))

@@ -141,7 +141,7 @@ export function describe(page: Page, lane: Lane, bar: Bar): string[][] {
     }`,
   ];
   if (build === undefined) {
-    return [[name, "left alone"], when, ["why", problem!]];
+    return [[name, "took nothing"], when, ["why", problem!]];
   }
   const place = ["machine", `${name}, slot ${lane.slot}`];
   if (problem !== undefined) {

@@ -15,7 +15,6 @@ import {
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import {
-  exclusion,
   listMachines,
   lockFile,
   OffloadError,
@@ -33,11 +32,11 @@ import type {
   Prospect,
 } from "../mod.ts";
 import { warnOfGaps } from "./_first_steps.ts";
+import { idleReason, withoutNumbers } from "./_idle.ts";
 import { journalOf } from "./_journal.ts";
 import { formatMetrics } from "./_metrics_format.ts";
 import type { Family, Sample } from "./_metrics_format.ts";
 import { PHASES } from "./_phases.ts";
-import { inOneLine } from "./_screen.ts";
 import { BOUNDS } from "./_tally.ts";
 import type { Count } from "./_tally.ts";
 
@@ -60,22 +59,6 @@ async function lookAround(context: Context): Promise<Look[]> {
     const taken = takenSlots(machine, context.stateDirectory).length;
     return { id, machine, prospect, record: records.get(id), taken };
   });
-}
-
-/**
- * Why a machine takes nothing now, in words that do not change with each look:
- * they are a label. What it said of itself long ago is no reason.
- */
-function reasonOf(look: Look, context: Context): string | undefined {
-  const { machine, prospect, taken } = look;
-  const facts = prospect.facts ?? { time: 0 };
-  const { why } = exclusion({ ...prospect, facts }, context) ?? {};
-  if (why !== undefined) {
-    return inOneLine(why).replace(/ for \d+ s: .*$|: .*\d.*$/, "");
-  }
-  return taken >= machine.parallelBuilds
-    ? "all its slots are taken"
-    : undefined;
 }
 
 /** Whether a machine was reached last; nobody may have tried. */
@@ -133,8 +116,9 @@ function machineFamilies(looks: readonly Look[], context: Context): Family[] {
       "offload_machine_idle_reason",
       "Why a machine takes no build now; those that would are left out.",
       (look) => {
-        const why = reasonOf(look, context);
-        return ofMachine(look.id, why && 1 || undefined, { reason: why ?? "" });
+        const why = idleReason(look.prospect, context);
+        if (why === undefined) return [];
+        return ofMachine(look.id, 1, { reason: withoutNumbers(why) });
       },
     ),
   ];

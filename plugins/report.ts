@@ -94,12 +94,11 @@ function machineTable(
     it.overhead === undefined ? NOTHING : formatTook(it.overhead),
     formatSize(it.bytesSent),
     formatSize(it.bytesRetrieved),
-    it.leftAlone.map(({ problem, seconds }) =>
-      `${formatTook(seconds)}: ${problem}`
-    ).join("; ") || NOTHING,
+    it.idle.map(({ why, seconds }) => `${formatTook(seconds)}: ${why}`)
+      .join("; ") || NOTHING,
   ]);
   const heading = "machine,slots,builds,failed,lost,used,overhead,sent," +
-    "retrieved,left alone";
+    "retrieved,took nothing";
   return formatTable([heading.split(","), ...rows], screen);
 }
 
@@ -213,8 +212,8 @@ const plugin = {
       "time: what each machine did, how much of the time its slots were in use, " +
       "how long a build took there beside the build itself (the median), how " +
       "many builds failed by themselves and how many attempts the machine " +
-      "lost, when it was left alone and why; where the time of all builds went; " +
-      "and which builds took the longest, or were failed by machines.",
+      "lost, for how long it took nothing and why; where the time of all builds " +
+      "went; and which builds took the longest, or were failed by machines.",
       "TIME is how long ago, such as 90min, 24h, 7d or 2w, or a date, such as " +
       "2026-11-24 or 2026-11-24T18:00.",
       "The page that --html writes needs no other file, and fetches nothing. " +

@@ -4,7 +4,8 @@
  * @module
  */
 
-import type { Absence, Attempt, JournalEntry } from "../plugins/_journal.ts";
+import type { Absence } from "../plugins/_absences.ts";
+import type { Attempt, JournalEntry } from "../plugins/_journal.ts";
 import { makeEntry } from "./journal.ts";
 
 /** When the days of these journals begin, in milliseconds since 1970. */

@@ -20,6 +20,7 @@ import {
   onDatabase,
   oneSlot,
   onTerminal,
+  PLUGINS,
   root,
   run,
   RUNTIMES,
@@ -204,6 +205,29 @@ function suiteUnder(runtime: Runtime): void {
     assert.ok(Number(killed!.ended) - Number(killed!.began) >= 900);
     assert.is(killed!.built, null);
     assert.is(row!.outcome, "built");
+    useOffload("head", runtime);
+  });
+
+  test("why machines take nothing is kept, by one of all processes", async () => {
+    useMachines("head", ["w1", "w2", "w2"], (text) => {
+      const [head, w1, w2, other] = text.split(/(?=\(build-machine)/);
+      const busy = w2!.replace(/threshold #f/, "threshold 0.");
+      const drained = other!.replace(/"w2"/, '"away"');
+      return `${head}${withSlots(8)(w1!)}${busy}${drained}`;
+    });
+    writePlugin("drain", "away # <i>2");
+    usePlugins("head", runtime, { drain: {} }, ACQUAINTED);
+    const work = makeWork("head", "--count=8", "--seconds=1");
+    const command = buildCommand(work);
+    const { status, stderr } = run("head", ...command);
+    assert.is(status, 0, stderr);
+    await until("the reasons", () => journalRows("absence").length >= 2);
+    const reasons = journalRows("absence")
+      .map(({ machine, problem }) => `${machine}: ${problem}`);
+    assert.equal(reasons.sort(), [
+      `away:22: drained by '${PLUGINS}/drain': <i>2`,
+      "w2:22: overloaded",
+    ]);
     useOffload("head", runtime);
   });
 

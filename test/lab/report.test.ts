@@ -19,6 +19,7 @@ import {
   makeWork,
   offloadCommand,
   outputsOf,
+  PLUGINS,
   ROOT,
   root,
   run,
@@ -31,6 +32,7 @@ import {
   useOffload,
   watch,
   within,
+  writePlugin,
 } from "./lab.ts";
 
 const test = suite("report");
@@ -48,18 +50,32 @@ const figures: Record<string, ReturnType<typeof JSON.parse>> = {};
 const CLOSED = 2;
 
 /**
- * Machines: a quick one with two slots; another one; one that builds for others;
- * and one that refuses connections, and would be the best.
+ * Machines: a quick one with two slots; another one; one that is always too
+ * busy; one that refuses connections, and would be the best; one that is
+ * drained, and is not even there; and one that builds for others.
  */
 function editMachines(text: string): string {
   const [head, ...machines] = text.split(/(?=\(build-machine)/);
-  assert.is(machines.length, 4);
+  assert.is(machines.length, 6);
+  const w1 = '(name "w1")';
   return head! + [
     machines[0]!.replace("(name", "(speed 9.) $&"),
     machines[1]!,
-    machines[2]!.replace(`"${SYSTEM}"`, '"riscv64-linux"'),
-    machines[3]!.replace(/\(name "w1"\)/, `$& (speed 20.) (port ${CLOSED})`),
+    machines[2]!.replace("(overload-threshold #f)", "(overload-threshold 0.)"),
+    machines[3]!.replace(w1, `$& (speed 20.) (port ${CLOSED})`),
+    machines[4]!.replace(w1, '(name "away")'),
+    machines[5]!.replace(w1, '(name "other")')
+      .replace(`"${SYSTEM}"`, '"riscv64-linux"'),
   ].join("");
+}
+
+/** Why a machine is drained, in words that are odd. */
+const DRAINED = "disk 2 <b>&amp;";
+
+/** Drains the machine that is not there. */
+function drain(): void {
+  writePlugin("settings.json", '{ "use": { "drain": {} } }');
+  inHost("head", ...offloadCommand("node", "drain", "away", DRAINED));
 }
 
 /** Builds at the same time, whatever comes of it. */
@@ -97,8 +113,9 @@ async function loseMachine(): Promise<void> {
 test.before(async () => {
   lab("browser");
   up("head", "w1", "w2", "w3");
+  useMachines("head", ["w1", "w2", "w3", "w1", "w1", "w1"], editMachines);
+  drain();
   useOffload("head", "node", "OFFLOAD_CONNECT_TIMEOUT=10");
-  useMachines("head", ["w1", "w2", "w3", "w1"], editMachines);
   const many = ["one", "two", "three"].map((name) => [
     ...[`--name=${name}`, "--seconds=0.5", "--inputs=5"],
     "--output-size=100000",
@@ -122,7 +139,10 @@ test.before(async () => {
   writeFileSync(PAGE, readFileSync(`${root("head")}/tmp/page.html`));
 });
 
-test.after(() => rmSync(directory, { recursive: true }));
+test.after(() => {
+  rmSync(directory, { recursive: true });
+  rmSync(root("head") + PLUGINS, { recursive: true });
+});
 
 test("the figures are those of what was built", () => {
   const { node, deno } = figures;
@@ -136,6 +156,8 @@ test("the figures are those of what was built", () => {
     node.machines.map((it: any) => [it.machine, it]),
   ) as Map<string, typeof node>;
   assert.equal([...machines.keys()].sort(), [
+    "away:22",
+    "other:22",
     "w1:2",
     "w1:22",
     "w2:22",
@@ -143,9 +165,15 @@ test("the figures are those of what was built", () => {
   ]);
   assert.is(machines.get("w1:22").lost, 1);
   assert.is(machines.get("w3:22").builds, 0);
-  assert.is(machines.get("w3:22").leftAlone.length, 0);
-  const [refused] = machines.get(`w1:${CLOSED}`).leftAlone;
-  assert.match(refused.problem, "connection refused");
+  const reasons = (machine: string) =>
+    machines.get(machine).idle.map(({ why }: { why: string }) => why);
+  assert.equal(reasons("other:22"), [], "it was asked for nothing");
+  assert.equal(reasons("w3:22"), ["overloaded"]);
+  assert.equal(reasons("away:22"), [
+    `drained by '${PLUGINS}/drain': ${DRAINED}`,
+  ]);
+  const [refused] = machines.get(`w1:${CLOSED}`).idle;
+  assert.match(refused.why, "connection refused");
   assert.ok(refused.seconds > 0);
   const [twice] = node.unluckiest;
   assert.equal([twice.name, twice.attempts, twice.outcome], [
@@ -279,7 +307,7 @@ test("keys lead to all that happened, and say what it was", () =>
     assert.is(count(/^failed$/, "how"), 1);
     assert.is(count(/^timed-out$/, "how"), 1);
     assert.is(count(/^attempt that failed$/, "how"), 1);
-    assert.ok(count(/^left alone$/, "how") >= 2);
+    assert.ok(count(/^took nothing$/, "how") >= 4);
     assert.is(count(/^(one|two|three|broken|slow)$/, "title"), 5);
     assert.is(count(/^twice$/, "title"), 2);
     const twice = found.find(({ title, how }) =>
@@ -289,8 +317,11 @@ test("keys lead to all that happened, and say what it was", () =>
     assert.match(twice["failed attempts"]!, / (ms|s)$/);
     assert.match(twice["tried before"]!, /^w1:22: /);
     assert.match(twice.derivation!, /^\/gnu\/store\/.*-twice\.drv$/);
-    const refused = found.find(({ title }) => title === `w1:${CLOSED}`)!;
-    assert.match(refused.why!, "connection refused");
+    const reasonOf = (name: string) =>
+      found.find(({ title }) => title === name)?.why;
+    assert.match(reasonOf(`w1:${CLOSED}`)!, "connection refused");
+    assert.is(reasonOf("w3:22"), "overloaded");
+    assert.match(reasonOf("away:22")!, `: ${DRAINED}`);
   }));
 
 test("it is drawn in the colours of what happened, light and dark", () =>
@@ -342,7 +373,7 @@ test("the filter finds builds by name, machine and outcome", () =>
     assert.is(await filter(page, "name", "TWI"), "1 of 6 builds");
     assert.is.not(await drawing(page), all);
     const found = await walk(page);
-    const names = found.filter(({ how }) => how !== "left alone")
+    const names = found.filter(({ how }) => how !== "took nothing")
       .map(({ title }) => title);
     assert.equal([...new Set(names)], ["twice"]);
     const rows = 'document.querySelectorAll("#list tr").length';
@@ -354,7 +385,7 @@ test("the filter finds builds by name, machine and outcome", () =>
     const options = await page.evaluate(
       '[...document.getElementById("machine").options].map((it) => it.text)',
     );
-    const idle = options.indexOf("w3:22") - 1;
+    const idle = options.indexOf("other:22") - 1;
     assert.is(await filter(page, "machine", String(idle)), "0 of 6 builds");
     // A build of a table shows its place in spite of that.
     await page.evaluate(
