@@ -33,7 +33,6 @@ import type { Hash } from "node:crypto";
 import {
   chmodSync,
   closeSync,
-  constants as fileConstants,
   existsSync,
   fstatSync,
   lstatSync,
@@ -57,7 +56,6 @@ import { basename, dirname } from "node:path";
 import process from "node:process";
 import { createInterface } from "node:readline";
 import { DatabaseSync } from "node:sqlite";
-import { finished } from "node:stream";
 import type { Duplex } from "node:stream";
 import {
   clearInterval,
@@ -69,22 +67,28 @@ import { setTimeout as delay } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { format } from "node:util";
 import {
+  become,
+  chunksOf,
   ciphers,
   convertPrivateKey,
-  deno,
   glob,
+  HOST_KEY_ALGORITHMS,
   isProgram,
-  leaveGroups,
-  limitUnread,
+  makeDirectories,
+  openSocket,
   pieceSizeOf,
   renameToBytes,
+  reopen,
+  runtimeProblem,
+  sleep,
   ssh2,
   symlinkBytes,
+  tellReached,
   verifyEcdsa,
   verifyRsa,
   withoutSign,
 } from "./deps.ts";
-import type { Client, ConnectConfig } from "./deps.ts";
+import type { ConnectConfig } from "./deps.ts";
 
 // ---------------------------------------------------------------------------
 // Types
@@ -394,9 +398,6 @@ export function printable(text: string): string {
     (it) => it === "\n" ? "\n  " : it === "\t" ? it : "?",
   );
 }
-
-// Here the runtimes differ: file names that are no UTF-8 need bytes, which
-// Deno has no call for but the C library's.
 
 // ---------------------------------------------------------------------------
 // Machine file
@@ -1946,7 +1947,9 @@ function useAnswer<T>(plugin: Plugin, hook: keyof Hooks, use: () => T): T {
 }
 
 /** What hooks are called with, and the plugins. */
-type HookContext = Omit<PluginContext, "options"> & Pick<Context, "plugins">;
+export type HookContext =
+  & Omit<PluginContext, "options">
+  & Pick<Context, "plugins">;
 
 /** A plugin that has a hook. */
 type PluginWith<K extends keyof Hooks> = Plugin & Pick<Hooks, K>;
@@ -2357,33 +2360,6 @@ function padding(size: number): number {
 
 /** Shorter chunks are put together, in bytes. */
 const SMALL_CHUNK = 512;
-
-/** The chunks of a stream as they came; its own iterator would join them. */
-async function* chunksOf(stream: Duplex): AsyncGenerator<Uint8Array, void> {
-  const chunks: Uint8Array[] = [];
-  let wake = () => {};
-  let ended = false;
-  let failure: Error | undefined;
-  const end = (error?: Error | null) => {
-    failure ??= error ?? undefined;
-    ended = true;
-    wake();
-  };
-  stream.on("data", (chunk) => {
-    chunks.push(chunk);
-    stream.pause();
-    wake();
-  });
-  finished(stream, { writable: false }, end);
-  for (;;) {
-    for (let chunk; (chunk = chunks.shift()) !== undefined;) yield chunk;
-    if (failure !== undefined) throw failure;
-    if (ended) return;
-    const woken = new Promise<void>((resolve) => wake = resolve);
-    stream.resume();
-    await woken;
-  }
-}
 
 /**
  * Reads exact amounts from a stream of chunks, pulling no more than it needs,
@@ -3426,29 +3402,6 @@ export function ownerOf(file: string): Stats | undefined {
   return owner ?? stats.find((it) => it !== undefined && it.uid !== 0);
 }
 
-/** The group of accounts that have no other: in Guix, as in most systems. */
-const NOGROUP = 65534;
-
-/**
- * Takes on the rights of an account, until what is returned is called; those of
- * root's group, which a file of its may have, are none of them.
- */
-function become({ uid, gid }: Stats): () => void {
-  const goBack = () => {
-    process.seteuid!(0);
-    process.setegid!(0);
-  };
-  leaveGroups();
-  try {
-    process.setegid!(gid || NOGROUP);
-    process.seteuid!(uid);
-    return goBack;
-  } catch (error) {
-    goBack();
-    throw error;
-  }
-}
-
 /**
  * Does what touches a file of the state: what it makes is its owner's alone.
  * Where root does it and the file, or what it is in, is another account's, it
@@ -3495,18 +3448,6 @@ export function makeStateDirectory(directory: string): void {
   clearWay(directory, "isDirectory");
   makeDirectories(directory);
   makePrivate(directory);
-}
-
-/** Makes directories one by one: Node says "not found" of a read-only system. */
-function makeDirectories(directory: string): void {
-  if (existsSync(directory)) return;
-  makeDirectories(dirname(directory));
-  try {
-    mkdirSync(directory);
-  } catch (error) {
-    // Another process may have been quicker.
-    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-  }
 }
 
 /** Where files are that are in memory. */
@@ -4008,24 +3949,6 @@ export type UsedSlot = {
 /** How many keepalives may stay unanswered within their timeout. */
 const KEEPALIVES = 3;
 
-/** How a host key may sign. */
-export type HostKeyAlgorithm =
-  | "ssh-ed25519"
-  | "ssh-rsa"
-  | `rsa-sha2-${256 | 512}`
-  | `ecdsa-sha2-nistp${256 | 384 | 521}`;
-
-/** The signature algorithms by which a server shows a key of each type. */
-export const HOST_KEY_ALGORITHMS: Readonly<
-  Record<string, readonly HostKeyAlgorithm[]>
-> = {
-  "ssh-ed25519": ["ssh-ed25519"],
-  "ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"],
-  "ecdsa-sha2-nistp256": ["ecdsa-sha2-nistp256"],
-  "ecdsa-sha2-nistp384": ["ecdsa-sha2-nistp384"],
-  "ecdsa-sha2-nistp521": ["ecdsa-sha2-nistp521"],
-};
-
 /** A connection to a build machine, and what is reached by it. */
 export interface Session
   extends Omit<Connection, "openSocket" | "ended" | "exec"> {
@@ -4266,7 +4189,7 @@ function sshOptions(
  */
 export async function openSession(
   machine: Machine,
-  context: ConnectContext & Pick<Context, "connect">,
+  context: HookContext & Pick<Context, "connect">,
   reached?: (what: Reached) => void,
 ): Promise<Session> {
   const { connect = connectByPlugin } = context;
@@ -4274,15 +4197,10 @@ export async function openSession(
   return makeSession(machine, connection, context);
 }
 
-/** What connecting to a machine needs. */
-export type ConnectContext =
-  & Omit<PluginContext, "options">
-  & Pick<Context, "plugins">;
-
 /** The connection of the first plugin that has one. */
 export async function connectByPlugin(
   machine: Machine,
-  context: ConnectContext,
+  context: HookContext,
   reached?: (what: Reached) => void,
 ): Promise<Connection> {
   let opening: Awaitable<Connection | undefined>;
@@ -4489,18 +4407,6 @@ const CROWDED = {
   delay: 100, // milliseconds, growing and with jitter
 } as const;
 
-/** Tells how far a client has come. */
-function tellReached(client: Client, reached: (what: Reached) => void): void {
-  client.once("connect", () => {
-    reached("connect");
-    // ssh2 has no event of its own for it.
-    const { _sock: socket } = client as { _sock?: Duplex };
-    socket?.once("data", () => reached("greeting"));
-  });
-  // Its first message after the host key was found to be right.
-  client.once("handshake", () => reached("host key"));
-}
-
 /** Connects to a machine over SSH, logged in unless `others` say how. */
 export async function connect(
   machine: Machine,
@@ -4611,18 +4517,6 @@ type RemoteModule = { readonly default: RemoteCommands };
 async function demandRemote({ name }: Machine): Promise<RemoteCommands> {
   const what = `nothing here runs commands on '${name}'`;
   return (await demandFromPlugins<RemoteModule>("_remote", what)).default;
-}
-
-/** Connects to a Unix-domain socket there. */
-function openSocket(client: Client, file: string): Promise<Duplex> {
-  return new Promise((resolve, reject) => {
-    client.openssh_forwardOutStreamLocal(file, (cause, stream) => {
-      if (cause !== undefined) return reject(cause);
-      limitUnread(stream, client);
-      stream.stderr.resume(); // nobody sends any; unread, it would pile up
-      resolve(stream);
-    });
-  });
 }
 
 /** The file of a socket, which Guix takes as a URI, too; others have none. */
@@ -6682,12 +6576,6 @@ const LARGEST_BACKLOG = 2 ** 21;
 /** What keeping a piece costs beside its bytes. */
 const PIECE = 64;
 
-/** Does nothing for so long, nor anything else. */
-export function sleep(milliseconds: number): void {
-  const never = new Int32Array(new SharedArrayBuffer(4));
-  Atomics.wait(never, 0, 0, milliseconds);
-}
-
 /** The parent of a process. */
 export function parentOf(pid: number): number {
   const stat = readFileSync(`/proc/${pid}/stat`, "latin1");
@@ -6807,19 +6695,6 @@ function drainAtExit(outlet: Outlet): Outlet {
     for (const _ of whileReading(daemonProcess)) sleep(5);
   });
   return outlet;
-}
-
-/**
- * Opens a descriptor anew (by number, Deno can't use all): to write to a pipe
- * won't wait then, as it goes on to do for others who share the descriptor.
- */
-export function reopen(
-  descriptor: number,
-  process: number | "self" = "self",
-): number {
-  const { O_APPEND, O_NONBLOCK, O_WRONLY } = fileConstants;
-  const flags = O_APPEND | O_NONBLOCK | O_WRONLY;
-  return openSync(`/proc/${process}/fd/${descriptor}`, flags);
 }
 
 /** Standard error; what else than a pipe it is, such as a terminal, may wait. */
@@ -7016,16 +6891,8 @@ export async function makeContext(
 
 /** Refuses a runtime that is too old, on which things fail in odd ways. */
 export function checkRuntime(): void {
-  const [name, version, oldest] = deno === undefined
-    ? ["Node", process.versions.node, [22, 14, 0]] as const
-    : ["Deno", deno.version.deno, [2, 7, 14]] as const;
-  const numbers = version.split(".").map(Number);
-  const index = oldest.findIndex((part, index) => numbers[index] !== part);
-  if (index >= 0 && numbers[index]! < oldest[index]!) {
-    throw new OffloadError(
-      `${name} ${version} is too old: ${oldest.join(".")} or newer is needed`,
-    );
-  }
+  const problem = runtimeProblem();
+  if (problem !== undefined) throw new OffloadError(problem);
 }
 
 /**

@@ -8,7 +8,7 @@ import { Buffer } from "node:buffer";
 import { existsSync, readFileSync, realpathSync } from "node:fs";
 import { hostname, machine as architecture, userInfo } from "node:os";
 import { resolve } from "node:path";
-import { ssh2 } from "../deps.ts";
+import { HOST_KEY_ALGORITHMS, ssh2 } from "../deps.ts";
 import type {
   ConnectConfig,
   ParsedKey,
@@ -19,7 +19,6 @@ import {
   evaluateMachineFile,
   EXIT,
   fingerprint,
-  HOST_KEY_ALGORITHMS,
   isDefault,
   isWithin,
   listMachines,
