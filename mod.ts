@@ -64,7 +64,6 @@ import {
   setTimeout,
 } from "node:timers"; // those of Deno 2.7 itself lack unref()
 import { setTimeout as delay } from "node:timers/promises";
-import { pathToFileURL } from "node:url";
 import { format } from "node:util";
 import {
   become,
@@ -1276,7 +1275,7 @@ function parseJson(text: string, where: string): unknown {
 }
 
 /** Refuses a file, or directory, that somebody else could have written. */
-function checkOwner(file: string): void {
+export function checkOwner(file: string): void {
   const { uid, mode } = statSync(file);
   const trusted = uid === 0 || uid === process.getuid?.();
   if (!trusted || (mode & 0o022) !== 0) {
@@ -1655,7 +1654,7 @@ export interface SlotQueue {
 }
 
 /** Seconds that each hook may take, in the order in which a build meets them. */
-const HOOKS: Readonly<
+export const HOOKS: Readonly<
   Record<keyof Hooks, (settings: Settings, isOurs: boolean) => number>
 > = {
   // Guile alone takes a while to start, and has a bound of its own.
@@ -1676,46 +1675,6 @@ type Choice = keyof Hooks & keyof Settings;
 /** Tells those hooks. */
 function isChoice(hook: string): hook is Choice {
   return hook in HOOKS && hook in SETTINGS;
-}
-
-/** What a command has to have, each of the type of these. */
-const COMMAND: Readonly<Required<Omit<Command, "order" | "around">>> = {
-  usage: "",
-  summary: "",
-  description: [],
-  options: [],
-  examples: [],
-  run: () => Promise.reject(),
-};
-
-/** Says what a command lacks, if it lacks anything. */
-function lackOf(command: unknown): string | undefined {
-  const its = Object(command) as Partial<Record<string, unknown>>;
-  return Object.entries(COMMAND).find(([name, example]) =>
-    typeof its[name] !== typeof example ||
-    Array.isArray(its[name]) !== Array.isArray(example)
-  )?.[0];
-}
-
-/** Says what is wrong with a plugin, if anything is. */
-export function pluginProblem(plugin: unknown): string | undefined {
-  if (typeof plugin !== "object" || plugin === null) {
-    return "its default export is no plugin";
-  }
-  const { name, options = {}, command, ...hooks } = plugin as Record<
-    string,
-    unknown
-  >;
-  if (typeof name !== "string" || name === "") return "it has no 'name'";
-  const keys = Object.keys(hooks);
-  const unknown = keys.find((key) => !Object.hasOwn(HOOKS, key));
-  if (unknown !== undefined) return `unknown key '${unknown}'`;
-  if (keys.length === 0 && command === undefined) return "it has no hook";
-  const lacking = command === undefined ? undefined : lackOf(command);
-  if (lacking !== undefined) return `'command' lacks '${lacking}'`;
-  if (options?.constructor !== Object) return "'options' is no object";
-  const odd = keys.find((key) => typeof hooks[key] !== "function");
-  return odd && `'${odd}' is no function`;
 }
 
 /** The files in plugins/, in a bundle, which has them in itself. */
@@ -1827,24 +1786,14 @@ async function loadChosen(settings: Settings): Promise<Plugin[]> {
   return plugins;
 }
 
-/** Loads a site's plugin, in so many seconds; throws what is wrong with it. */
-export async function loadPlugin(
-  file: string,
-  taken: readonly string[],
-  seconds: number,
-): Promise<Plugin> {
-  [dirname(file), file].forEach(checkOwner);
-  const { default: plugin } = await within(
-    seconds,
-    import(pathToFileURL(file).href),
-    `${file}: not loaded within ${seconds} s`,
-  );
-  const problem = pluginProblem(plugin) ??
-    (taken.includes(plugin.name)
-      ? `the name '${plugin.name}' is taken`
-      : undefined);
-  if (problem !== undefined) throw new OffloadError(`${file}: ${problem}`);
-  return plugin;
+/** What loads a site's plugins: `plugins/_site.ts`. */
+interface SiteModule {
+  loadFiles(
+    files: readonly string[],
+    taken: readonly string[],
+    seconds: number,
+    log: Log,
+  ): Promise<{ plugins: Plugin[]; failures: number }>;
 }
 
 /** Loads a site's plugins, by file name; says how many can't be. */
@@ -1853,21 +1802,17 @@ export async function loadSite(
   seconds: number,
   log: Log,
 ): Promise<{ plugins: Plugin[]; failures: number }> {
+  const files = await findPlugins(directory);
+  if (files.length === 0) return { plugins: [], failures: 0 };
   const taken = [guixPlugin.name, guilePlugin.name, ...builtinNames()];
-  const plugins: Plugin[] = [];
-  let failures = 0;
-  for (const file of await findPlugins(directory)) {
-    try {
-      const plugin = await loadPlugin(file, taken, seconds);
-      plugins.push(plugin);
-      taken.push(plugin.name);
-    } catch (error) {
-      failures++;
-      const known = error instanceof OffloadError;
-      log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
-    }
+  const what = `nothing here loads the plugins in '${directory}'`;
+  try {
+    const site = await demandFromPlugins<SiteModule>("_site", what);
+    return await site.loadFiles(files, taken, seconds, log);
+  } catch (error) {
+    log.warn(error);
+    return { plugins: [], failures: files.length };
   }
-  return { plugins, failures };
 }
 
 /**
@@ -1916,7 +1861,11 @@ export interface PluginError extends Error {
 }
 
 /** Names a plugin and its hook in what goes wrong there. */
-function hookError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
+export function hookError(
+  plugin: Plugin,
+  hook: keyof Hooks,
+  cause: unknown,
+): OffloadError {
   const isOurs = isBuiltin(plugin) && /machines|connect/.test(hook);
   if (isOurs && cause instanceof OffloadError) return cause;
   const prefix = isOurs ? "" : `plugin '${plugin.name}': ${hook}: `;
@@ -1925,25 +1874,6 @@ function hookError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
   if (isLocal === true) return new LocalError(message, { cause, hint });
   const code = isOurs ? codeOf(cause) : "plugin";
   return new OffloadError(message, { cause, hint, code });
-}
-
-/** The same for what a hook came back with, where it is not told already. */
-function laterError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
-  const isTold = isBuiltin(plugin) || cause instanceof OffloadError;
-  return isTold ? cause : hookError(plugin, hook, cause);
-}
-
-/** Uses what a hook came back with, and names that in what goes wrong. */
-function useAnswer<T>(plugin: Plugin, hook: keyof Hooks, use: () => T): T {
-  const fail = (cause: unknown) => {
-    throw laterError(plugin, hook, cause);
-  };
-  try {
-    const result = use();
-    return result instanceof Promise ? result.catch(fail) as T : result;
-  } catch (cause) {
-    return fail(cause);
-  }
 }
 
 /** What hooks are called with, and the plugins. */
@@ -1974,32 +1904,6 @@ async function callHook<K extends keyof Hooks, C extends HookContext, T>(
   } catch (cause) {
     throw hookError(plugin, hook, cause);
   }
-}
-
-/** Checks that what a hook came back with has these methods. */
-function checkMethods<T extends object, K extends keyof T & string>(
-  plugin: Plugin,
-  hook: keyof Hooks,
-  answer: T,
-  methods: readonly K[],
-): T {
-  const odd = methods.find((it) => typeof answer?.[it] !== "function");
-  if (odd === undefined) return answer;
-  throw hookError(plugin, hook, new Error(`'${odd}' is no function`));
-}
-
-/** Checks what a `machines` hook came back with. */
-function checkMachines(list: unknown, context: PluginContext): Machine[] {
-  if (!Array.isArray(list)) throw new Error("expected a list of machines");
-  const machines: Machine[] = [];
-  for (const [index, machine] of list.entries()) {
-    const fields = machineToJson(machine);
-    const checked = context.machineFromFields(fields, `machine ${index + 1}`);
-    if ("severity" in checked) {
-      context.report({ ...checked, toldAs: "warning" });
-    } else machines.push(checked);
-  }
-  return machines;
 }
 
 /** Whether a plugin is one of ours, not the site's. */
@@ -2047,10 +1951,10 @@ async function firstAnswer<K extends keyof Hooks, C extends HookContext, T>(
   hook: K,
   context: C,
   call: HookCall<K, C, T | undefined>,
-): Promise<{ plugin: Plugin; answer: T } | undefined> {
+): Promise<T | undefined> {
   for (const plugin of pluginsWith(hook, context)) {
     const answer = await callHook(hook, plugin, context, call);
-    if (answer !== undefined) return { plugin, answer };
+    if (answer !== undefined) return answer;
   }
   return undefined;
 }
@@ -2094,7 +1998,7 @@ async function answersAbout<K extends keyof Hooks, T>(
   call: (
     candidate: Candidate,
     ...its: Parameters<HookCall<K, Context, T>>
-  ) => Promise<T | undefined>,
+  ) => Awaitable<T | undefined>,
 ): Promise<[name: string, answer: T][][]> {
   const answers = await allAnswers(
     hook,
@@ -2121,10 +2025,7 @@ async function concatMachines(
   const lists = await allAnswers(
     "machines",
     { ...context, report },
-    async (plugin, own) => {
-      const list = await plugin.machines(own);
-      return isBuiltin(plugin) ? list : checkMachines(list, own);
-    },
+    (plugin, own) => plugin.machines(own),
     ({ message, hint }, plugin) => {
       const toldAs = isBuiltin(plugin) ? undefined : "warning";
       report({ severity: "error", message, hint, toldAs });
@@ -2179,12 +2080,6 @@ export interface Scores {
   readonly total: number;
 }
 
-function checkScore(score: unknown): number | undefined {
-  if (score === undefined || score === -Infinity) return score;
-  if (typeof score === "number" && Number.isFinite(score)) return score;
-  throw new Error(`expected a number, got ${String(score)}`);
-}
-
 /** Sums the scores that the plugins give each candidate. */
 export async function sumScores(
   candidates: readonly Candidate[],
@@ -2195,26 +2090,12 @@ export async function sumScores(
     candidates,
     "score",
     context,
-    async (candidate, plugin, own) =>
-      checkScore(await plugin.score(candidate, request, own)),
+    (candidate, plugin, own) => plugin.score(candidate, request, own),
   );
   return answers.map((scores) => ({
     byPlugin: Object.fromEntries(scores),
     total: scores.reduce((sum, [, score]) => sum + score, 0),
   }));
-}
-
-/** Checks what a plugin says of a machine that it excludes. */
-function checkExclusion(
-  plugin: Plugin,
-  answer: Exclusion | undefined,
-): Exclusion | undefined {
-  if (answer !== undefined && typeof answer?.why !== "string") {
-    throw new Error(`expected { why, isBusy }, got ${JSON.stringify(answer)}`);
-  }
-  if (answer?.start === undefined) return answer;
-  const start = () => useAnswer(plugin, "exclude", () => answer.start?.());
-  return { ...answer, start };
 }
 
 /** The first plugin's answer why a candidate is not even to be asked. */
@@ -2226,37 +2107,9 @@ async function firstExclusions(
     candidates,
     "exclude",
     context,
-    async ({ machine }, plugin, own) =>
-      checkExclusion(plugin, await plugin.exclude(machine, own)),
+    ({ machine }, plugin, own) => plugin.exclude(machine, own),
   );
   return answers.map(([first]) => first?.[1]);
-}
-
-/** Checks what a plugin moves archives by, and names it in later errors. */
-export function checkTransport(
-  plugin: Plugin,
-  transport: Transport,
-): Transport {
-  const methods = ["missing", "send", "retrieve"] as const;
-  checkMethods(plugin, "transport", transport, methods);
-  if (isBuiltin(plugin)) return transport;
-  const use = <T>(call: () => T) => useAnswer(plugin, "transport", call);
-  return {
-    missing: (paths) => use(() => transport.missing(paths)),
-    reserve: async (size) => {
-      const leave = await use(() => transport.reserve?.(size));
-      return leave && checkMethods(plugin, "transport", leave, ["release"]);
-    },
-    send: (items) => use(() => transport.send(items)),
-    prepare: (derivation) => use(() => transport.prepare?.(derivation)),
-    retrieve: async function* (...args) {
-      try {
-        yield* transport.retrieve(...args);
-      } catch (cause) {
-        throw laterError(plugin, "transport", cause);
-      }
-    },
-  };
 }
 
 /** The defaults: machine file, order and transport of the reference. */
@@ -4214,52 +4067,8 @@ export async function connectByPlugin(
       .catch(() => {});
     throw error;
   });
-  if (found === undefined) {
-    throw new OffloadError(`no plugin connects to '${machine.name}'`);
-  }
-  const { plugin, answer } = found;
-  return checkConnection(plugin, answer, context.log);
-}
-
-/** Checks what a plugin connects by, and later what that comes back with. */
-function checkConnection(
-  plugin: Plugin,
-  connection: Connection,
-  log: Log,
-): Connection {
-  const check = <T extends object>(answer: T, methods: (keyof T & string)[]) =>
-    checkMethods(plugin, "connect", answer, methods);
-  try {
-    check(connection, ["failure", "openSocket", "exec", "close"]);
-  } catch (error) {
-    cleanUp(log, () => connection?.close?.());
-    throw error;
-  }
-  if (isBuiltin(plugin)) return connection;
-  const use = <T>(call: () => T) => useAnswer(plugin, "connect", call);
-  const { ended, pieceSize } = connection;
-  return {
-    ...(ended && { ended: Promise.resolve(ended) }),
-    ...(pieceSize && { pieceSize }),
-    failure: () => {
-      try {
-        return connection.failure();
-      } catch (error) { // it is of no use any more
-        return hookError(plugin, "connect", error);
-      }
-    },
-    openSocket: async (file) => {
-      const stream = await use(() => connection.openSocket(file));
-      return check(stream, ["write", "read", "destroy"]);
-    },
-    exec: async (command) => {
-      const process = await use(() => connection.exec(command));
-      check(process?.ended, ["then"]);
-      check(process.channel, ["write", "read", "destroy"]);
-      return process;
-    },
-    close: (error) => connection.close(error),
-  };
+  if (found !== undefined) return found;
+  throw new OffloadError(`no plugin connects to '${machine.name}'`);
 }
 
 /** The part of a session that is about what runs over it. */
@@ -5532,7 +5341,7 @@ export async function chooseTransport(
     context,
     (plugin, own) => plugin.transport(machine, own),
   );
-  if (found !== undefined) return checkTransport(found.plugin, found.answer);
+  if (found !== undefined) return found;
   throw new OffloadError(`no transport to '${machine.name}'`);
 }
 
