@@ -3680,6 +3680,8 @@ export interface Journal {
   saveWait(derivation: string, why: string): void;
   /** Notes a build that is over; returns all that is known of it. */
   save(build: JournalEntry, settings: Settings): JournalEntry;
+  /** The same of one that has ended so far, with an error or without. */
+  end(work: Work, error: unknown, context: Context): JournalEntry;
 }
 
 /**
@@ -5561,14 +5563,16 @@ async function* exportFromHere(
 }
 
 /** What the daemon sends for a build that was accepted. */
-interface Work {
+export interface Work {
+  /** What is built. */
   readonly derivation: string;
   /** The derivation and all that it needs, its closure included. */
   readonly needed: readonly string[];
   /** What it is to make. */
   readonly outputs: readonly string[];
-  /** When it was asked for and accepted, in milliseconds since 1970. */
+  /** When it was asked for, in milliseconds since 1970. */
   readonly asked: number;
+  /** When it was accepted. */
   readonly accepted: number;
   /** How far each attempt has come. */
   readonly courses: Course[];
@@ -6096,25 +6100,12 @@ async function offload(
   }
 }
 
-/** How a build has ended, by the error that it has ended with. */
-function outcomeOf(
-  error: unknown,
-  { signal }: Context,
-): JournalEntry["outcome"] {
-  if (error === undefined) return "built";
-  if (signal.aborted) return "interrupted";
-  const { exitCode } = error as Partial<OffloadError>;
-  if (exitCode === EXIT.buildFailed) return "failed";
-  return exitCode === EXIT.timedOut ? "timed-out" : "lost";
-}
-
 /** Does a build, and notes in the end what became of it. */
 async function offloadNoted(
   work: Work,
   context: Context,
   offload: () => Promise<void>,
 ): Promise<void> {
-  const { derivation, asked, accepted, courses } = work;
   let error: unknown;
   try {
     await offload();
@@ -6122,22 +6113,8 @@ async function offloadNoted(
     error = thrown;
     throw thrown;
   } finally {
-    const { log, observations: { journal }, settings } = context;
-    const isGivenUp = (it: Course): it is Course & Attempt => !!it.problem;
-    const build: JournalEntry = {
-      ...courses.at(-1)!,
-      derivation,
-      name: derivationName(derivation),
-      asked,
-      accepted,
-      earlier: courses.slice(0, -1).filter(isGivenUp),
-      ended: Date.now(),
-      outcome: outcomeOf(error, context),
-      ...(error !== undefined && { problem: reason(error) }),
-    };
-    let known = build;
-    cleanUp(log, () => known = journal?.save(build, settings) ?? build);
-    await tellEndedLater(known, context);
+    const build = context.observations.journal?.end(work, error, context);
+    if (build !== undefined) await tellEndedLater(build, context);
   }
 }
 
