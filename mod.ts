@@ -3900,77 +3900,34 @@ export function readPrivateKey(file: string): string {
 /** What ssh2 puts beside an error's message. */
 export type SshError = Error & { readonly level?: string };
 
-/** The command that logs in as we do, for an administrator to try. */
-export function sshCommand({ name, port, user, privateKey }: Machine): string {
-  return `ssh -p ${port} -i ${privateKey} ${user}@${name}`;
+/** Why we ended a connection. */
+export interface Refusal extends Error {
+  /** The host key that was shown. */
+  readonly shown?: Buffer;
+  /** How else one is to log in beside by the key, which is accepted. */
+  readonly wanted?: readonly string[];
 }
 
-/** Says why a connection failed, and what may help. */
-function connectionError(machine: Machine, cause: SshError): OffloadError {
-  const { name, user, port, privateKey } = machine;
+function makeRefusal(message: string, its: Partial<Refusal>): Refusal {
+  return Object.assign(new Error(message), its);
+}
+
+/** Says why a connection failed and, where plugins/ is, what may help. */
+async function connectionError(
+  machine: Machine,
+  cause: SshError | Refusal,
+): Promise<OffloadError> {
   if (cause instanceof OffloadError) return cause;
-  if (cause.level === "client-authentication") {
-    return new OffloadError(
-      `SSH public key authentication failed for '${name}': access denied`,
-      {
-        cause,
-        code: "authentication",
-        hint: `add the public key of '${privateKey}' to ` +
-          `~${user}/.ssh/authorized_keys there: run ` +
-          `'ssh-copy-id -p ${port} -i ${privateKey}.pub ${user}@${name}'`,
-      },
-    );
-  }
-  const [, lacking] = /: no matching (.+)/.exec(cause.message) ?? [];
-  if (lacking !== undefined) return negotiationError(machine, lacking, cause);
-  return new OffloadError(`failed to connect to '${name}': ${reason(cause)}`, {
-    cause,
-    code: "connect",
-    hint: `check that it is up and that sshd listens on its port ${port}: ` +
-      `try '${sshCommand(machine)}'`,
-  });
-}
-
-/** The two sides know no algorithm in common for what is `lacking`. */
-function negotiationError(
-  { name, port, hostKey }: Machine,
-  lacking: string,
-  cause: SshError,
-): OffloadError {
-  const [type] = hostKey.trim().split(/\s+/);
-  const isKey = lacking.startsWith("host key");
-  const message = `failed to connect to '${name}': no common ${lacking}`;
-  return new OffloadError(message, {
-    cause,
-    code: isKey ? "host-key" : "connect",
-    hint: isKey
-      ? `it has no key of type '${type}': see 'ssh-keyscan -p ${port} ` +
-        `${name}' and correct the machine's host-key`
-      : "set 'connect' to \"openssh\", and the system's ssh connects, which " +
-        "may know more, or have sshd there offer more",
-  });
-}
-
-/** The server takes the key and still lets nobody in. */
-function partialSuccess(
-  { name, user }: Machine,
-  left: readonly string[],
-): OffloadError {
-  const wanted = left.join("' or '");
-  const message =
-    `'${name}' accepted the SSH key and wants '${wanted}' as well`;
-  return new OffloadError(message, {
-    code: "authentication",
-    hint: "nobody can answer it here: exempt the account at the end of " +
-      `/etc/ssh/sshd_config there, by 'Match User ${user}' and below it ` +
-      "'AuthenticationMethods publickey'",
-  });
+  type Explaining = { default(...its: [Machine, typeof cause]): OffloadError };
+  const explaining = await importFromPlugins<Explaining>("_ssh_errors");
+  if (explaining !== undefined) return explaining.default(machine, cause);
+  const message = `failed to connect to '${machine.name}': ${reason(cause)}`;
+  return new OffloadError(message, { cause, code: "connect" });
 }
 
 /** Logs in by the key alone; `refuse` gets the error where that won't do. */
 function authenticateByKey(
-  machine: Machine,
-  refuse: (error: OffloadError) => void,
+  refuse: (error: Refusal) => void,
 ): NonNullable<ConnectConfig["authHandler"]> {
   let isTried = false;
   return (left, isPartial, next) => {
@@ -3978,38 +3935,18 @@ function authenticateByKey(
       isTried = true;
       return next("publickey");
     }
-    if (isPartial) refuse(partialSuccess(machine, left ?? []));
+    if (isPartial) {
+      refuse(makeRefusal("it wants more than the key", { wanted: left ?? [] }));
+    }
     next(false as never);
   };
-}
-
-/** The fingerprint of an SSH public key, as OpenSSH shows it. */
-export function fingerprint(key: Buffer): string {
-  const hash = createHash("sha256").update(key).digest("base64");
-  return `SHA256:${hash.replace(/=+$/, "")}`;
-}
-
-function hostKeyError(machine: Machine, shown: Buffer): OffloadError {
-  const { type, key } = parseHostKey(machine);
-  const [kind] = /rsa|ecdsa|ed25519/.exec(sshKeyType(shown) ?? "") ?? [];
-  return new OffloadError(
-    `server at '${machine.name}' returned host key ` +
-      `'${shown.toString("base64")}' of type '${sshKeyType(shown)}' ` +
-      `instead of '${key.toString("base64")}' of type '${type}'`,
-    {
-      code: "host-key",
-      hint: `run 'ssh-keygen -l -f /etc/ssh/ssh_host_${kind}_key.pub' there: ` +
-        `if it says ${fingerprint(shown)}, correct the machine's host-key; ` +
-        "if not, that is another machine",
-    },
-  );
 }
 
 /** Everything ssh2 is told; `refuse` gets the error where we end it. */
 function sshOptions(
   machine: Machine,
   { connectTimeout, keepaliveTimeout }: Settings,
-  refuse: (error: OffloadError) => void,
+  refuse: (error: Refusal) => void,
 ): ConnectConfig {
   const { type, key } = parseHostKey(machine);
   return {
@@ -4017,7 +3954,7 @@ function sshOptions(
     port: machine.port,
     username: machine.user,
     privateKey: readPrivateKey(machine.privateKey),
-    authHandler: authenticateByKey(machine, refuse),
+    authHandler: authenticateByKey(refuse),
     algorithms: {
       cipher: ciphers(),
       serverHostKey: [...HOST_KEY_ALGORITHMS[type]!],
@@ -4027,7 +3964,7 @@ function sshOptions(
     // Synchronous: ssh2 takes the promise of an answer for a yes.
     hostVerifier: (shown: Buffer) => {
       if (shown.equals(key)) return true;
-      refuse(hostKeyError(machine, shown));
+      refuse(makeRefusal("it has another host key", { shown }));
       return false;
     },
     readyTimeout: connectTimeout * 1000,
@@ -4244,7 +4181,7 @@ export async function connect(
     client.on("close", () => {
       signal.removeEventListener("abort", abort);
       note(new Error("connection closed"));
-      reject(connectionError(machine, failure!));
+      connectionError(machine, failure!).then(reject, reject);
       ended.resolve();
     });
     client.connect({ ...options, ...others });
@@ -4693,7 +4630,7 @@ async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
     const lost = session.failure();
     session.fail(error as Error); // something may be under way
     session.close();
-    throw lost === undefined ? error : connectionError(machine, lost);
+    throw lost === undefined ? error : await connectionError(machine, lost);
   }
 }
 

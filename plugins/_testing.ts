@@ -13,7 +13,6 @@ import {
   checkItem,
   codeOf,
   exportBundle,
-  fingerprint,
   importPaths,
   machineId,
   OffloadError,
@@ -26,7 +25,6 @@ import {
   reason,
   removeFile,
   restoreItem,
-  sshCommand,
   takeUpTo,
   THIS_MACHINE,
   within,
@@ -46,6 +44,7 @@ import { AS_ACCOUNT, isUnreadable } from "./_first_steps.ts";
 import { withTimeout } from "./_machines.ts";
 import { formatTable, inOneLine, unlessAborted } from "./_screen.ts";
 import { probe } from "./_remote.ts";
+import { fingerprint, sshCommand } from "./_ssh_errors.ts";
 import { isOurStore } from "./_own_machine.ts";
 
 /** A step of a test, and what came of it. */

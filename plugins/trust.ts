@@ -18,7 +18,6 @@ import {
   connect,
   evaluateMachineFile,
   EXIT,
-  fingerprint,
   isDefault,
   isWithin,
   listMachines,
@@ -63,6 +62,7 @@ import {
 import type { Sample, Step } from "./_testing.ts";
 import { usageError } from "./_commands.ts";
 import { probe } from "./_remote.ts";
+import { fingerprint } from "./_ssh_errors.ts";
 
 /** Asks a server for its host key, one of the types, and leaves it. */
 function fetchHostKey(
