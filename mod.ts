@@ -2301,19 +2301,6 @@ export function addCall(request: Buffer, take: (path: string) => void): Call {
   };
 }
 
-/** Adds a text to the store and returns its path. */
-export async function addTextToStore(
-  store: StoreConnection,
-  name: string,
-  text: Uint8Array,
-  references: readonly string[],
-): Promise<string> {
-  let added = "";
-  const request = addTextRequest(name, text, references);
-  await operateAll(store, [addCall(request, (path) => added = path)]);
-  return added;
-}
-
 /** Builds derivations and substitutes other items. */
 export function buildCall(things: readonly string[]): Call {
   const normalMode = 0;
@@ -2392,19 +2379,16 @@ const BLOCK = 4096;
 /** Told what a part of an archive takes on the disk, before it is written. */
 export type Take = (size: number) => void;
 
-/** Lets archives take so many bytes on the disk, all in all. */
+/** Lets archives take so many bytes, all in all. */
 export function takeUpTo(limit: number): Take {
   let taken = 0;
   return (size) => {
     taken += size;
-    if (taken > limit) throw tooLarge(limit);
+    if (taken <= limit) return;
+    throw new Excess(`more than ${mebibytes(limit)} MiB came back`, {
+      hint: "the setting 'maximumArchiveSize' is the limit",
+    });
   };
-}
-
-function tooLarge(limit: number): Excess {
-  return new Excess(`more than ${mebibytes(limit)} MiB came back`, {
-    hint: "the setting 'maximumArchiveSize' is the limit",
-  });
 }
 
 /**
@@ -4556,41 +4540,13 @@ export function makeProgress(what: string, log: Log): (size: number) => void {
   };
 }
 
-/** Passes on so many bytes at the most, until the signal. */
-export async function* bounded(
-  chunks: AsyncIterable<Uint8Array>,
-  limit: number,
-  signal: AbortSignal,
-): AsyncGenerator<Uint8Array, void> {
-  let size = 0;
-  for await (const chunk of chunks) {
-    signal.throwIfAborted();
-    size += chunk.length;
-    if (size > limit) throw tooLarge(limit);
-    yield chunk;
-  }
-}
-
-/** Passes on what is transferred, and tells of it. */
-export async function* withProgress(
-  chunks: AsyncIterable<Uint8Array>,
-  what: string,
-  log: Log,
-): AsyncGenerator<Uint8Array, void> {
-  const progress = makeProgress(what, log);
-  for await (const chunk of chunks) {
-    yield chunk;
-    progress(chunk.length);
-  }
-}
-
-/** Passes on what is transferred, and notes how much that is. */
-async function* withCount<T extends Uint8Array>(
+/** Passes on what is transferred; whoever is told of it may end that. */
+export async function* passOn<T extends Uint8Array>(
   chunks: AsyncIterable<T>,
-  course: Course,
+  ...told: readonly ((size: number) => void)[]
 ): AsyncGenerator<T, void> {
   for await (const chunk of chunks) {
-    course.moved += chunk.length;
+    told.forEach((tell) => tell(chunk.length));
     yield chunk;
   }
 }
@@ -4830,9 +4786,13 @@ async function putInPlace(
   { configDirectory, course, log, machine, settings, signal }: BuildContext,
 ): Promise<void> {
   const limit = settings.maximumArchiveSize;
-  const what = `retrieving from '${machine.name}'`;
-  const counted = withCount(bounded(sent, limit, signal), course);
-  const bundle = withProgress(counted, what, log);
+  const bundle = passOn(
+    sent,
+    () => signal.throwIfAborted(),
+    takeUpTo(limit),
+    (size) => course.moved += size,
+    makeProgress(`retrieving from '${machine.name}'`, log),
+  );
   const reader = new ByteReader(bundle, `archive from '${machine.name}'`);
   const acl = readAcl(configDirectory);
   try {
@@ -4861,7 +4821,9 @@ async function* exportFromHere(
   const local = await openLocalDaemon(context);
   let isDone = false;
   try {
-    yield* withCount(exportBundle(local, paths), context.course);
+    const { course } = context;
+    const bundle = exportBundle(local, paths);
+    yield* passOn(bundle, (size) => course.moved += size);
     isDone = true;
   } catch (cause) {
     throw new LocalError(`failed to export: ${reason(cause)}`, { cause });

@@ -8,7 +8,6 @@ import { Buffer } from "node:buffer";
 import { existsSync, mkdtempSync } from "node:fs";
 import { hostname, tmpdir } from "node:os";
 import {
-  addTextToStore,
   ByteReader,
   checkItem,
   codeOf,
@@ -45,7 +44,7 @@ import { withTimeout } from "./_machines.ts";
 import { formatTable, inOneLine, unlessAborted } from "./_screen.ts";
 import { probe } from "./_remote.ts";
 import { fingerprint, sshCommand } from "./_ssh_errors.ts";
-import { isOurStore } from "./_own_machine.ts";
+import { addTextToStore, isOurStore } from "./_own_machine.ts";
 
 /** A step of a test, and what came of it. */
 export interface Step {
