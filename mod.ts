@@ -1274,11 +1274,11 @@ async function demandFromPlugins<T>(name: string, what: string): Promise<T> {
 async function useAside<Module>(
   name: string,
   { log }: Pick<Context, "log">,
-  use: (module: Module) => void,
+  use: (module: Module) => Awaitable<void>,
 ): Promise<void> {
   try {
     const module = await importFromPlugins<Module>(name);
-    if (module !== undefined) use(module);
+    if (module !== undefined) await use(module);
   } catch (error) {
     log.debug(reason(error));
   }
@@ -3274,7 +3274,8 @@ async function connectionError(
 ): Promise<OffloadError> {
   if (cause instanceof OffloadError) return cause;
   type Explaining = { default(...its: [Machine, typeof cause]): OffloadError };
-  const explaining = await importFromPlugins<Explaining>("_ssh_errors");
+  const explaining = await importFromPlugins<Explaining>("_ssh_errors")
+    .catch(() => undefined); // what it would explain is to be told
   if (explaining !== undefined) return explaining.default(machine, cause);
   const message = `failed to connect to '${machine.name}': ${reason(cause)}`;
   return new OffloadError(message, { cause, code: "connect" });
@@ -5187,8 +5188,12 @@ async function clearLeftovers(
 ): Promise<void> {
   if (context.observations.slots().length === 0) return;
   type Leftovers = { default: typeof clearLeftovers };
-  const leftovers = await importFromPlugins<Leftovers>("_leftovers");
-  await leftovers?.default(mine, derivation, context);
+  await useAside<Leftovers>(
+    "_leftovers",
+    context,
+    (it) => it.default(mine, derivation, context),
+  );
+  context.signal.throwIfAborted();
 }
 
 /**
