@@ -98,22 +98,6 @@ function typedBy(file: string): string {
   return `// @ts-self-types="./${file}"\n`;
 }
 
-/** The files whose types are the script's: mod.ts hands on those of the others. */
-const TYPES = ["mod.ts", "hooks.ts", "notes.ts"];
-
-/** Makes one file of those, which import from each other. */
-function joinTypes(texts: readonly string[]): string {
-  const imports = /^(?:import|export) type [^;]* from "([^"]+)";\n/gm;
-  const others = new Set<string>();
-  const own = texts.map((text) =>
-    text.replace(imports, (statement, from: string) => {
-      if (!TYPES.includes(from.slice("./".length))) others.add(statement);
-      return "";
-    })
-  );
-  return [...others, ...own].join("");
-}
-
 /** The types of the script, and of the contract tests of plugins. */
 function types(): Record<string, string> {
   const files: Record<string, string> = {};
@@ -134,9 +118,7 @@ function types(): Record<string, string> {
     files[file.replace(/^.*\//, "")] = text;
   });
   return {
-    "offload.d.mts": joinTypes(
-      TYPES.map((name) => files[name.replace(".ts", ".d.ts")]!),
-    ),
+    "offload.d.mts": files["mod.d.ts"]!,
     "contract.d.mts": besideScript(files["_contract.d.ts"]!),
   };
 }
