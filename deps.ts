@@ -14,12 +14,27 @@ import {
   getCiphers,
   publicDecrypt,
 } from "node:crypto";
-import { existsSync, realpathSync, renameSync, symlinkSync } from "node:fs";
+import {
+  constants as fsConstants,
+  existsSync,
+  mkdirSync,
+  openSync,
+  realpathSync,
+  renameSync,
+  symlinkSync,
+} from "node:fs";
+import type { Stats } from "node:fs";
+import { dirname } from "node:path";
 import process from "node:process";
-import type { Duplex, Transform } from "node:stream";
+import { finished } from "node:stream";
+import type { Duplex } from "node:stream";
 import { fileURLToPath } from "node:url";
-import * as zlib from "node:zlib";
-import type { CipherAlgorithm, Client, ParsedKey } from "ssh2";
+import type {
+  CipherAlgorithm,
+  Client,
+  ParsedKey,
+  ServerHostKeyAlgorithm,
+} from "ssh2";
 import nacl from "tweetnacl";
 
 // --- Packages
@@ -82,11 +97,106 @@ export function symlinkBytes(target: Buffer, file: string): void {
 }
 
 /** Leaves all groups but the process's own, which root needs for nothing. */
-export function leaveGroups(): void {
+function leaveGroups(): void {
   if (process.getgroups!().length === 0) return;
   if (process.setgroups) return process.setgroups([]);
   const setgroups = { parameters: ["usize", "pointer"], result: "i32" };
   deno!.dlopen("libc.so.6", { setgroups }).symbols.setgroups(0, null);
+}
+
+/** The group of accounts that have no other: in Guix, as in most systems. */
+const NOGROUP = 65534;
+
+/**
+ * Takes on the rights of an account, until what is returned is called; those of
+ * root's group, which a file of its may have, are none of them.
+ */
+export function become({ uid, gid }: Pick<Stats, "uid" | "gid">): () => void {
+  const goBack = () => {
+    process.seteuid!(0);
+    process.setegid!(0);
+  };
+  leaveGroups();
+  try {
+    process.setegid!(gid || NOGROUP);
+    process.seteuid!(uid);
+    return goBack;
+  } catch (error) {
+    goBack();
+    throw error;
+  }
+}
+
+/** Makes directories one by one: Node says "not found" of a read-only system. */
+export function makeDirectories(directory: string): void {
+  if (existsSync(directory)) return;
+  makeDirectories(dirname(directory));
+  try {
+    mkdirSync(directory);
+  } catch (error) {
+    // Another process may have been quicker.
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
+  }
+}
+
+/**
+ * Opens a descriptor anew (by number, Deno can't use all): to write to a pipe
+ * won't wait then, as it goes on to do for others who share the descriptor.
+ */
+export function reopen(
+  descriptor: number,
+  process: number | "self" = "self",
+): number {
+  const { O_APPEND, O_NONBLOCK, O_WRONLY } = fsConstants;
+  const flags = O_APPEND | O_NONBLOCK | O_WRONLY;
+  return openSync(`/proc/${process}/fd/${descriptor}`, flags);
+}
+
+/** Does nothing for so long, nor anything else. */
+export function sleep(milliseconds: number): void {
+  const never = new Int32Array(new SharedArrayBuffer(4));
+  Atomics.wait(never, 0, 0, milliseconds);
+}
+
+/** The chunks of a stream as they came; its own iterator would join them. */
+export async function* chunksOf(
+  stream: Duplex,
+): AsyncGenerator<Uint8Array, void> {
+  const chunks: Uint8Array[] = [];
+  let wake = () => {};
+  let ended = false;
+  let failure: Error | undefined;
+  const end = (error?: Error | null) => {
+    failure ??= error ?? undefined;
+    ended = true;
+    wake();
+  };
+  stream.on("data", (chunk) => {
+    chunks.push(chunk);
+    stream.pause();
+    wake();
+  });
+  finished(stream, { writable: false }, end);
+  for (;;) {
+    for (let chunk; (chunk = chunks.shift()) !== undefined;) yield chunk;
+    if (failure !== undefined) throw failure;
+    if (ended) return;
+    const woken = new Promise<void>((resolve) => wake = resolve);
+    stream.resume();
+    await woken;
+  }
+}
+
+/** Says so where a runtime is too old, on which things fail in odd ways. */
+export function runtimeProblem(): string | undefined {
+  const [name, version, oldest] = deno === undefined
+    ? ["Node", process.versions.node, [22, 14, 0]] as const
+    : ["Deno", deno.version.deno, [2, 7, 14]] as const;
+  const numbers = version.split(".").map(Number);
+  const index = oldest.findIndex((part, index) => numbers[index] !== part);
+  return index >= 0 && numbers[index]! < oldest[index]!
+    ? `${name} ${version} is too old: ${oldest.join(".")} or newer is needed`
+    : undefined;
 }
 
 /** Whether a module is the program; Node before 22.18 does not say so itself. */
@@ -95,29 +205,6 @@ export function isProgram({ main, url }: ImportMeta): boolean {
   const [, script = ""] = process.argv;
   return existsSync(script) && realpathSync(script) === fileURLToPath(url);
 }
-
-/** What packs a stream and unpacks it. */
-export interface Compressor {
-  /** Packs, by a level as the format has them. */
-  compress(level: number): Transform;
-  /** Unpacks. */
-  decompress(): Transform;
-}
-
-/** Zstandard, where the runtime has it: Node has since 22.15. */
-export const zstd: Compressor | undefined = "createZstdCompress" in zlib
-  ? {
-    compress: (level) =>
-      zlib.createZstdCompress({
-        params: { [zlib.constants.ZSTD_c_compressionLevel]: level },
-      }),
-    // No level in use needs more than 8 MiB of memory.
-    decompress: () =>
-      zlib.createZstdDecompress({
-        params: { [zlib.constants.ZSTD_d_windowLogMax]: 23 },
-      }),
-  }
-  : undefined;
 
 // --- ssh2 (1.17)
 
@@ -138,6 +225,17 @@ export function ciphers(): CipherAlgorithm[] {
     ? [...gcm, ...ctr, ...chacha]
     : [...ctr, ...gcm, ...chacha];
 }
+
+/** The signature algorithms by which a server shows a key of each type. */
+export const HOST_KEY_ALGORITHMS: Readonly<
+  Record<string, readonly ServerHostKeyAlgorithm[]>
+> = {
+  "ssh-ed25519": ["ssh-ed25519"],
+  "ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"],
+  "ecdsa-sha2-nistp256": ["ecdsa-sha2-nistp256"],
+  "ecdsa-sha2-nistp384": ["ecdsa-sha2-nistp384"],
+  "ecdsa-sha2-nistp521": ["ecdsa-sha2-nistp521"],
+};
 
 /** Writes strings as SSH does, each behind its length (RFC 4251, section 5). */
 function sshStrings(...parts: readonly (Buffer | string)[]): Buffer {
@@ -222,6 +320,33 @@ export function limitUnread(channel: Duplex, client: Client): void {
     client.emit("error", new Error("it sends more than was asked for"));
     return false;
   };
+}
+
+/** Connects to a Unix-domain socket on the other side. */
+export function openSocket(client: Client, file: string): Promise<Duplex> {
+  return new Promise((resolve, reject) => {
+    client.openssh_forwardOutStreamLocal(file, (cause, stream) => {
+      if (cause !== undefined) return reject(cause);
+      limitUnread(stream, client);
+      stream.stderr.resume(); // nobody sends any; unread, it would pile up
+      resolve(stream);
+    });
+  });
+}
+
+/** Tells how far a client has come. */
+export function tellReached(
+  client: Client,
+  reached: (what: "connect" | "greeting" | "host key") => void,
+): void {
+  client.once("connect", () => {
+    reached("connect");
+    // ssh2 has no event of its own for it.
+    const { _sock: socket } = client as { _sock?: Duplex };
+    socket?.once("data", () => reached("greeting"));
+  });
+  // Its first message after the host key was found to be right.
+  client.once("handshake", () => reached("host key"));
 }
 
 /**

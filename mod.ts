@@ -33,7 +33,6 @@ import type { Hash } from "node:crypto";
 import {
   chmodSync,
   closeSync,
-  constants as fileConstants,
   existsSync,
   fstatSync,
   lstatSync,
@@ -57,7 +56,6 @@ import { basename, dirname } from "node:path";
 import process from "node:process";
 import { createInterface } from "node:readline";
 import { DatabaseSync } from "node:sqlite";
-import { finished } from "node:stream";
 import type { Duplex } from "node:stream";
 import {
   clearInterval,
@@ -66,25 +64,30 @@ import {
   setTimeout,
 } from "node:timers"; // those of Deno 2.7 itself lack unref()
 import { setTimeout as delay } from "node:timers/promises";
-import { pathToFileURL } from "node:url";
 import { format } from "node:util";
 import {
+  become,
+  chunksOf,
   ciphers,
   convertPrivateKey,
-  deno,
   glob,
+  HOST_KEY_ALGORITHMS,
   isProgram,
-  leaveGroups,
-  limitUnread,
+  makeDirectories,
+  openSocket,
   pieceSizeOf,
   renameToBytes,
+  reopen,
+  runtimeProblem,
+  sleep,
   ssh2,
   symlinkBytes,
+  tellReached,
   verifyEcdsa,
   verifyRsa,
   withoutSign,
 } from "./deps.ts";
-import type { Client, ConnectConfig } from "./deps.ts";
+import type { ConnectConfig } from "./deps.ts";
 
 // ---------------------------------------------------------------------------
 // Types
@@ -394,9 +397,6 @@ export function printable(text: string): string {
     (it) => it === "\n" ? "\n  " : it === "\t" ? it : "?",
   );
 }
-
-// Here the runtimes differ: file names that are no UTF-8 need bytes, which
-// Deno has no call for but the C library's.
 
 // ---------------------------------------------------------------------------
 // Machine file
@@ -1275,7 +1275,7 @@ function parseJson(text: string, where: string): unknown {
 }
 
 /** Refuses a file, or directory, that somebody else could have written. */
-function checkOwner(file: string): void {
+export function checkOwner(file: string): void {
   const { uid, mode } = statSync(file);
   const trusted = uid === 0 || uid === process.getuid?.();
   if (!trusted || (mode & 0o022) !== 0) {
@@ -1654,7 +1654,7 @@ export interface SlotQueue {
 }
 
 /** Seconds that each hook may take, in the order in which a build meets them. */
-const HOOKS: Readonly<
+export const HOOKS: Readonly<
   Record<keyof Hooks, (settings: Settings, isOurs: boolean) => number>
 > = {
   // Guile alone takes a while to start, and has a bound of its own.
@@ -1675,46 +1675,6 @@ type Choice = keyof Hooks & keyof Settings;
 /** Tells those hooks. */
 function isChoice(hook: string): hook is Choice {
   return hook in HOOKS && hook in SETTINGS;
-}
-
-/** What a command has to have, each of the type of these. */
-const COMMAND: Readonly<Required<Omit<Command, "order" | "around">>> = {
-  usage: "",
-  summary: "",
-  description: [],
-  options: [],
-  examples: [],
-  run: () => Promise.reject(),
-};
-
-/** Says what a command lacks, if it lacks anything. */
-function lackOf(command: unknown): string | undefined {
-  const its = Object(command) as Partial<Record<string, unknown>>;
-  return Object.entries(COMMAND).find(([name, example]) =>
-    typeof its[name] !== typeof example ||
-    Array.isArray(its[name]) !== Array.isArray(example)
-  )?.[0];
-}
-
-/** Says what is wrong with a plugin, if anything is. */
-export function pluginProblem(plugin: unknown): string | undefined {
-  if (typeof plugin !== "object" || plugin === null) {
-    return "its default export is no plugin";
-  }
-  const { name, options = {}, command, ...hooks } = plugin as Record<
-    string,
-    unknown
-  >;
-  if (typeof name !== "string" || name === "") return "it has no 'name'";
-  const keys = Object.keys(hooks);
-  const unknown = keys.find((key) => !Object.hasOwn(HOOKS, key));
-  if (unknown !== undefined) return `unknown key '${unknown}'`;
-  if (keys.length === 0 && command === undefined) return "it has no hook";
-  const lacking = command === undefined ? undefined : lackOf(command);
-  if (lacking !== undefined) return `'command' lacks '${lacking}'`;
-  if (options?.constructor !== Object) return "'options' is no object";
-  const odd = keys.find((key) => typeof hooks[key] !== "function");
-  return odd && `'${odd}' is no function`;
 }
 
 /** The files in plugins/, in a bundle, which has them in itself. */
@@ -1763,11 +1723,11 @@ async function demandFromPlugins<T>(name: string, what: string): Promise<T> {
 async function useAside<Module>(
   name: string,
   { log }: Pick<Context, "log">,
-  use: (module: Module) => void,
+  use: (module: Module) => Awaitable<void>,
 ): Promise<void> {
   try {
     const module = await importFromPlugins<Module>(name);
-    if (module !== undefined) use(module);
+    if (module !== undefined) await use(module);
   } catch (error) {
     log.debug(reason(error));
   }
@@ -1826,24 +1786,14 @@ async function loadChosen(settings: Settings): Promise<Plugin[]> {
   return plugins;
 }
 
-/** Loads a site's plugin, in so many seconds; throws what is wrong with it. */
-export async function loadPlugin(
-  file: string,
-  taken: readonly string[],
-  seconds: number,
-): Promise<Plugin> {
-  [dirname(file), file].forEach(checkOwner);
-  const { default: plugin } = await within(
-    seconds,
-    import(pathToFileURL(file).href),
-    `${file}: not loaded within ${seconds} s`,
-  );
-  const problem = pluginProblem(plugin) ??
-    (taken.includes(plugin.name)
-      ? `the name '${plugin.name}' is taken`
-      : undefined);
-  if (problem !== undefined) throw new OffloadError(`${file}: ${problem}`);
-  return plugin;
+/** What loads a site's plugins: `plugins/_site.ts`. */
+interface SiteModule {
+  loadFiles(
+    files: readonly string[],
+    taken: readonly string[],
+    seconds: number,
+    log: Log,
+  ): Promise<{ plugins: Plugin[]; failures: number }>;
 }
 
 /** Loads a site's plugins, by file name; says how many can't be. */
@@ -1852,21 +1802,17 @@ export async function loadSite(
   seconds: number,
   log: Log,
 ): Promise<{ plugins: Plugin[]; failures: number }> {
+  const files = await findPlugins(directory);
+  if (files.length === 0) return { plugins: [], failures: 0 };
   const taken = [guixPlugin.name, guilePlugin.name, ...builtinNames()];
-  const plugins: Plugin[] = [];
-  let failures = 0;
-  for (const file of await findPlugins(directory)) {
-    try {
-      const plugin = await loadPlugin(file, taken, seconds);
-      plugins.push(plugin);
-      taken.push(plugin.name);
-    } catch (error) {
-      failures++;
-      const known = error instanceof OffloadError;
-      log.warn(known ? error : `failed to load plugin '${file}': ${error}`);
-    }
+  const what = `nothing here loads the plugins in '${directory}'`;
+  try {
+    const site = await demandFromPlugins<SiteModule>("_site", what);
+    return await site.loadFiles(files, taken, seconds, log);
+  } catch (error) {
+    log.warn(error);
+    return { plugins: [], failures: files.length };
   }
-  return { plugins, failures };
 }
 
 /**
@@ -1915,7 +1861,11 @@ export interface PluginError extends Error {
 }
 
 /** Names a plugin and its hook in what goes wrong there. */
-function hookError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
+export function hookError(
+  plugin: Plugin,
+  hook: keyof Hooks,
+  cause: unknown,
+): OffloadError {
   const isOurs = isBuiltin(plugin) && /machines|connect/.test(hook);
   if (isOurs && cause instanceof OffloadError) return cause;
   const prefix = isOurs ? "" : `plugin '${plugin.name}': ${hook}: `;
@@ -1926,27 +1876,10 @@ function hookError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
   return new OffloadError(message, { cause, hint, code });
 }
 
-/** The same for what a hook came back with, where it is not told already. */
-function laterError(plugin: Plugin, hook: keyof Hooks, cause: unknown) {
-  const isTold = isBuiltin(plugin) || cause instanceof OffloadError;
-  return isTold ? cause : hookError(plugin, hook, cause);
-}
-
-/** Uses what a hook came back with, and names that in what goes wrong. */
-function useAnswer<T>(plugin: Plugin, hook: keyof Hooks, use: () => T): T {
-  const fail = (cause: unknown) => {
-    throw laterError(plugin, hook, cause);
-  };
-  try {
-    const result = use();
-    return result instanceof Promise ? result.catch(fail) as T : result;
-  } catch (cause) {
-    return fail(cause);
-  }
-}
-
 /** What hooks are called with, and the plugins. */
-type HookContext = Omit<PluginContext, "options"> & Pick<Context, "plugins">;
+export type HookContext =
+  & Omit<PluginContext, "options">
+  & Pick<Context, "plugins">;
 
 /** A plugin that has a hook. */
 type PluginWith<K extends keyof Hooks> = Plugin & Pick<Hooks, K>;
@@ -1971,32 +1904,6 @@ async function callHook<K extends keyof Hooks, C extends HookContext, T>(
   } catch (cause) {
     throw hookError(plugin, hook, cause);
   }
-}
-
-/** Checks that what a hook came back with has these methods. */
-function checkMethods<T extends object, K extends keyof T & string>(
-  plugin: Plugin,
-  hook: keyof Hooks,
-  answer: T,
-  methods: readonly K[],
-): T {
-  const odd = methods.find((it) => typeof answer?.[it] !== "function");
-  if (odd === undefined) return answer;
-  throw hookError(plugin, hook, new Error(`'${odd}' is no function`));
-}
-
-/** Checks what a `machines` hook came back with. */
-function checkMachines(list: unknown, context: PluginContext): Machine[] {
-  if (!Array.isArray(list)) throw new Error("expected a list of machines");
-  const machines: Machine[] = [];
-  for (const [index, machine] of list.entries()) {
-    const fields = machineToJson(machine);
-    const checked = context.machineFromFields(fields, `machine ${index + 1}`);
-    if ("severity" in checked) {
-      context.report({ ...checked, toldAs: "warning" });
-    } else machines.push(checked);
-  }
-  return machines;
 }
 
 /** Whether a plugin is one of ours, not the site's. */
@@ -2044,10 +1951,10 @@ async function firstAnswer<K extends keyof Hooks, C extends HookContext, T>(
   hook: K,
   context: C,
   call: HookCall<K, C, T | undefined>,
-): Promise<{ plugin: Plugin; answer: T } | undefined> {
+): Promise<T | undefined> {
   for (const plugin of pluginsWith(hook, context)) {
     const answer = await callHook(hook, plugin, context, call);
-    if (answer !== undefined) return { plugin, answer };
+    if (answer !== undefined) return answer;
   }
   return undefined;
 }
@@ -2091,7 +1998,7 @@ async function answersAbout<K extends keyof Hooks, T>(
   call: (
     candidate: Candidate,
     ...its: Parameters<HookCall<K, Context, T>>
-  ) => Promise<T | undefined>,
+  ) => Awaitable<T | undefined>,
 ): Promise<[name: string, answer: T][][]> {
   const answers = await allAnswers(
     hook,
@@ -2118,10 +2025,7 @@ async function concatMachines(
   const lists = await allAnswers(
     "machines",
     { ...context, report },
-    async (plugin, own) => {
-      const list = await plugin.machines(own);
-      return isBuiltin(plugin) ? list : checkMachines(list, own);
-    },
+    (plugin, own) => plugin.machines(own),
     ({ message, hint }, plugin) => {
       const toldAs = isBuiltin(plugin) ? undefined : "warning";
       report({ severity: "error", message, hint, toldAs });
@@ -2176,12 +2080,6 @@ export interface Scores {
   readonly total: number;
 }
 
-function checkScore(score: unknown): number | undefined {
-  if (score === undefined || score === -Infinity) return score;
-  if (typeof score === "number" && Number.isFinite(score)) return score;
-  throw new Error(`expected a number, got ${String(score)}`);
-}
-
 /** Sums the scores that the plugins give each candidate. */
 export async function sumScores(
   candidates: readonly Candidate[],
@@ -2192,26 +2090,12 @@ export async function sumScores(
     candidates,
     "score",
     context,
-    async (candidate, plugin, own) =>
-      checkScore(await plugin.score(candidate, request, own)),
+    (candidate, plugin, own) => plugin.score(candidate, request, own),
   );
   return answers.map((scores) => ({
     byPlugin: Object.fromEntries(scores),
     total: scores.reduce((sum, [, score]) => sum + score, 0),
   }));
-}
-
-/** Checks what a plugin says of a machine that it excludes. */
-function checkExclusion(
-  plugin: Plugin,
-  answer: Exclusion | undefined,
-): Exclusion | undefined {
-  if (answer !== undefined && typeof answer?.why !== "string") {
-    throw new Error(`expected { why, isBusy }, got ${JSON.stringify(answer)}`);
-  }
-  if (answer?.start === undefined) return answer;
-  const start = () => useAnswer(plugin, "exclude", () => answer.start?.());
-  return { ...answer, start };
 }
 
 /** The first plugin's answer why a candidate is not even to be asked. */
@@ -2223,37 +2107,9 @@ async function firstExclusions(
     candidates,
     "exclude",
     context,
-    async ({ machine }, plugin, own) =>
-      checkExclusion(plugin, await plugin.exclude(machine, own)),
+    ({ machine }, plugin, own) => plugin.exclude(machine, own),
   );
   return answers.map(([first]) => first?.[1]);
-}
-
-/** Checks what a plugin moves archives by, and names it in later errors. */
-export function checkTransport(
-  plugin: Plugin,
-  transport: Transport,
-): Transport {
-  const methods = ["missing", "send", "retrieve"] as const;
-  checkMethods(plugin, "transport", transport, methods);
-  if (isBuiltin(plugin)) return transport;
-  const use = <T>(call: () => T) => useAnswer(plugin, "transport", call);
-  return {
-    missing: (paths) => use(() => transport.missing(paths)),
-    reserve: async (size) => {
-      const leave = await use(() => transport.reserve?.(size));
-      return leave && checkMethods(plugin, "transport", leave, ["release"]);
-    },
-    send: (items) => use(() => transport.send(items)),
-    prepare: (derivation) => use(() => transport.prepare?.(derivation)),
-    retrieve: async function* (...args) {
-      try {
-        yield* transport.retrieve(...args);
-      } catch (cause) {
-        throw laterError(plugin, "transport", cause);
-      }
-    },
-  };
 }
 
 /** The defaults: machine file, order and transport of the reference. */
@@ -2357,33 +2213,6 @@ function padding(size: number): number {
 
 /** Shorter chunks are put together, in bytes. */
 const SMALL_CHUNK = 512;
-
-/** The chunks of a stream as they came; its own iterator would join them. */
-async function* chunksOf(stream: Duplex): AsyncGenerator<Uint8Array, void> {
-  const chunks: Uint8Array[] = [];
-  let wake = () => {};
-  let ended = false;
-  let failure: Error | undefined;
-  const end = (error?: Error | null) => {
-    failure ??= error ?? undefined;
-    ended = true;
-    wake();
-  };
-  stream.on("data", (chunk) => {
-    chunks.push(chunk);
-    stream.pause();
-    wake();
-  });
-  finished(stream, { writable: false }, end);
-  for (;;) {
-    for (let chunk; (chunk = chunks.shift()) !== undefined;) yield chunk;
-    if (failure !== undefined) throw failure;
-    if (ended) return;
-    const woken = new Promise<void>((resolve) => wake = resolve);
-    stream.resume();
-    await woken;
-  }
-}
 
 /**
  * Reads exact amounts from a stream of chunks, pulling no more than it needs,
@@ -2929,19 +2758,6 @@ export function addCall(request: Buffer, take: (path: string) => void): Call {
   };
 }
 
-/** Adds a text to the store and returns its path. */
-export async function addTextToStore(
-  store: StoreConnection,
-  name: string,
-  text: Uint8Array,
-  references: readonly string[],
-): Promise<string> {
-  let added = "";
-  const request = addTextRequest(name, text, references);
-  await operateAll(store, [addCall(request, (path) => added = path)]);
-  return added;
-}
-
 /** Builds derivations and substitutes other items. */
 export function buildCall(things: readonly string[]): Call {
   const normalMode = 0;
@@ -3020,19 +2836,16 @@ const BLOCK = 4096;
 /** Told what a part of an archive takes on the disk, before it is written. */
 export type Take = (size: number) => void;
 
-/** Lets archives take so many bytes on the disk, all in all. */
+/** Lets archives take so many bytes, all in all. */
 export function takeUpTo(limit: number): Take {
   let taken = 0;
   return (size) => {
     taken += size;
-    if (taken > limit) throw tooLarge(limit);
+    if (taken <= limit) return;
+    throw new Excess(`more than ${mebibytes(limit)} MiB came back`, {
+      hint: "the setting 'maximumArchiveSize' is the limit",
+    });
   };
-}
-
-function tooLarge(limit: number): Excess {
-  return new Excess(`more than ${mebibytes(limit)} MiB came back`, {
-    hint: "the setting 'maximumArchiveSize' is the limit",
-  });
 }
 
 /**
@@ -3426,29 +3239,6 @@ export function ownerOf(file: string): Stats | undefined {
   return owner ?? stats.find((it) => it !== undefined && it.uid !== 0);
 }
 
-/** The group of accounts that have no other: in Guix, as in most systems. */
-const NOGROUP = 65534;
-
-/**
- * Takes on the rights of an account, until what is returned is called; those of
- * root's group, which a file of its may have, are none of them.
- */
-function become({ uid, gid }: Stats): () => void {
-  const goBack = () => {
-    process.seteuid!(0);
-    process.setegid!(0);
-  };
-  leaveGroups();
-  try {
-    process.setegid!(gid || NOGROUP);
-    process.seteuid!(uid);
-    return goBack;
-  } catch (error) {
-    goBack();
-    throw error;
-  }
-}
-
 /**
  * Does what touches a file of the state: what it makes is its owner's alone.
  * Where root does it and the file, or what it is in, is another account's, it
@@ -3495,18 +3285,6 @@ export function makeStateDirectory(directory: string): void {
   clearWay(directory, "isDirectory");
   makeDirectories(directory);
   makePrivate(directory);
-}
-
-/** Makes directories one by one: Node says "not found" of a read-only system. */
-function makeDirectories(directory: string): void {
-  if (existsSync(directory)) return;
-  makeDirectories(dirname(directory));
-  try {
-    mkdirSync(directory);
-  } catch (error) {
-    // Another process may have been quicker.
-    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-  }
 }
 
 /** Where files are that are in memory. */
@@ -3890,6 +3668,8 @@ export interface Journal {
   saveKilled(use: UsedSlot, settings: Settings): void;
   /** Notes why machines take nothing, now and as long as this process is there. */
   watch(machines: Machine[], request: ScoredRequest, context: Context): void;
+  /** The same of one that has ended so far, with an error or without. */
+  end(work: Work, error: unknown, context: Context): JournalEntry;
 }
 
 /**
@@ -4012,24 +3792,6 @@ export type UsedSlot = {
 /** How many keepalives may stay unanswered within their timeout. */
 const KEEPALIVES = 3;
 
-/** How a host key may sign. */
-export type HostKeyAlgorithm =
-  | "ssh-ed25519"
-  | "ssh-rsa"
-  | `rsa-sha2-${256 | 512}`
-  | `ecdsa-sha2-nistp${256 | 384 | 521}`;
-
-/** The signature algorithms by which a server shows a key of each type. */
-export const HOST_KEY_ALGORITHMS: Readonly<
-  Record<string, readonly HostKeyAlgorithm[]>
-> = {
-  "ssh-ed25519": ["ssh-ed25519"],
-  "ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"],
-  "ecdsa-sha2-nistp256": ["ecdsa-sha2-nistp256"],
-  "ecdsa-sha2-nistp384": ["ecdsa-sha2-nistp384"],
-  "ecdsa-sha2-nistp521": ["ecdsa-sha2-nistp521"],
-};
-
 /** A connection to a build machine, and what is reached by it. */
 export interface Session
   extends Omit<Connection, "openSocket" | "ended" | "exec"> {
@@ -4126,77 +3888,35 @@ export function readPrivateKey(file: string): string {
 /** What ssh2 puts beside an error's message. */
 export type SshError = Error & { readonly level?: string };
 
-/** The command that logs in as we do, for an administrator to try. */
-export function sshCommand({ name, port, user, privateKey }: Machine): string {
-  return `ssh -p ${port} -i ${privateKey} ${user}@${name}`;
+/** Why we ended a connection. */
+export interface Refusal extends Error {
+  /** The host key that was shown. */
+  readonly shown?: Buffer;
+  /** How else one is to log in beside by the key, which is accepted. */
+  readonly wanted?: readonly string[];
 }
 
-/** Says why a connection failed, and what may help. */
-function connectionError(machine: Machine, cause: SshError): OffloadError {
-  const { name, user, port, privateKey } = machine;
+function makeRefusal(message: string, its: Partial<Refusal>): Refusal {
+  return Object.assign(new Error(message), its);
+}
+
+/** Says why a connection failed and, where plugins/ is, what may help. */
+async function connectionError(
+  machine: Machine,
+  cause: SshError | Refusal,
+): Promise<OffloadError> {
   if (cause instanceof OffloadError) return cause;
-  if (cause.level === "client-authentication") {
-    return new OffloadError(
-      `SSH public key authentication failed for '${name}': access denied`,
-      {
-        cause,
-        code: "authentication",
-        hint: `add the public key of '${privateKey}' to ` +
-          `~${user}/.ssh/authorized_keys there: run ` +
-          `'ssh-copy-id -p ${port} -i ${privateKey}.pub ${user}@${name}'`,
-      },
-    );
-  }
-  const [, lacking] = /: no matching (.+)/.exec(cause.message) ?? [];
-  if (lacking !== undefined) return negotiationError(machine, lacking, cause);
-  return new OffloadError(`failed to connect to '${name}': ${reason(cause)}`, {
-    cause,
-    code: "connect",
-    hint: `check that it is up and that sshd listens on its port ${port}: ` +
-      `try '${sshCommand(machine)}'`,
-  });
-}
-
-/** The two sides know no algorithm in common for what is `lacking`. */
-function negotiationError(
-  { name, port, hostKey }: Machine,
-  lacking: string,
-  cause: SshError,
-): OffloadError {
-  const [type] = hostKey.trim().split(/\s+/);
-  const isKey = lacking.startsWith("host key");
-  const message = `failed to connect to '${name}': no common ${lacking}`;
-  return new OffloadError(message, {
-    cause,
-    code: isKey ? "host-key" : "connect",
-    hint: isKey
-      ? `it has no key of type '${type}': see 'ssh-keyscan -p ${port} ` +
-        `${name}' and correct the machine's host-key`
-      : "set 'connect' to \"openssh\", and the system's ssh connects, which " +
-        "may know more, or have sshd there offer more",
-  });
-}
-
-/** The server takes the key and still lets nobody in. */
-function partialSuccess(
-  { name, user }: Machine,
-  left: readonly string[],
-): OffloadError {
-  const wanted = left.join("' or '");
-  const message =
-    `'${name}' accepted the SSH key and wants '${wanted}' as well`;
-  return new OffloadError(message, {
-    code: "authentication",
-    hint: "nobody can answer it here: exempt the account at the end of " +
-      `/etc/ssh/sshd_config there, by 'Match User ${user}' and below it ` +
-      "'AuthenticationMethods publickey'",
-  });
+  type Explaining = { default(...its: [Machine, typeof cause]): OffloadError };
+  const explaining = await importFromPlugins<Explaining>("_ssh_errors")
+    .catch(() => undefined); // what it would explain is to be told
+  if (explaining !== undefined) return explaining.default(machine, cause);
+  const message = `failed to connect to '${machine.name}': ${reason(cause)}`;
+  return new OffloadError(message, { cause, code: "connect" });
 }
 
 /** Logs in by the key alone; `refuse` gets the error where that won't do. */
 function authenticateByKey(
-  machine: Machine,
-  refuse: (error: OffloadError) => void,
+  refuse: (error: Refusal) => void,
 ): NonNullable<ConnectConfig["authHandler"]> {
   let isTried = false;
   return (left, isPartial, next) => {
@@ -4204,38 +3924,18 @@ function authenticateByKey(
       isTried = true;
       return next("publickey");
     }
-    if (isPartial) refuse(partialSuccess(machine, left ?? []));
+    if (isPartial) {
+      refuse(makeRefusal("it wants more than the key", { wanted: left ?? [] }));
+    }
     next(false as never);
   };
-}
-
-/** The fingerprint of an SSH public key, as OpenSSH shows it. */
-export function fingerprint(key: Buffer): string {
-  const hash = createHash("sha256").update(key).digest("base64");
-  return `SHA256:${hash.replace(/=+$/, "")}`;
-}
-
-function hostKeyError(machine: Machine, shown: Buffer): OffloadError {
-  const { type, key } = parseHostKey(machine);
-  const [kind] = /rsa|ecdsa|ed25519/.exec(sshKeyType(shown) ?? "") ?? [];
-  return new OffloadError(
-    `server at '${machine.name}' returned host key ` +
-      `'${shown.toString("base64")}' of type '${sshKeyType(shown)}' ` +
-      `instead of '${key.toString("base64")}' of type '${type}'`,
-    {
-      code: "host-key",
-      hint: `run 'ssh-keygen -l -f /etc/ssh/ssh_host_${kind}_key.pub' there: ` +
-        `if it says ${fingerprint(shown)}, correct the machine's host-key; ` +
-        "if not, that is another machine",
-    },
-  );
 }
 
 /** Everything ssh2 is told; `refuse` gets the error where we end it. */
 function sshOptions(
   machine: Machine,
   { connectTimeout, keepaliveTimeout }: Settings,
-  refuse: (error: OffloadError) => void,
+  refuse: (error: Refusal) => void,
 ): ConnectConfig {
   const { type, key } = parseHostKey(machine);
   return {
@@ -4243,7 +3943,7 @@ function sshOptions(
     port: machine.port,
     username: machine.user,
     privateKey: readPrivateKey(machine.privateKey),
-    authHandler: authenticateByKey(machine, refuse),
+    authHandler: authenticateByKey(refuse),
     algorithms: {
       cipher: ciphers(),
       serverHostKey: [...HOST_KEY_ALGORITHMS[type]!],
@@ -4253,7 +3953,7 @@ function sshOptions(
     // Synchronous: ssh2 takes the promise of an answer for a yes.
     hostVerifier: (shown: Buffer) => {
       if (shown.equals(key)) return true;
-      refuse(hostKeyError(machine, shown));
+      refuse(makeRefusal("it has another host key", { shown }));
       return false;
     },
     readyTimeout: connectTimeout * 1000,
@@ -4270,7 +3970,7 @@ function sshOptions(
  */
 export async function openSession(
   machine: Machine,
-  context: ConnectContext & Pick<Context, "connect">,
+  context: HookContext & Pick<Context, "connect">,
   reached?: (what: Reached) => void,
 ): Promise<Session> {
   const { connect = connectByPlugin } = context;
@@ -4278,15 +3978,10 @@ export async function openSession(
   return makeSession(machine, connection, context);
 }
 
-/** What connecting to a machine needs. */
-export type ConnectContext =
-  & Omit<PluginContext, "options">
-  & Pick<Context, "plugins">;
-
 /** The connection of the first plugin that has one. */
 export async function connectByPlugin(
   machine: Machine,
-  context: ConnectContext,
+  context: HookContext,
   reached?: (what: Reached) => void,
 ): Promise<Connection> {
   let opening: Awaitable<Connection | undefined>;
@@ -4300,52 +3995,8 @@ export async function connectByPlugin(
       .catch(() => {});
     throw error;
   });
-  if (found === undefined) {
-    throw new OffloadError(`no plugin connects to '${machine.name}'`);
-  }
-  const { plugin, answer } = found;
-  return checkConnection(plugin, answer, context.log);
-}
-
-/** Checks what a plugin connects by, and later what that comes back with. */
-function checkConnection(
-  plugin: Plugin,
-  connection: Connection,
-  log: Log,
-): Connection {
-  const check = <T extends object>(answer: T, methods: (keyof T & string)[]) =>
-    checkMethods(plugin, "connect", answer, methods);
-  try {
-    check(connection, ["failure", "openSocket", "exec", "close"]);
-  } catch (error) {
-    cleanUp(log, () => connection?.close?.());
-    throw error;
-  }
-  if (isBuiltin(plugin)) return connection;
-  const use = <T>(call: () => T) => useAnswer(plugin, "connect", call);
-  const { ended, pieceSize } = connection;
-  return {
-    ...(ended && { ended: Promise.resolve(ended) }),
-    ...(pieceSize && { pieceSize }),
-    failure: () => {
-      try {
-        return connection.failure();
-      } catch (error) { // it is of no use any more
-        return hookError(plugin, "connect", error);
-      }
-    },
-    openSocket: async (file) => {
-      const stream = await use(() => connection.openSocket(file));
-      return check(stream, ["write", "read", "destroy"]);
-    },
-    exec: async (command) => {
-      const process = await use(() => connection.exec(command));
-      check(process?.ended, ["then"]);
-      check(process.channel, ["write", "read", "destroy"]);
-      return process;
-    },
-    close: (error) => connection.close(error),
-  };
+  if (found !== undefined) return found;
+  throw new OffloadError(`no plugin connects to '${machine.name}'`);
 }
 
 /** The part of a session that is about what runs over it. */
@@ -4493,18 +4144,6 @@ const CROWDED = {
   delay: 100, // milliseconds, growing and with jitter
 } as const;
 
-/** Tells how far a client has come. */
-function tellReached(client: Client, reached: (what: Reached) => void): void {
-  client.once("connect", () => {
-    reached("connect");
-    // ssh2 has no event of its own for it.
-    const { _sock: socket } = client as { _sock?: Duplex };
-    socket?.once("data", () => reached("greeting"));
-  });
-  // Its first message after the host key was found to be right.
-  client.once("handshake", () => reached("host key"));
-}
-
 /** Connects to a machine over SSH, logged in unless `others` say how. */
 export async function connect(
   machine: Machine,
@@ -4531,7 +4170,7 @@ export async function connect(
     client.on("close", () => {
       signal.removeEventListener("abort", abort);
       note(new Error("connection closed"));
-      reject(connectionError(machine, failure!));
+      connectionError(machine, failure!).then(reject, reject);
       ended.resolve();
     });
     client.connect({ ...options, ...others });
@@ -4615,18 +4254,6 @@ type RemoteModule = { readonly default: RemoteCommands };
 async function demandRemote({ name }: Machine): Promise<RemoteCommands> {
   const what = `nothing here runs commands on '${name}'`;
   return (await demandFromPlugins<RemoteModule>("_remote", what)).default;
-}
-
-/** Connects to a Unix-domain socket there. */
-function openSocket(client: Client, file: string): Promise<Duplex> {
-  return new Promise((resolve, reject) => {
-    client.openssh_forwardOutStreamLocal(file, (cause, stream) => {
-      if (cause !== undefined) return reject(cause);
-      limitUnread(stream, client);
-      stream.stderr.resume(); // nobody sends any; unread, it would pile up
-      resolve(stream);
-    });
-  });
 }
 
 /** The file of a socket, which Guix takes as a URI, too; others have none. */
@@ -4992,7 +4619,7 @@ async function logInTo(prospect: Prospect, context: Context): Promise<Session> {
     const lost = session.failure();
     session.fail(error as Error); // something may be under way
     session.close();
-    throw lost === undefined ? error : connectionError(machine, lost);
+    throw lost === undefined ? error : await connectionError(machine, lost);
   }
 }
 
@@ -5547,41 +5174,13 @@ export function makeProgress(what: string, log: Log): (size: number) => void {
   };
 }
 
-/** Passes on so many bytes at the most, until the signal. */
-export async function* bounded(
-  chunks: AsyncIterable<Uint8Array>,
-  limit: number,
-  signal: AbortSignal,
-): AsyncGenerator<Uint8Array, void> {
-  let size = 0;
-  for await (const chunk of chunks) {
-    signal.throwIfAborted();
-    size += chunk.length;
-    if (size > limit) throw tooLarge(limit);
-    yield chunk;
-  }
-}
-
-/** Passes on what is transferred, and tells of it. */
-export async function* withProgress(
-  chunks: AsyncIterable<Uint8Array>,
-  what: string,
-  log: Log,
-): AsyncGenerator<Uint8Array, void> {
-  const progress = makeProgress(what, log);
-  for await (const chunk of chunks) {
-    yield chunk;
-    progress(chunk.length);
-  }
-}
-
-/** Passes on what is transferred, and notes how much that is. */
-async function* withCount<T extends Uint8Array>(
+/** Passes on what is transferred; whoever is told of it may end that. */
+export async function* passOn<T extends Uint8Array>(
   chunks: AsyncIterable<T>,
-  course: Course,
+  ...told: readonly ((size: number) => void)[]
 ): AsyncGenerator<T, void> {
   for await (const chunk of chunks) {
-    course.moved += chunk.length;
+    told.forEach((tell) => tell(chunk.length));
     yield chunk;
   }
 }
@@ -5642,7 +5241,7 @@ export async function chooseTransport(
     context,
     (plugin, own) => plugin.transport(machine, own),
   );
-  if (found !== undefined) return checkTransport(found.plugin, found.answer);
+  if (found !== undefined) return found;
   throw new OffloadError(`no transport to '${machine.name}'`);
 }
 
@@ -5727,7 +5326,7 @@ async function sendItems(
 }
 
 /** Where an output waits until all of them are verified. */
-function temporaryName(output: string): string {
+export function temporaryName(output: string): string {
   // The collector spares this name as long as the output is a temporary root,
   // as it is while the daemon builds it, and no longer.
   return `${output}.chroot`;
@@ -5821,9 +5420,13 @@ async function putInPlace(
   { configDirectory, course, log, machine, settings, signal }: BuildContext,
 ): Promise<void> {
   const limit = settings.maximumArchiveSize;
-  const what = `retrieving from '${machine.name}'`;
-  const counted = withCount(bounded(sent, limit, signal), course);
-  const bundle = withProgress(counted, what, log);
+  const bundle = passOn(
+    sent,
+    () => signal.throwIfAborted(),
+    takeUpTo(limit),
+    (size) => course.moved += size,
+    makeProgress(`retrieving from '${machine.name}'`, log),
+  );
   const reader = new ByteReader(bundle, `archive from '${machine.name}'`);
   const acl = readAcl(configDirectory);
   try {
@@ -5852,7 +5455,9 @@ async function* exportFromHere(
   const local = await openLocalDaemon(context);
   let isDone = false;
   try {
-    yield* withCount(exportBundle(local, paths), context.course);
+    const { course } = context;
+    const bundle = exportBundle(local, paths);
+    yield* passOn(bundle, (size) => course.moved += size);
     isDone = true;
   } catch (cause) {
     throw new LocalError(`failed to export: ${reason(cause)}`, { cause });
@@ -5862,14 +5467,16 @@ async function* exportFromHere(
 }
 
 /** What the daemon sends for a build that was accepted. */
-interface Work {
+export interface Work {
+  /** What is built. */
   readonly derivation: string;
   /** The derivation and all that it needs, its closure included. */
   readonly needed: readonly string[];
   /** What it is to make. */
   readonly outputs: readonly string[];
-  /** When it was asked for and accepted, in milliseconds since 1970. */
+  /** When it was asked for, in milliseconds since 1970. */
   readonly asked: number;
+  /** When it was accepted. */
   readonly accepted: number;
   /** How far each attempt has come. */
   readonly courses: Course[];
@@ -6222,80 +5829,20 @@ async function attempt(
   }
 }
 
-/** Removes what the hook of a derivation left in the store. */
-function removeLeftovers(derivation: string, log: Log): void {
-  try {
-    // It begins with its outputs: (NAME,PATH,...) each (guix/derivations.scm).
-    const [outputs = ""] = readFileSync(derivation, "utf8").split("]", 1);
-    for (const [, path] of outputs.matchAll(/\("[^"]*","([^"]+)"/g)) {
-      removeFile(temporaryName(path!));
-    }
-  } catch (error) { // where it is gone, so are they
-    log.debug(`leftovers of '${derivation}': ${reason(error)}`);
-  }
-}
-
-/**
- * Removes what a hook left that was killed; returns whether it was. Who holds
- * the lock of the slot knows, for as long as that is held.
- */
-function clearSlot(
-  use: UsedSlot,
-  mine: Slot,
-  { observations, log, settings }: Parameters<typeof clearLeftovers>[2],
-): boolean {
-  const { file, derivation, inode } = use;
-  if (inodeOf(file) !== inode) {
-    // Nobody can tell whether it is dead: the garbage collector will.
-    observations.releaseSlot(file, derivation);
-    return true;
-  }
-  const lock = file === mine.file ? mine : lockFile(file);
-  if (lock === undefined) return false;
-  try {
-    // Another hook may have had the slot since that was read, or the build, if
-    // the end of this one could not be noted.
-    const uses = observations.slots()
-      .filter((it) => it.derivation === derivation);
-    if (!uses.some((it) => it.file === file)) return true;
-    if (uses.length === 1) {
-      removeLeftovers(derivation, log);
-      observations.journal?.saveKilled(use, settings);
-    }
-    observations.releaseSlot(file, derivation);
-    return true;
-  } finally {
-    if (lock !== mine) lock.release();
-  }
-}
-
-/**
- * Removes what killed hooks left in the store, before `mine` is used for a
- * derivation. One that has a hook still, which is ending or being cleared, is
- * waited for, but not for ever.
- */
-export async function clearLeftovers(
+/** Removes what killed hooks left in the store, where some may have. */
+async function clearLeftovers(
   mine: Slot,
   derivation: string,
-  context: Pick<Context, "observations" | "log" | "signal" | "settings">,
+  context: Context,
 ): Promise<void> {
-  const { observations, log, signal, settings } = context;
-  const end = performance.now() + settings.connectTimeout * 1000;
-  for (const slot of observations.slots()) {
-    try {
-      if (clearSlot(slot, mine, context)) continue;
-      if (slot.derivation !== derivation) continue;
-      await remind("waiting for another hook of this build", log, async () => {
-        while (!clearSlot(slot, mine, context) && timeUntil(end) > 0) {
-          await delay(20);
-          signal.throwIfAborted();
-        }
-      });
-    } catch (error) { // its file is gone, say
-      signal.throwIfAborted();
-      log.debug(`leftovers in '${slot.file}': ${reason(error)}`);
-    }
-  }
+  if (context.observations.slots().length === 0) return;
+  type Leftovers = { default: typeof clearLeftovers };
+  await useAside<Leftovers>(
+    "_leftovers",
+    context,
+    (it) => it.default(mine, derivation, context),
+  );
+  context.signal.throwIfAborted();
 }
 
 /**
@@ -6461,25 +6008,12 @@ async function offload(
   }
 }
 
-/** How a build has ended, by the error that it has ended with. */
-function outcomeOf(
-  error: unknown,
-  { signal }: Context,
-): JournalEntry["outcome"] {
-  if (error === undefined) return "built";
-  if (signal.aborted) return "interrupted";
-  const { exitCode } = error as Partial<OffloadError>;
-  if (exitCode === EXIT.buildFailed) return "failed";
-  return exitCode === EXIT.timedOut ? "timed-out" : "lost";
-}
-
 /** Does a build, and notes in the end what became of it. */
 async function offloadNoted(
   work: Work,
   context: Context,
   offload: () => Promise<void>,
 ): Promise<void> {
-  const { derivation, asked, accepted, courses } = work;
   let error: unknown;
   try {
     await offload();
@@ -6487,22 +6021,8 @@ async function offloadNoted(
     error = thrown;
     throw thrown;
   } finally {
-    const { log, observations: { journal }, settings } = context;
-    const isGivenUp = (it: Course): it is Course & Attempt => !!it.problem;
-    const build: JournalEntry = {
-      ...courses.at(-1)!,
-      derivation,
-      name: derivationName(derivation),
-      asked,
-      accepted,
-      earlier: courses.slice(0, -1).filter(isGivenUp),
-      ended: Date.now(),
-      outcome: outcomeOf(error, context),
-      ...(error !== undefined && { problem: reason(error) }),
-    };
-    let known = build;
-    cleanUp(log, () => known = journal?.save(build, settings) ?? build);
-    await tellEndedLater(known, context);
+    const build = context.observations.journal?.end(work, error, context);
+    if (build !== undefined) await tellEndedLater(build, context);
   }
 }
 
@@ -6692,12 +6212,6 @@ const LARGEST_BACKLOG = 2 ** 21;
 /** What keeping a piece costs beside its bytes. */
 const PIECE = 64;
 
-/** Does nothing for so long, nor anything else. */
-export function sleep(milliseconds: number): void {
-  const never = new Int32Array(new SharedArrayBuffer(4));
-  Atomics.wait(never, 0, 0, milliseconds);
-}
-
 /** The parent of a process. */
 export function parentOf(pid: number): number {
   const stat = readFileSync(`/proc/${pid}/stat`, "latin1");
@@ -6817,19 +6331,6 @@ function drainAtExit(outlet: Outlet): Outlet {
     for (const _ of whileReading(daemonProcess)) sleep(5);
   });
   return outlet;
-}
-
-/**
- * Opens a descriptor anew (by number, Deno can't use all): to write to a pipe
- * won't wait then, as it goes on to do for others who share the descriptor.
- */
-export function reopen(
-  descriptor: number,
-  process: number | "self" = "self",
-): number {
-  const { O_APPEND, O_NONBLOCK, O_WRONLY } = fileConstants;
-  const flags = O_APPEND | O_NONBLOCK | O_WRONLY;
-  return openSync(`/proc/${process}/fd/${descriptor}`, flags);
 }
 
 /** Standard error; what else than a pipe it is, such as a terminal, may wait. */
@@ -7026,16 +6527,8 @@ export async function makeContext(
 
 /** Refuses a runtime that is too old, on which things fail in odd ways. */
 export function checkRuntime(): void {
-  const [name, version, oldest] = deno === undefined
-    ? ["Node", process.versions.node, [22, 14, 0]] as const
-    : ["Deno", deno.version.deno, [2, 7, 14]] as const;
-  const numbers = version.split(".").map(Number);
-  const index = oldest.findIndex((part, index) => numbers[index] !== part);
-  if (index >= 0 && numbers[index]! < oldest[index]!) {
-    throw new OffloadError(
-      `${name} ${version} is too old: ${oldest.join(".")} or newer is needed`,
-    );
-  }
+  const problem = runtimeProblem();
+  if (problem !== undefined) throw new OffloadError(problem);
 }
 
 /**

@@ -23,7 +23,6 @@ import {
   machineToJson,
   openSession,
   openStore,
-  pluginProblem,
   queryPathInfos,
   readSettings,
   restoreNar,
@@ -45,6 +44,7 @@ import type {
   StoreConnection,
   TransportContext,
 } from "../mod.ts";
+import { pluginProblem } from "./_site.ts";
 
 function demand(condition: unknown, message: string): asserts condition {
   if (!condition) throw new Error(message);

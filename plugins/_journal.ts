@@ -9,16 +9,18 @@
 import { basename, dirname } from "node:path";
 import type { DatabaseSync } from "node:sqlite";
 import { clearInterval, setInterval } from "node:timers";
-import { derivationName, reason } from "../mod.ts";
+import { cleanUp, derivationName, EXIT, reason } from "../mod.ts";
 import type {
   Attempt,
   Context,
   Course,
   Journal,
   JournalEntry,
+  OffloadError,
   Settings,
   Slot,
   UsedSlot,
+  Work,
 } from "../mod.ts";
 import {
   ABSENCE_SCHEMA,
@@ -236,6 +238,38 @@ function killedEntry(
   };
 }
 
+/** How a build has ended, by the error that it has ended with. */
+function outcomeOf(
+  error: unknown,
+  { signal }: Context,
+): JournalEntry["outcome"] {
+  if (error === undefined) return "built";
+  if (signal.aborted) return "interrupted";
+  const { exitCode } = error as Partial<OffloadError>;
+  if (exitCode === EXIT.buildFailed) return "failed";
+  return exitCode === EXIT.timedOut ? "timed-out" : "lost";
+}
+
+/** What is known of a build that has just ended. */
+function entryOf(
+  { derivation, asked, accepted, courses }: Work,
+  error: unknown,
+  context: Context,
+): JournalEntry {
+  const isGivenUp = (it: Course): it is Course & Attempt => !!it.problem;
+  return {
+    ...courses.at(-1)!,
+    derivation,
+    name: derivationName(derivation),
+    asked,
+    accepted,
+    earlier: courses.slice(0, -1).filter(isGivenUp),
+    ended: Date.now(),
+    outcome: outcomeOf(error, context),
+    ...(error !== undefined && { problem: reason(error) }),
+  };
+}
+
 /** The journal in the database of all our processes. */
 export class SharedJournal implements Journal {
   readonly #use: <T>(work: (database: DatabaseSync) => T) => T;
@@ -349,6 +383,15 @@ export class SharedJournal implements Journal {
       database.prepare("DELETE FROM course WHERE file = ?").run(use.file);
       database.exec("COMMIT");
     });
+  }
+
+  /** Notes a build that has ended, with an error or without. */
+  end(work: Work, error: unknown, context: Context): JournalEntry {
+    const build = entryOf(work, error, context);
+    let known = build;
+    const { log, settings } = context;
+    cleanUp(log, () => known = this.save(build, settings));
+    return known;
   }
 
   /** Drops what is beyond the bounds. */

@@ -19,9 +19,9 @@ import {
   within,
 } from "../mod.ts";
 import type {
-  ConnectContext,
   Connection,
   Context,
+  HookContext,
   Kept,
   Log,
   Machine,
@@ -185,7 +185,7 @@ export class Keeper {
   async #open(
     machine: Machine,
     key: string,
-    context: ConnectContext,
+    context: HookContext,
     reached?: (what: Reached) => void,
   ): Promise<Connection> {
     const { signal } = context;

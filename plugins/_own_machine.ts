@@ -10,9 +10,11 @@ import { Buffer } from "node:buffer";
 import { randomUUID } from "node:crypto";
 import { basename } from "node:path";
 import {
-  addTextToStore,
+  addCall,
+  addTextRequest,
   HASH_PART_LENGTH,
   openLocalDaemon,
+  operateAll,
   queryPathInfos,
   queryValidPaths,
   reason,
@@ -60,6 +62,19 @@ async function hasSince(
   const [valid] = await queryValidPaths(remote, [path]);
   const ours = valid === path ? await registeredHere(path, context) : undefined;
   return ours !== undefined && ours === await registeredIn(remote, path);
+}
+
+/** Adds a text to the store and returns its path. */
+export async function addTextToStore(
+  store: StoreConnection,
+  name: string,
+  text: Uint8Array,
+  references: readonly string[],
+): Promise<string> {
+  let added = "";
+  const request = addTextRequest(name, text, references);
+  await operateAll(store, [addCall(request, (path) => added = path)]);
+  return added;
 }
 
 /** Makes a store item here that no other store has. */

@@ -6,12 +6,10 @@
  */
 
 import { randomBytes } from "node:crypto";
-import type { Duplex } from "node:stream";
+import type { Duplex, Transform } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
-import { createGunzip, createGzip } from "node:zlib";
-import { zstd } from "../deps.ts";
-import type { Compressor } from "../deps.ts";
+import * as zlib from "node:zlib";
 import {
   ByteReader,
   lockFile,
@@ -45,12 +43,35 @@ export async function lockUploads(
   });
 }
 
+/** What packs a stream and unpacks it. */
+interface Compressor {
+  /** Packs, by a level as the format has them. */
+  compress(level: number): Transform;
+  /** Unpacks. */
+  decompress(): Transform;
+}
+
+/** Zstandard, where the runtime has it: Node has since 22.15. */
+const zstd: Compressor | undefined = "createZstdCompress" in zlib
+  ? {
+    compress: (level) =>
+      zlib.createZstdCompress({
+        params: { [zlib.constants.ZSTD_c_compressionLevel]: level },
+      }),
+    // No level in use needs more than 8 MiB of memory.
+    decompress: () =>
+      zlib.createZstdDecompress({
+        params: { [zlib.constants.ZSTD_d_windowLogMax]: 23 },
+      }),
+  }
+  : undefined;
+
 /** The programs to look for on a machine, the best first: four letters each. */
 const COMPRESSORS: Readonly<Record<string, Compressor>> = {
   ...(zstd && { zstd }),
   gzip: {
-    compress: (level) => createGzip({ level }),
-    decompress: () => createGunzip(),
+    compress: (level) => zlib.createGzip({ level }),
+    decompress: () => zlib.createGunzip(),
   },
 };
 

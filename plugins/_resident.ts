@@ -30,6 +30,7 @@ import {
 } from "node:fs";
 import process from "node:process";
 import { promisify } from "node:util";
+import { sleep } from "../deps.ts";
 import {
   asOwner,
   buildLogTo,
@@ -43,7 +44,6 @@ import {
   pluginDirectory,
   reason,
   serveRequest,
-  sleep,
   tellEnded,
 } from "../mod.ts";
 import type { Context, Conversation, JournalEntry, Slot } from "../mod.ts";

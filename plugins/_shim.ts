@@ -18,12 +18,12 @@ import {
 } from "node:fs";
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
+import { reopen } from "../deps.ts";
 import {
   makeLog,
   OffloadError,
   Outlet,
   parentOf,
-  reopen,
   tellOnce,
   whileReading,
 } from "../mod.ts";

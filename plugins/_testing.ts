@@ -8,12 +8,10 @@ import { Buffer } from "node:buffer";
 import { existsSync, mkdtempSync } from "node:fs";
 import { hostname, tmpdir } from "node:os";
 import {
-  addTextToStore,
   ByteReader,
   checkItem,
   codeOf,
   exportBundle,
-  fingerprint,
   importPaths,
   machineId,
   OffloadError,
@@ -26,7 +24,6 @@ import {
   reason,
   removeFile,
   restoreItem,
-  sshCommand,
   takeUpTo,
   THIS_MACHINE,
   within,
@@ -46,7 +43,8 @@ import { AS_ACCOUNT, isUnreadable } from "./_first_steps.ts";
 import { withTimeout } from "./_machines.ts";
 import { formatTable, inOneLine, unlessAborted } from "./_screen.ts";
 import { probe } from "./_remote.ts";
-import { isOurStore } from "./_own_machine.ts";
+import { fingerprint, sshCommand } from "./_ssh_errors.ts";
+import { addTextToStore, isOurStore } from "./_own_machine.ts";
 
 /** A step of a test, and what came of it. */
 export interface Step {

@@ -8,19 +8,20 @@
 
 import { pipeline } from "node:stream/promises";
 import {
-  bounded,
   count,
   DaemonError,
   exportBundle,
   importPaths,
   isOutOfStep,
   LIMITS,
+  makeProgress,
   OffloadError,
+  passOn,
   plainTransport,
   READ_SIZE,
   reason,
   remind,
-  withProgress,
+  takeUpTo,
 } from "../mod.ts";
 import type {
   PathInfo,
@@ -112,7 +113,7 @@ async function sendSigned(
   const messages = size / READ_SIZE;
   const what = `sending ${count(paths.length)} to '${machine.name}'`;
   const makeBundle = () =>
-    withProgress(context.exportBundle(paths), what, context.log);
+    passOn(context.exportBundle(paths), makeProgress(what, context.log));
   const isBulk = messages * (roundTrip + COST.message) >= COST.archive;
   const level = isBulk ? await compressionLevel(size, context) : undefined;
   const archive = isBulk
@@ -201,7 +202,8 @@ async function openExporter(
   const store = await openDaemon();
   try {
     const chunks = exportPath(store, derivation);
-    await discard(bounded(chunks, LIMITS.chunk, signal));
+    const check = () => signal.throwIfAborted();
+    await discard(passOn(chunks, check, takeUpTo(LIMITS.chunk)));
   } catch (error) { // the build may be over
     store.stream.destroy();
     throw error;

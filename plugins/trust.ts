@@ -8,7 +8,7 @@ import { Buffer } from "node:buffer";
 import { existsSync, readFileSync, realpathSync } from "node:fs";
 import { hostname, machine as architecture, userInfo } from "node:os";
 import { resolve } from "node:path";
-import { ssh2 } from "../deps.ts";
+import { HOST_KEY_ALGORITHMS, ssh2 } from "../deps.ts";
 import type {
   ConnectConfig,
   ParsedKey,
@@ -18,8 +18,6 @@ import {
   connect,
   evaluateMachineFile,
   EXIT,
-  fingerprint,
-  HOST_KEY_ALGORITHMS,
   isDefault,
   isWithin,
   listMachines,
@@ -64,6 +62,7 @@ import {
 import type { Sample, Step } from "./_testing.ts";
 import { usageError } from "./_commands.ts";
 import { probe } from "./_remote.ts";
+import { fingerprint } from "./_ssh_errors.ts";
 
 /** Asks a server for its host key, one of the types, and leaves it. */
 function fetchHostKey(

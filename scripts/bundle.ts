@@ -9,7 +9,7 @@
  * @module
  */
 
-import { buildSync, transformSync } from "esbuild";
+import { buildSync } from "esbuild";
 import { createHash } from "node:crypto";
 import {
   chmodSync,
@@ -130,9 +130,17 @@ function besideScript(text: string): string {
 
 /** The contract tests of plugins, of which the script has most. */
 function contract(): string {
-  const text = readFileSync(`${ROOT}/plugins/_contract.ts`, "utf8");
-  const { code } = transformSync(text, { loader: "ts", target: "node22.14" });
-  return typedBy("contract.d.mts") + besideScript(code);
+  const { outputFiles } = buildSync({
+    absWorkingDir: ROOT,
+    entryPoints: ["plugins/_contract.ts"],
+    write: false,
+    bundle: true,
+    platform: "node",
+    format: "esm",
+    target: "node22.14",
+    external: ["../mod.ts"],
+  });
+  return typedBy("contract.d.mts") + besideScript(outputFiles[0]!.text);
 }
 
 /** The completions of the commands, by the file's name. */

@@ -12,12 +12,12 @@ import process from "node:process";
 import { cac, isProgram } from "../deps.ts";
 import {
   builtinNames,
-  loadPlugin,
   loadPlugins,
   OffloadError,
   readSettings,
 } from "../mod.ts";
 import type { Plugin, Settings } from "../mod.ts";
+import { loadPlugin } from "../plugins/_site.ts";
 import { describe, Farm } from "./_farm.ts";
 import type { Outcome } from "./_farm.ts";
 import { fail, synthesize } from "./_workload.ts";

@@ -9,6 +9,7 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import {
   asOwner,
+  builtinNames,
   machineFromFields,
   readSettings,
   writableDirectory,
@@ -18,9 +19,11 @@ import type {
   Context,
   Log,
   Machine,
+  Plugin,
   ScoredRequest,
 } from "../mod.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
+import { checkAnswers } from "../plugins/_site.ts";
 
 /** A host key that is well-formed. */
 export const HOST_KEY =
@@ -87,6 +90,12 @@ function makeStateDirectory(): string {
   return directory;
 }
 
+/** Plugins as they come of their files: a site's answers are checked. */
+function asLoaded(plugins: readonly Plugin[]): Plugin[] {
+  const known = builtinNames();
+  return plugins.map((it) => known.includes(it.name) ? it : checkAnswers(it));
+}
+
 /** A context with these parts, and the warnings that it collects. */
 export function makeContext(
   parts: Partial<Context> = {},
@@ -128,9 +137,9 @@ export function makeContext(
       problems: [],
     }),
     machineFromFields,
-    plugins: [],
     observations: new SharedObservations(stateDirectory, log),
     ...parts,
+    plugins: asLoaded(parts.plugins ?? []),
   };
   return { context, warnings };
 }

@@ -3,7 +3,6 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTextToStore,
   ByteReader,
   DaemonError,
   importPaths,
@@ -14,6 +13,7 @@ import {
   queryValidPaths,
 } from "../mod.ts";
 import type { PathInfo, StoreConnection } from "../mod.ts";
+import { addTextToStore } from "../plugins/_own_machine.ts";
 import {
   chunks,
   daemons,

@@ -12,7 +12,6 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTextToStore,
   ByteReader,
   checkSignature,
   encode,
@@ -30,6 +29,7 @@ import {
   restoreOutputs,
 } from "../mod.ts";
 import type { StoreConnection } from "../mod.ts";
+import { addTextToStore } from "../plugins/_own_machine.ts";
 import {
   aclOf,
   chunks,

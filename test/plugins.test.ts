@@ -14,7 +14,6 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  checkTransport,
   chooseBuildMachine,
   listMachines,
   loadBuiltins,
@@ -31,6 +30,7 @@ import type {
   Plugin,
   Transport,
 } from "../mod.ts";
+import { checkAnswers } from "../plugins/_site.ts";
 import { candidate, machine, makeContext, request } from "./context.ts";
 import { greeter, rejects } from "./helpers.ts";
 
@@ -102,20 +102,26 @@ test("a site's transport is used with all its methods, and named", async () => {
       await refuse();
     },
   };
-  const used = checkTransport({ name: "own" }, transport);
+  const { context } = makeContext();
+  const check = async (transport: Transport) => {
+    const plugin = checkAnswers({ name: "own", transport: () => transport });
+    const checked = await plugin.transport!(machine(), context as never);
+    return checked as Required<Transport>;
+  };
+  const used = await check(transport);
   assert.equal(Object.keys(used).sort(), Object.keys(transport).sort());
   const named = /^plugin 'own': transport: no$/;
   await rejects(Promise.resolve(used.missing([])), named);
-  await rejects(Promise.resolve(used.reserve!(1)), named);
+  await rejects(Promise.resolve(used.reserve(1)), named);
   await rejects(Promise.resolve(used.send(new Map())), named);
-  assert.throws(() => used.prepare!("x"), named);
+  assert.throws(() => used.prepare("x"), named);
   await rejects(buffer(used.retrieve([])), named);
-  const odd = checkTransport({ name: "own" }, {
+  const odd = await check({
     ...transport,
     reserve: () => ({} as { release(): void }),
   });
   const lacking = /^plugin 'own': transport: 'release' is no function$/;
-  await rejects(Promise.resolve(odd.reserve!(1)), lacking);
+  await rejects(Promise.resolve(odd.reserve(1)), lacking);
 });
 
 test("loadPlugins() reports file and key of what is no plugin", async () => {

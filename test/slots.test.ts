@@ -19,9 +19,10 @@ import process from "node:process";
 import { createInterface } from "node:readline";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { acquireBuildSlot, clearLeftovers } from "../mod.ts";
+import { acquireBuildSlot } from "../mod.ts";
 import type { Slot, UsedSlot } from "../mod.ts";
 import { readJournal } from "../plugins/_journal.ts";
+import clearLeftovers from "../plugins/_leftovers.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
 import { makeContext } from "./context.ts";
 import {

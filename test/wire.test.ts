@@ -4,7 +4,6 @@ import { buffer } from "node:stream/consumers";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import {
-  addTextToStore,
   buildCall,
   ByteReader,
   encode,
@@ -17,6 +16,7 @@ import {
   READ_SIZE,
 } from "../mod.ts";
 import type { StoreConnection, WireValue } from "../mod.ts";
+import { addTextToStore } from "../plugins/_own_machine.ts";
 import { chunks, Peer, rejects } from "./helpers.ts";
 import { addTempRoots, exportPath } from "../plugins/_quick_operations.ts";
 
