@@ -16,6 +16,8 @@ import type {
   JournalEntry,
   Settings,
   Slot,
+  WaitingBuild,
+  WaitingOrder,
 } from "../mod.ts";
 import { checkTypes } from "./_records.ts";
 import type { Row, Types } from "./_records.ts";
@@ -57,16 +59,6 @@ export interface ToldCourse extends Course {
   readonly time: number;
 }
 
-/** A build that waits for a slot. */
-export interface Waiting {
-  /** File name of the derivation. */
-  readonly derivation: string;
-  /** Since when, in milliseconds since 1970. */
-  readonly since: number;
-  /** What for: "busy" is a free slot, "unreachable" a machine. */
-  readonly why: string;
-}
-
 /** The tables; what is under way is made anew with them. */
 export const JOURNAL_SCHEMA = `
   DROP TABLE IF EXISTS journal;
@@ -88,7 +80,7 @@ export const JOURNAL_SCHEMA = `
     file TEXT PRIMARY KEY, time REAL NOT NULL, course TEXT NOT NULL);
   CREATE TABLE waiting (
     derivation TEXT PRIMARY KEY, since REAL NOT NULL, seen REAL NOT NULL,
-    why TEXT NOT NULL);
+    why TEXT NOT NULL, rank REAL, machine TEXT, system TEXT, features TEXT);
   ${TALLY_SCHEMA}
 `;
 
@@ -171,14 +163,29 @@ const ABSENCE_TYPES: Types = {
 const WAITING_TYPES: Types = {
   derivation: "string",
   since: "time",
+  seen: "time",
   why: "string",
+  rank: "number",
+  machine: "string",
+  system: "string",
+  features: "string",
 };
+
+const WAITING_NEEDED = ["derivation", "since", "seen", "why", "features"];
 
 /** Leaves out what a row does not have. */
 function withoutNull(row: object): object {
   return Object.fromEntries(
     Object.entries(row).filter(([, value]) => value !== null),
   );
+}
+
+/** Makes a build that waits of a row. */
+function toWaiting(row: object): WaitingBuild {
+  const { features, ...its } = checkAll<
+    Omit<WaitingBuild, "features"> & { features: string }
+  >(withoutNull(row), WAITING_TYPES, WAITING_NEEDED);
+  return { ...its, features: features.split(",").filter(Boolean) };
 }
 
 /** The same, which has to have some of it. */
@@ -288,26 +295,33 @@ export class SharedJournal implements Journal {
     });
   }
 
-  /** Notes that a build that has no slot waits for one, and what else for. */
-  saveWait(derivation: string, why: string): void {
+  /** Notes that a build waits: what for, and how it stands among others. */
+  saveWait(
+    derivation: string,
+    why: string,
+    { rank, machine, system, features = [] }: WaitingOrder = {},
+  ): void {
     const now = Date.now();
     this.#run(
-      `INSERT INTO waiting VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE
+      `INSERT INTO waiting VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+       ON CONFLICT DO UPDATE
        SET since = iif(seen BETWEEN ? AND excluded.seen, since, excluded.since),
-       seen = excluded.seen, why = excluded.why`,
-      ...[derivation, now, now, why, now - WAIT_LIFETIME.counted],
+       seen = excluded.seen, why = excluded.why, machine = excluded.machine,
+       rank = excluded.rank`,
+      ...[derivation, now, now, why, rank ?? null, machine ?? null],
+      ...[system ?? null, features.join(",")],
+      now - WAIT_LIFETIME.counted,
     );
   }
 
   /** Builds that wait for a slot, those that wait the longest first. */
-  waiting(): Waiting[] {
+  waiting(): WaitingBuild[] {
     const now = Date.now();
     return this.#use((database) =>
       database.prepare(
-        `SELECT derivation, since, why FROM waiting
-         WHERE seen BETWEEN ? AND ? ORDER BY since`,
+        `SELECT * FROM waiting WHERE seen BETWEEN ? AND ? ORDER BY since`,
       ).all(now - WAIT_LIFETIME.shown, now)
-        .map((row) => checkAll<Waiting>(withoutNull(row), WAITING_TYPES))
+        .map(toWaiting)
     );
   }
 
@@ -385,7 +399,7 @@ export class SharedJournal implements Journal {
     return this.#use(readCounts);
   }
 
-  #run(sql: string, ...values: readonly (string | number)[]): void {
+  #run(sql: string, ...values: readonly (string | number | null)[]): void {
     this.#use((database) => void database.prepare(sql).run(...values));
   }
 }

@@ -54,6 +54,8 @@ export function candidate(fields: Partial<Machine> = {}): Candidate {
     id: `${made.name}:${made.port}`,
     facts: { time: Date.now(), load: 0, cores: 4 },
     freeSlots: () => 1,
+    running: () => [],
+    quickness: undefined,
     holds: () => [],
     bandwidth: undefined,
     lastUsed: undefined,
@@ -68,8 +70,13 @@ export function request(fields: Partial<ScoredRequest> = {}): ScoredRequest {
     derivation: `/gnu/store/${"0".repeat(32)}-hello-2.12.drv`,
     features: [],
     name: "hello-2.12",
+    time: Date.now(),
+    isAccepted: false,
     history: () => [],
+    similar: () => [],
     inputs: () => Promise.resolve([]),
+    dependents: () => Promise.resolve([]),
+    waiting: () => [],
     ...fields,
   };
 }

@@ -7,11 +7,11 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import type { Screen } from "../mod.ts";
 import type { Absence, JournalEntry } from "../plugins/_journal.ts";
+import { median } from "../plugins/_expectation.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
 import {
   capacities,
   countFigures,
-  median,
   phaseSeconds,
   phaseTimes,
 } from "../plugins/_report_figures.ts";
