@@ -18,9 +18,9 @@ import {
   readSettings,
 } from "../mod.ts";
 import type { Plugin, Settings } from "../mod.ts";
-import { describe, Farm } from "./_farm.ts";
-import type { Outcome } from "./_farm.ts";
-import { fail, synthesize } from "./_workload.ts";
+import { Farm } from "./_farm.ts";
+import type { Outcome } from "./_simulation.ts";
+import { describe, fail, synthesize } from "./_workload.ts";
 
 const EXAMPLE = `  {
     "machines": [{"name": "a", "speed": 2, "parallelBuilds": 4}, {"name": "b"}],
