@@ -1457,7 +1457,9 @@ export interface ScoredRequest extends Request {
   inputs(): Promise<readonly InputItem[]>;
   /** What needs it, and is not there; takes a while. */
   dependents(): Promise<readonly Dependent[]>;
-  /** Builds that wait, it among them unless it is asked about at first. */
+  /** For how many seconds it has waited. */
+  waited(): number;
+  /** The most urgent ones of the builds that wait, some dozens at the most. */
   waiting(): readonly WaitingBuild[];
 }
 
@@ -4032,8 +4034,10 @@ export interface Journal {
     why: string,
     order?: WaitingOrder,
   ): void;
-  /** Builds that wait for a slot, those that wait the longest first. */
-  waiting(): readonly WaitingBuild[];
+  /** For how many seconds a build has waited. */
+  waited(derivation: string): number;
+  /** The most urgent ones of the builds that wait, with some time for each. */
+  urgent(): readonly WaitingBuild[];
   /** Notes a build that is over; returns all that is known of it. */
   save(build: JournalEntry, settings: Settings): JournalEntry;
 }
@@ -5559,9 +5563,7 @@ async function firstDeferral(
   const { derivation, system, features } = request;
   const machine = candidate && { machine: candidate.id };
   const order = { rank, system, features, ...machine };
-  const isTold = request.waiting()
-    .some((it) => it.derivation === derivation && it.why === why);
-  if (!isTold) context.log.debug(`'${derivation}' waits: ${why}`);
+  context.log.debug(`'${derivation}' waits: ${why}`);
   context.observations.journal?.saveWait(derivation, why, order);
   return deferral;
 }
@@ -5743,7 +5745,8 @@ export function scoredRequest(
     similar: (beginning) => observations.similar(beginning),
     inputs: () => inputs ??= queryInputs(derivation, context),
     dependents: () => dependents ??= queryDependents(derivation, context),
-    waiting: () => observations.journal?.waiting() ?? [],
+    waited: () => observations.journal?.waited(derivation) ?? 0,
+    waiting: () => observations.journal?.urgent() ?? [],
   };
 }
 

@@ -218,6 +218,7 @@ function makeRequests(): ScoredRequest[] {
       similar: () => [],
       inputs: () => Promise.resolve([]),
       dependents: () => Promise.resolve([]),
+      waited: () => 0,
       waiting: () => [],
     },
     {
@@ -227,6 +228,7 @@ function makeRequests(): ScoredRequest[] {
       similar: () => past,
       inputs: () => Promise.resolve([{ path, size: 2 ** 30 }]),
       dependents: () => Promise.resolve([{ name: "a-1", dependents: [] }]),
+      waited: () => 3600,
       waiting: () => [{ ...other, since: now - 9000, seen: now }],
     },
   ].map((request) => Object.freeze(request));

@@ -71,7 +71,7 @@ export function learnQuickness(
 }
 
 /** The name without the version, as far as one is told from the other. */
-function nameOfPackage(name: string): string {
+export function nameOfPackage(name: string): string {
   return name.replace(/-\d.*$/, "");
 }
 
@@ -128,16 +128,26 @@ export interface Expectation {
  * Seconds until each build that runs somewhere ends, the first first. One that
  * takes longer than it should takes longer still, the longer it took already.
  */
-export function expectEnds(
+function expectEnds(
   running: readonly RunningBuild[],
   speed: number,
   request: ScoredRequest,
 ): number[] {
-  return running.map(({ name, since }) => {
-    const elapsed = Math.max(0, request.time - since) / 1000;
-    const { seconds = 0 } = expectWork(name, request) ?? {};
-    return Math.max(seconds / speed - elapsed, elapsed / 4);
+  return running.map((build) => {
+    const elapsed = Math.max(0, request.time - build.since) / 1000;
+    return Math.max(usualWork(build, request) / speed - elapsed, elapsed / 4);
   }).sort((a, b) => a - b);
+}
+
+/** How long builds that run take, where somebody asks again. */
+const works = new WeakMap<RunningBuild, number>();
+
+function usualWork(build: RunningBuild, request: ScoredRequest): number {
+  const known = works.get(build);
+  if (known !== undefined) return known;
+  const { seconds = 0 } = expectWork(build.name, request) ?? {};
+  works.set(build, seconds);
+  return seconds;
 }
 
 /** Whether all slots of a machine are taken, as far as was noted. */
@@ -210,6 +220,32 @@ export function expectBuild(
   return median(here.map((build) => build.seconds)) ?? seconds / speed;
 }
 
+/** A machine, how quick it is, and how long a build takes there in itself. */
+interface Place {
+  readonly candidate: Candidate;
+  readonly speed: number;
+  readonly build: number;
+}
+
+/**
+ * Seconds until machines whose slots are all taken have one, in the order of
+ * `full`: looked up of those that are quick enough for it to matter.
+ */
+function expectSlots(
+  full: readonly Place[],
+  best: number,
+  request: ScoredRequest,
+): ReadonlyMap<Place, number> {
+  const compared = full.filter(({ build }) => build < best)
+    .sort((a, b) => a.build - b.build).slice(0, COMPARED);
+  const waits = new Map(compared.map((place) => [
+    place,
+    expectSlot(place.candidate, place.speed, 0, request),
+  ]));
+  const usual = median([...waits.values()]) ?? 0;
+  return new Map(full.map((place) => [place, waits.get(place) ?? usual]));
+}
+
 /**
  * What is to be expected of each machine that may take a build; undefined where
  * nothing is known of any.
@@ -221,10 +257,20 @@ export async function expect(
 ): Promise<ReadonlyMap<Candidate, Expectation> | undefined> {
   const work = expectWork(request.name, request);
   if (work === undefined) return undefined;
-  const expectations = new Map(candidates.map((candidate) => {
+  const places = candidates.map((candidate): Place => {
     const speed = speedOf(candidate, learns);
-    const build = expectBuild(candidate, speed, work);
-    const wait = expectSlot(candidate, speed, 0, request);
+    return { candidate, speed, build: expectBuild(candidate, speed, work) };
+  });
+  const full = places.filter(({ candidate }) => isFull(candidate));
+  const best = places.reduce(
+    (least, { candidate, build }) =>
+      isFull(candidate) ? least : Math.min(least, build),
+    Infinity,
+  );
+  const waits = expectSlots(full, best, request);
+  const expectations = new Map(places.map((place) => {
+    const { candidate, build } = place;
+    const wait = waits.get(place) ?? 0;
     return [candidate, { wait, transfer: 0, build, total: wait + build }];
   }));
   const isWorthIt = candidates.length > 1 && work.seconds >= SHORTEST;

@@ -91,7 +91,14 @@ const TELLING = 1000;
  * For how long a build that is not heard of still waits, in ms. guix-daemon asks
  * again every 5 s, if it gets to it.
  */
-const WAIT_LIFETIME = { shown: 15_000, counted: 60_000 } as const;
+const WAIT_LIFETIME = {
+  urgent: 8000,
+  shown: 15_000,
+  counted: 60_000,
+} as const;
+
+/** How many builds that wait are looked at to see which ones go first. */
+const URGENT = 64;
 
 /** How many builds there are before old ones go. */
 const PRUNED = 100;
@@ -314,14 +321,42 @@ export class SharedJournal implements Journal {
     );
   }
 
+  /** For how many seconds a build has waited. */
+  waited(derivation: string): number {
+    const now = Date.now();
+    const [row] = this.#waiting(
+      "derivation = ? AND seen BETWEEN ? AND ?",
+      ...[derivation, now - WAIT_LIFETIME.counted, now],
+    );
+    return Math.max(0, now - (row?.since ?? now)) / 1000;
+  }
+
+  /** The most urgent ones of the builds that wait: who waits gains. */
+  urgent(): WaitingBuild[] {
+    const now = Date.now();
+    return this.#waiting(
+      `rank IS NOT NULL AND seen BETWEEN ? AND ?
+       ORDER BY rank - since / 1000 DESC LIMIT ?`,
+      ...[now - WAIT_LIFETIME.urgent, now, URGENT],
+    );
+  }
+
+  #waiting(
+    which: string,
+    ...values: readonly (string | number)[]
+  ): WaitingBuild[] {
+    return this.#use((database) =>
+      database.prepare(`SELECT * FROM waiting WHERE ${which}`).all(...values)
+        .map(toWaiting)
+    );
+  }
+
   /** Builds that wait for a slot, those that wait the longest first. */
   waiting(): WaitingBuild[] {
     const now = Date.now();
-    return this.#use((database) =>
-      database.prepare(
-        `SELECT * FROM waiting WHERE seen BETWEEN ? AND ? ORDER BY since`,
-      ).all(now - WAIT_LIFETIME.shown, now)
-        .map(toWaiting)
+    return this.#waiting(
+      "seen BETWEEN ? AND ? ORDER BY since",
+      ...[now - WAIT_LIFETIME.shown, now],
     );
   }
 

@@ -14,12 +14,6 @@ const USUAL_WORK = 60;
 /** For how long the length of a chain is believed, in ms. */
 const LIFETIME = 60_000;
 
-/**
- * For how many seconds a build is counted that was not heard of again:
- * guix-daemon asks every 5 s, if it gets to it.
- */
-const HEARD_OF = 8;
-
 /** What is known of how long chains are. */
 const lengths = new WeakMap<Dependent, { seconds: number; time: number }>();
 
@@ -61,25 +55,21 @@ export async function rankOf(request: ScoredRequest): Promise<number> {
   return workOf(request.name, request) + longestChain(dependents, request);
 }
 
-/** Seconds for which a build has waited. */
-export function waitedFor(
-  waiting: Pick<WaitingBuild, "since"> | undefined,
+/** How urgent another build is by now: who waits gains, and is not left. */
+export function urgencyOf(
+  { rank = 0, since }: WaitingBuild,
   { time }: ScoredRequest,
 ): number {
-  return Math.max(0, time - (waiting?.since ?? time)) / 1000;
+  return rank + Math.max(0, time - since) / 1000;
 }
 
-/** Others that wait and go before a build of a rank. */
+/** Others that wait and are more urgent. */
 export function aheadOf(
-  rank: number,
-  waiting: readonly WaitingBuild[],
+  urgency: number,
   request: ScoredRequest,
 ): WaitingBuild[] {
-  return waiting.filter((other) => {
-    const age = (request.time - other.seen) / 1000;
-    return other.derivation !== request.derivation &&
-      other.rank !== undefined && age >= 0 && age < HEARD_OF &&
-      // Who waits gains, so that nobody waits for ever.
-      other.rank + waitedFor(other, request) > rank;
-  });
+  return request.waiting().filter((other) =>
+    other.derivation !== request.derivation &&
+    urgencyOf(other, request) > urgency
+  );
 }

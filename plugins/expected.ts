@@ -11,6 +11,7 @@
 
 import { machineMatches } from "../mod.ts";
 import type {
+  Awaitable,
   Candidate,
   Deferral,
   Plugin,
@@ -21,7 +22,7 @@ import type {
 } from "../mod.ts";
 import { expect, expectSlot, isFull, speedOf } from "./_expectation.ts";
 import type { Expectation } from "./_expectation.ts";
-import { aheadOf, rankOf, waitedFor } from "./_order.ts";
+import { aheadOf, rankOf, urgencyOf } from "./_order.ts";
 
 /** How much sooner it must be done for a build to wait: seconds, and a share. */
 const GAIN = { seconds: 5, share: 0.1 } as const;
@@ -32,7 +33,7 @@ const PRECEDENCE = 10;
 /** What is expected of machines that were scored together. */
 const expectations = new WeakMap<
   readonly Candidate[],
-  Promise<ReadonlyMap<Candidate, Expectation> | undefined>
+  Awaitable<ReadonlyMap<Candidate, Expectation> | undefined>
 >();
 
 /** What was expected of a machine last. */
@@ -42,6 +43,8 @@ const expected = new WeakMap<Candidate, Expectation>();
 interface Standing {
   readonly request: ScoredRequest;
   readonly rank: number;
+  /** That, and how long it has waited. */
+  readonly urgency: number;
   /** The others that go first. */
   readonly ahead: readonly WaitingBuild[];
   readonly context: PluginContext;
@@ -57,11 +60,11 @@ function couldDo(candidate: Candidate, other: WaitingBuild): boolean {
 /** Leaves the slots that are free to others, where these are more urgent. */
 function yieldToOthers(
   idle: readonly Candidate[],
-  { rank, request, ahead }: Standing,
+  { rank, urgency, request, ahead }: Standing,
 ): Deferral | undefined {
   const isUrgent = (other: WaitingBuild) =>
     other.machine === undefined &&
-    other.rank! + waitedFor(other, request) > rank + PRECEDENCE &&
+    urgencyOf(other, request) > urgency + PRECEDENCE &&
     idle.some((candidate) => couldDo(candidate, other));
   const urgent = ahead.filter(isUrgent).length;
   if (urgent === 0) return undefined;
@@ -143,22 +146,20 @@ const plugin = {
     return -expectation.total;
   },
   async defer(ranking, request, context) {
-    const waiting = request.waiting();
     const idle = ranking.map(({ candidate }) => candidate)
       .filter((candidate) => !isFull(candidate));
     const isFirstFree = ranking[0]!.candidate === idle[0];
-    const own = waiting.find((it) => it.derivation === request.derivation);
-    const others = waiting.length - (own ? 1 : 0);
-    if (isFirstFree && others === 0) return undefined;
-    const waited = waitedFor(own, request);
+    if (isFirstFree && request.waiting().length === 0) return undefined;
+    const waited = request.waited();
     const isOver = waited > Number(context.options.longestWait);
     if (idle.length > 0 && isOver) return undefined;
     const rank = await rankOf(request);
-    const ahead = aheadOf(rank + waited, waiting, request);
+    const urgency = rank + waited;
+    const ahead = aheadOf(urgency, request);
     if (idle.length === 0) {
       return { why: "busy", rank, isHeld: ahead.length === 0 };
     }
-    const standing = { request, rank, ahead, context };
+    const standing = { request, rank, urgency, ahead, context };
     const runs = ranking.some(({ candidate }) =>
       candidate.running().length > 0
     );

@@ -8,11 +8,14 @@
 
 import type {
   Candidate,
+  Dependent,
   Facts,
   InputItem,
   Machine,
   Request,
+  RunningBuild,
   Settings,
+  WaitingBuild,
 } from "../mod.ts";
 import { EPOCH } from "./_events.ts";
 import type { Events } from "./_events.ts";
@@ -33,8 +36,8 @@ export class Group {
   }
 }
 
-/** A build. */
-export class Job {
+/** A build, and what needs it: all of that was computed before. */
+export class Job implements Dependent {
   readonly build: Required<WorkloadBuild>;
   readonly request: Request;
   readonly output: InputItem;
@@ -50,6 +53,16 @@ export class Job {
   /** When guix-daemon first asked who builds it. */
   asked: number | undefined = undefined;
   isDone = false;
+  /** As it waits, what others are told of it. */
+  waiting: WaitingBuild | undefined = undefined;
+
+  get name(): string {
+    return this.build.name;
+  }
+
+  get dependents(): readonly Job[] {
+    return this.children;
+  }
 
   constructor(build: Required<WorkloadBuild>, request: Request, group: Group) {
     this.build = build;
@@ -73,6 +86,8 @@ export class Job {
 export interface Run {
   readonly job: Job;
   readonly host: Host;
+  /** What plugins are told of it. */
+  readonly told: RunningBuild;
   /** When the slot was taken. */
   readonly since: number;
   /** When it began to build, once it has. */
@@ -104,6 +119,8 @@ export class Host implements Candidate {
   /** From when on its bandwidth is known. */
   measured = Infinity;
   lastUsed: number | undefined = undefined;
+  /** How quick it was seen to be. */
+  quickness: number | undefined = undefined;
   isThere = false;
   builds = 0;
   slotSeconds = 0;
@@ -111,6 +128,7 @@ export class Host implements Candidate {
   readonly #events: Events;
   readonly #lifetime: number;
   readonly #runs = new Set<Run>();
+  #told: readonly RunningBuild[] = [];
   /** Those of them that are being built, and how fast: 1 is a second each. */
   readonly #building = new Set<Run>();
   #rate = 0;
@@ -157,11 +175,7 @@ export class Host implements Candidate {
   holds = (paths: readonly string[]): string[] =>
     paths.filter((path) => this.seen.has(path));
 
-  running = (): { readonly name: string; readonly since: number }[] =>
-    Array.from(this.#runs, ({ job, since }) => ({
-      name: job.build.name,
-      since: EPOCH + since * 1000,
-    }));
+  running = (): readonly RunningBuild[] => this.#told;
 
   /** Is there from now on, or no more. */
   appear(isThere: boolean): void {
@@ -199,12 +213,14 @@ export class Host implements Candidate {
     this.lastUsed = EPOCH + now * 1000;
     this.bytesMoved += bytes;
     const left = job.build.seconds;
-    const run = { job, host: this, since: now, left, updated: now };
+    const told = { name: job.build.name, since: EPOCH + now * 1000 };
+    const run = { job, host: this, told, since: now, left, updated: now };
     this.#follow({ ...run, plans: 0, isLost: false }, sent, tell);
   }
 
   #follow(run: Run, sent: number, tell: Tell): void {
     this.#runs.add(run);
+    this.#told = [...this.#told, run.told];
     this.#tellFree();
     this.#events.plan(sent, () => {
       if (run.isLost) return;
@@ -253,6 +269,7 @@ export class Host implements Candidate {
 
   #end(run: Run): void {
     this.#runs.delete(run);
+    this.#told = this.#told.filter((it) => it !== run.told);
     this.slotSeconds += this.#events.now - run.since;
     this.#tellFree();
   }

@@ -9,47 +9,20 @@ import process from "node:process";
 import { contextFor, Late, machineFromFields, within } from "../mod.ts";
 import type {
   Awaitable,
-  Candidate,
-  InputItem,
-  Options,
+  Deferral,
   PastBuild,
   Plugin,
   PluginContext,
+  ScoredCandidate,
   ScoredRequest,
   Settings,
 } from "../mod.ts";
 import type { Host, Job } from "./_host.ts";
+import { Waiting } from "./_waiting.ts";
 import { describe } from "./_workload.ts";
 
-/** What there is to wait for, and instead of it. */
-interface Choice {
-  /** The best machine, which has no free slot. */
-  readonly busy: Candidate;
-  readonly busyScore: number;
-  /** The best of those that have one. */
-  readonly idle: Candidate | undefined;
-  readonly idleScore: number;
-  /** For how many seconds the build has waited. */
-  readonly waited: number;
-}
-
-/** A plugin that may rather have a build wait than go to the best idle one. */
-type Patient = Plugin & {
-  wait?(
-    choice: Choice,
-    request: ScoredRequest,
-    context: PluginContext & { readonly options: Options },
-  ): Awaitable<number | undefined>;
-};
-
-/** The best of a ranking, and the best with a free slot. */
-interface Ranking {
-  best: number;
-  idle: number;
-}
-
 /** Who takes a build: nobody now, or nobody that may. */
-export type Decision = Host | "busy" | "vetoed";
+export type Decision = Host | "held" | "postponed";
 
 /** What a policy may know beside the machines. */
 interface Knowledge {
@@ -60,6 +33,8 @@ interface Knowledge {
   readonly random: () => number;
   /** Earlier builds of a name, the latest first. */
   readonly history: (name: string) => readonly PastBuild[];
+  /** The same of names that differ in their version; of all for "". */
+  readonly similar: (name: string) => readonly PastBuild[];
   readonly report: (problem: string) => void;
 }
 
@@ -80,32 +55,21 @@ function rank(
   hosts: readonly Host[],
   totals: Float64Array,
   random: () => number,
-): Ranking {
-  const ranking = { best: -1, idle: -1 };
-  const chances = { best: 0, idle: 0 };
-  const offer = (place: keyof Ranking, index: number) => {
-    const before = ranking[place];
-    const order = before < 0 ? 1 : totals[index]! - totals[before]! ||
-      hosts[index]!.machine.speed - hosts[before]!.machine.speed;
-    if (order < 0) return;
-    chances[place] = order > 0 ? 1 : chances[place] + 1;
-    if (order > 0 || random() * chances[place] < 1) ranking[place] = index;
-  };
-  for (let index = 0; index < hosts.length; index++) {
-    if (totals[index] === -Infinity) continue;
-    if (hosts[index]!.freeSlots() > 0) offer("idle", index);
-    else offer("best", index);
-  }
-  const { best, idle } = ranking;
-  // Where a busy one is as good, nothing speaks for waiting.
-  const isIdleBest = best < 0 || (idle >= 0 && totals[idle]! >= totals[best]!);
-  return isIdleBest ? { best: idle, idle } : ranking;
+): ScoredCandidate[] {
+  return hosts.map((candidate, index) => (
+    { candidate, score: totals[index]!, chance: random() }
+  )).filter(({ score }) => score > -Infinity).sort((a, b) =>
+    b.score - a.score ||
+    b.candidate.machine.speed - a.candidate.machine.speed ||
+    a.chance - b.chance
+  );
 }
 
 /** The plugins whose scores are summed, and who may have builds wait. */
 export class Policy {
   readonly #active: Map<Plugin, PluginContext>;
   readonly #knowledge: Knowledge;
+  readonly #waiting = new Waiting();
   decisions = 0;
 
   constructor(plugins: readonly Plugin[], knowledge: Knowledge) {
@@ -115,31 +79,54 @@ export class Policy {
     );
   }
 
-  /** Decides as the hook does who takes a build that has waited. */
-  async decide(job: Job, waited: number): Promise<Decision> {
+  /**
+   * Decides as the hook does who takes a build, which nobody waits for where it
+   * was lost by another machine.
+   */
+  async decide(job: Job, isAccepted: boolean): Promise<Decision> {
     const { present, free } = job.group;
+    const request = this.#request(job, isAccepted);
+    if (present.length === 0) return "postponed";
     // Who would be the best makes no difference where nobody has a slot.
-    if (free.size === 0) return present.length === 0 ? "vetoed" : "busy";
-    this.decisions++;
-    const request = this.#request(job);
-    const totals = await this.#score(present, request);
-    const { best, idle } = rank(present, totals, this.#knowledge.random);
-    if (best < 0) return "vetoed";
-    if (best === idle) return present[idle]!;
-    const seconds = await this.#wait({
-      busy: present[best]!,
-      busyScore: totals[best]!,
-      idle: present[idle],
-      idleScore: totals[idle] ?? -Infinity,
-      waited,
-    }, request);
-    return seconds > 0 ? "busy" : present[idle] ?? "busy";
+    const ranking = free.size === 0
+      ? [{ candidate: present[0]!, score: 0 }]
+      : await this.#rank(present, request);
+    if (ranking.length === 0) return "postponed";
+    const deferral = isAccepted
+      ? undefined
+      : await this.#defer(ranking, request);
+    if (deferral !== undefined) {
+      this.#waiting.note(job, deferral, request.time);
+      return deferral.isHeld ? "held" : "postponed";
+    }
+    const first = ranking.find(({ candidate }) => candidate.freeSlots() > 0);
+    if (first === undefined) return "held";
+    this.#waiting.forget(job);
+    return first.candidate as Host;
   }
 
-  #request({ request, build: { name }, inputs }: Job): ScoredRequest {
-    const past = this.#knowledge.history(name);
-    const items: Promise<readonly InputItem[]> = Promise.resolve(inputs);
-    return { ...request, name, history: () => past, inputs: () => items };
+  async #rank(
+    hosts: readonly Host[],
+    request: ScoredRequest,
+  ): Promise<ScoredCandidate[]> {
+    this.decisions++;
+    const totals = await this.#score(hosts, request);
+    return rank(hosts, totals, this.#knowledge.random);
+  }
+
+  #request(job: Job, isAccepted: boolean): ScoredRequest {
+    const { request, name, inputs } = job;
+    const { history, similar } = this.#knowledge;
+    const time = Date.now();
+    return {
+      ...request,
+      ...{ name, time, isAccepted, similar },
+      history: (of = name) => history(of),
+      inputs: () => Promise.resolve(inputs),
+      dependents: () => Promise.resolve(job.dependents),
+      waited: () => Math.max(0, time - (job.waiting?.since ?? time)) / 1000,
+      waiting: () => this.#waiting.urgent(time),
+    };
   }
 
   /** Calls a plugin; one that fails is passed over, one that hangs for good. */
@@ -168,11 +155,12 @@ export class Policy {
     request: ScoredRequest,
   ): Promise<Float64Array> {
     const totals = new Float64Array(hosts.length);
+    const all = [...hosts]; // another one each time, as the hook has it
     for (const plugin of [...this.#active.keys()]) {
       if (plugin.score === undefined) continue;
       await this.#call(plugin, "score", (context) => {
         const answers: unknown[] = hosts.map((host) =>
-          plugin.score!(host, request, context)
+          plugin.score!(host, request, context, all)
         );
         const promised = answers.some((answer) => typeof answer === "object");
         return promised
@@ -183,16 +171,21 @@ export class Policy {
     return totals;
   }
 
-  /** For how many seconds it would rather wait; the first answer counts. */
-  async #wait(choice: Choice, request: ScoredRequest): Promise<number> {
-    for (const plugin of [...this.#active.keys()] as Patient[]) {
-      const answer = await this.#call(plugin, "wait", (context) => {
-        const seconds = plugin.wait?.(choice, request, context);
-        return seconds;
-      });
+  /** Why it would rather wait; the first answer counts. */
+  async #defer(
+    ranking: readonly ScoredCandidate[],
+    request: ScoredRequest,
+  ): Promise<Deferral | undefined> {
+    for (const plugin of [...this.#active.keys()]) {
+      if (plugin.defer === undefined) continue;
+      const answer = await this.#call(
+        plugin,
+        "defer",
+        (context) => plugin.defer!(ranking, request, context),
+      );
       if (answer !== undefined) return answer;
     }
-    return 0;
+    return undefined;
   }
 }
 

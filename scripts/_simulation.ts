@@ -6,6 +6,7 @@
  */
 
 import type { PastBuild, Plugin, Settings } from "../mod.ts";
+import { learnQuickness, nameOfPackage } from "../plugins/_expectation.ts";
 import { Client } from "./_client.ts";
 import type { Answer } from "./_client.ts";
 import { EPOCH } from "./_events.ts";
@@ -51,6 +52,8 @@ export interface Outcome extends Work {
 export interface Experience {
   /** Builds by their name, the latest first. */
   readonly history: Map<string, readonly PastBuild[]>;
+  /** The same by their name without the version, and all under "". */
+  readonly similar: Map<string, readonly PastBuild[]>;
   /** The machines whose bandwidth was seen. */
   readonly measured: Set<string>;
 }
@@ -69,6 +72,16 @@ function sum<T>(list: Iterable<T>, value: (element: T) => number): number {
   let total = 0;
   for (const element of list) total += value(element);
   return total;
+}
+
+/** Notes a build, of which the latest ones of a name are kept. */
+function remember(
+  builds: Map<string, readonly PastBuild[]>,
+  name: string,
+  build: PastBuild,
+): void {
+  const past = builds.get(name)?.slice(0, REMEMBERED - 1) ?? [];
+  builds.set(name, [build, ...past]);
 }
 
 /** A farm at work. */
@@ -99,7 +112,11 @@ export class Simulation {
     plugins: readonly Plugin[],
     seed: number,
     settings: Settings,
-    experience: Experience = { history: new Map(), measured: new Set() },
+    experience: Experience = {
+      history: new Map(),
+      similar: new Map(),
+      measured: new Set(),
+    },
   ) {
     this.#layout = layout;
     this.#events = events;
@@ -114,6 +131,7 @@ export class Simulation {
       context: makeContext(settings, layout.hosts, report),
       random: makeRandom(seed),
       history: (name) => experience.history.get(name) ?? [],
+      similar: (name) => experience.similar.get(name) ?? [],
     });
   }
 
@@ -246,7 +264,7 @@ export class Simulation {
     const held = this.#held;
     this.#held = [];
     for (const it of held) {
-      if (await this.#takes(it.job)) it.client?.answer(it.job, "accepted");
+      if (await this.#takes(it)) it.client?.answer(it.job, "accepted");
       else this.#held.push(it);
     }
   }
@@ -254,18 +272,16 @@ export class Simulation {
   /** Answers a request: at once, unless waiting for a slot may be of use. */
   #ask(job: Job, client: Client): Answer | Promise<Answer> {
     job.asked ??= this.#events.now;
-    const { free, present } = job.group;
-    if (free.size > 0) return this.#askPolicy(job, client);
-    return present.length > 0 ? this.#hold(job, client) : "postponed";
+    return this.#askPolicy(job, client);
   }
 
   async #askPolicy(job: Job, client: Client): Promise<Answer> {
-    const decision = await this.#decide(job);
+    const decision = await this.#policy.decide(job, false);
     if (typeof decision !== "string") {
       this.#start(job, decision);
       return "accepted";
     }
-    return decision === "busy" ? this.#hold(job, client) : "postponed";
+    return decision === "held" ? this.#hold(job, client) : "postponed";
   }
 
   /** Holds an answer for a while, unless that was in vain just now. */
@@ -283,15 +299,11 @@ export class Simulation {
     return "held";
   }
 
-  async #takes(job: Job): Promise<boolean> {
-    const decision = await this.#decide(job);
+  async #takes({ job, client }: Held): Promise<boolean> {
+    const decision = await this.#policy.decide(job, client === undefined);
     if (typeof decision === "string") return false;
     this.#start(job, decision);
     return true;
-  }
-
-  #decide(job: Job) {
-    return this.#policy.decide(job, this.#events.now - job.asked!);
   }
 
   #start(job: Job, host: Host): void {
@@ -300,10 +312,17 @@ export class Simulation {
   }
 
   #finish({ job, host }: Run, seconds: number): void {
-    const { history } = this.#experience;
+    const { history, similar } = this.#experience;
     const { name } = job.build;
-    const past = history.get(name)?.slice(0, REMEMBERED - 1) ?? [];
-    history.set(name, [{ machine: host.id, seconds }, ...past]);
+    const past = history.get(name) ?? [];
+    const before = host.quickness ?? 1;
+    host.quickness = learnQuickness(host.machine, before, seconds, past);
+    const speed = host.machine.speed * host.quickness;
+    const build = { machine: host.id, seconds, speed };
+    remember(history, name, build);
+    for (const other of [nameOfPackage(name), ""]) {
+      remember(similar, other, build);
+    }
     if (host.bandwidth !== undefined) this.#experience.measured.add(host.id);
     this.#running--;
     this.#left--;

@@ -76,6 +76,7 @@ export function request(fields: Partial<ScoredRequest> = {}): ScoredRequest {
     similar: () => [],
     inputs: () => Promise.resolve([]),
     dependents: () => Promise.resolve([]),
+    waited: () => 0,
     waiting: () => [],
     ...fields,
   };
