@@ -105,6 +105,8 @@ export class Host implements Candidate {
   measured = Infinity;
   lastUsed: number | undefined = undefined;
   isThere = false;
+  /** How many slots are free. */
+  free: number;
   builds = 0;
   slotSeconds = 0;
   bytesMoved = 0;
@@ -127,6 +129,7 @@ export class Host implements Candidate {
     this.told = told;
     this.#events = events;
     this.#lifetime = settings.factsLifetime * 1000;
+    this.free = parallelBuilds;
     this.id = `${name}:22`;
     this.machine = {
       ...{ name, systems, features, speed, parallelBuilds, port: 22 },
@@ -142,7 +145,7 @@ export class Host implements Candidate {
     const time = EPOCH + this.#events.now * 1000;
     const age = time - (this.#facts?.time ?? -Infinity);
     if (age < this.#lifetime) return this.#facts;
-    if (this.freeSlots() === 0) return undefined;
+    if (this.free === 0) return undefined;
     this.#noteLoad();
     return this.#facts = { time, load: this.#load, cores: this.told.cores };
   }
@@ -152,7 +155,7 @@ export class Host implements Candidate {
     return this.measured <= this.#events.now ? this.told.bandwidth : undefined;
   }
 
-  freeSlots = (): number => this.told.parallelBuilds - this.#runs.size;
+  freeSlots = (): number => this.free;
 
   holds = (paths: readonly string[]): string[] =>
     paths.filter((path) => this.seen.has(path));
@@ -173,7 +176,8 @@ export class Host implements Candidate {
   }
 
   #tellFree(): void {
-    const isFree = this.isThere && this.freeSlots() > 0;
+    this.free = this.told.parallelBuilds - this.#runs.size;
+    const isFree = this.isThere && this.free > 0;
     for (const { free } of this.groups) {
       if (isFree) free.add(this);
       else free.delete(this);

@@ -42,12 +42,6 @@ type Patient = Plugin & {
   ): Awaitable<number | undefined>;
 };
 
-/** The best of a ranking, and the best with a free slot. */
-interface Ranking {
-  best: number;
-  idle: number;
-}
-
 /** Who takes a build: nobody now, or nobody that may. */
 export type Decision = Host | "busy" | "vetoed";
 
@@ -63,43 +57,51 @@ interface Knowledge {
   readonly report: (problem: string) => void;
 }
 
+/** Checks a score; that of a plugin that abstains is 0. */
+function checkScore(score: unknown): number {
+  if (typeof score === "number" && score < Infinity) return score;
+  if (score === undefined) return 0;
+  throw new Error(`expected a number, got ${String(score)}`);
+}
+
 /** Adds a plugin's scores up, if all are valid. */
 function addScores(totals: Float64Array, scores: readonly unknown[]): void {
-  for (const score of scores) {
-    if (score === undefined || score === -Infinity) continue;
-    if (Number.isFinite(score)) continue;
-    throw new Error(`expected a number, got ${String(score)}`);
-  }
-  for (let index = 0; index < scores.length; index++) {
-    totals[index]! += scores[index] as number | undefined ?? 0;
+  const checked = scores.map(checkScore);
+  for (let index = 0; index < totals.length; index++) {
+    totals[index]! += checked[index]!;
   }
 }
 
-/** Ranks as the hook does: by score, then speed, then chance. */
-function rank(
+/** How two of a ranking stand to each other: by score, then by speed. */
+function compare(
   hosts: readonly Host[],
   totals: Float64Array,
+  one: number,
+  other: number,
+): number {
+  const [a, b] = [totals[one]!, totals[other]!];
+  return a !== b ? a - b : hosts[one]!.machine.speed -
+    hosts[other]!.machine.speed;
+}
+
+/** The index of the best of those that are free, or not; -1 if none is. */
+function findBest(
+  hosts: readonly Host[],
+  totals: Float64Array,
+  isFree: boolean,
   random: () => number,
-): Ranking {
-  const ranking = { best: -1, idle: -1 };
-  const chances = { best: 0, idle: 0 };
-  const offer = (place: keyof Ranking, index: number) => {
-    const before = ranking[place];
-    const order = before < 0 ? 1 : totals[index]! - totals[before]! ||
-      hosts[index]!.machine.speed - hosts[before]!.machine.speed;
-    if (order < 0) return;
-    chances[place] = order > 0 ? 1 : chances[place] + 1;
-    if (order > 0 || random() * chances[place] < 1) ranking[place] = index;
-  };
+): number {
+  let best = -1;
+  let equals = 0;
   for (let index = 0; index < hosts.length; index++) {
+    if (hosts[index]!.free > 0 !== isFree) continue;
     if (totals[index] === -Infinity) continue;
-    if (hosts[index]!.freeSlots() > 0) offer("idle", index);
-    else offer("best", index);
+    const order = best < 0 ? 1 : compare(hosts, totals, index, best);
+    if (order < 0) continue;
+    equals = order > 0 ? 1 : equals + 1;
+    if (random() * equals < 1) best = index;
   }
-  const { best, idle } = ranking;
-  // Where a busy one is as good, nothing speaks for waiting.
-  const isIdleBest = best < 0 || (idle >= 0 && totals[idle]! >= totals[best]!);
-  return isIdleBest ? { best: idle, idle } : ranking;
+  return best;
 }
 
 /** The plugins whose scores are summed, and who may have builds wait. */
@@ -118,22 +120,36 @@ export class Policy {
   /** Decides as the hook does who takes a build that has waited. */
   async decide(job: Job, waited: number): Promise<Decision> {
     const { present, free } = job.group;
-    // Who would be the best makes no difference where nobody has a slot.
+    // Who would be the best makes no difference where nobody has a slot, nor
+    // who is busy to those that do not wait.
     if (free.size === 0) return present.length === 0 ? "vetoed" : "busy";
     this.decisions++;
+    const hosts = this.#isPatient() ? present : [...free];
     const request = this.#request(job);
-    const totals = await this.#score(present, request);
-    const { best, idle } = rank(present, totals, this.#knowledge.random);
-    if (best < 0) return "vetoed";
-    if (best === idle) return present[idle]!;
+    const totals = await this.#score(hosts, request);
+    const { random } = this.#knowledge;
+    const idle = findBest(hosts, totals, true, random);
+    const busy = findBest(hosts, totals, false, random);
+    // Where a busy one is as good, nothing speaks for waiting.
+    if (busy < 0 || !(totals[idle]! < totals[busy]! || idle < 0)) {
+      return hosts[idle] ?? (present.length > free.size ? "busy" : "vetoed");
+    }
     const seconds = await this.#wait({
-      busy: present[best]!,
-      busyScore: totals[best]!,
-      idle: present[idle],
+      busy: hosts[busy]!,
+      busyScore: totals[busy]!,
+      idle: hosts[idle],
       idleScore: totals[idle] ?? -Infinity,
       waited,
     }, request);
-    return seconds > 0 ? "busy" : present[idle] ?? "busy";
+    return seconds > 0 ? "busy" : hosts[idle] ?? "busy";
+  }
+
+  /** Whether there is a plugin that may have a build wait. */
+  #isPatient(): boolean {
+    for (const plugin of this.#active.keys()) {
+      if ((plugin as Patient).wait !== undefined) return true;
+    }
+    return false;
   }
 
   #request({ request, build: { name }, inputs }: Job): ScoredRequest {
@@ -171,11 +187,14 @@ export class Policy {
     for (const plugin of [...this.#active.keys()]) {
       if (plugin.score === undefined) continue;
       await this.#call(plugin, "score", (context) => {
-        const answers: unknown[] = hosts.map((host) =>
-          plugin.score!(host, request, context)
-        );
-        const promised = answers.some((answer) => typeof answer === "object");
-        return promised
+        const answers: unknown[] = new Array(hosts.length);
+        let isPromised = false;
+        for (let index = 0; index < hosts.length; index++) {
+          const answer = plugin.score!(hosts[index]!, request, context);
+          answers[index] = answer;
+          isPromised ||= typeof answer === "object";
+        }
+        return isPromised
           ? Promise.all(answers).then((scores) => addScores(totals, scores))
           : addScores(totals, answers);
       });
