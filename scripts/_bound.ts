@@ -354,7 +354,8 @@ function bestTimes(
       const sum = sums[h]![t] = row + sums[h + 1]![t]!;
       const [head, tail] = [heads[h]!, tails[t]!];
       const bound = head + tail + sum;
-      if (bound > best.bound) best = { head, tail, bound };
+      // Where there is no such build, that is none of anything.
+      if (sum > 0 && bound > best.bound) best = { head, tail, bound };
     }
   }
   return best;
