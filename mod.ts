@@ -1459,6 +1459,8 @@ export interface ScoredRequest extends Request {
   dependents(): Promise<readonly Dependent[]>;
   /** For how many seconds it has waited. */
   waited(): number;
+  /** How many builds a second have ended in the last minute. */
+  pace(): number;
   /** The most urgent ones of the builds that wait, some dozens at the most. */
   waiting(): readonly WaitingBuild[];
 }
@@ -4036,7 +4038,9 @@ export interface Journal {
   ): void;
   /** For how many seconds a build has waited. */
   waited(derivation: string): number;
-  /** The most urgent ones of the builds that wait, with some time for each. */
+  /** How many builds a second have ended in the last minute. */
+  pace(): number;
+  /** The most urgent ones of the builds that wait. */
   urgent(): readonly WaitingBuild[];
   /** Notes a build that is over; returns all that is known of it. */
   save(build: JournalEntry, settings: Settings): JournalEntry;
@@ -5746,6 +5750,7 @@ export function scoredRequest(
     inputs: () => inputs ??= queryInputs(derivation, context),
     dependents: () => dependents ??= queryDependents(derivation, context),
     waited: () => observations.journal?.waited(derivation) ?? 0,
+    pace: () => observations.journal?.pace() ?? 0,
     waiting: () => observations.journal?.urgent() ?? [],
   };
 }

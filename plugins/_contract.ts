@@ -219,6 +219,7 @@ function makeRequests(): ScoredRequest[] {
       inputs: () => Promise.resolve([]),
       dependents: () => Promise.resolve([]),
       waited: () => 0,
+      pace: () => 0,
       waiting: () => [],
     },
     {
@@ -229,6 +230,7 @@ function makeRequests(): ScoredRequest[] {
       inputs: () => Promise.resolve([{ path, size: 2 ** 30 }]),
       dependents: () => Promise.resolve([{ name: "a-1", dependents: [] }]),
       waited: () => 3600,
+      pace: () => 0.1,
       waiting: () => [{ ...other, since: now - 9000, seen: now }],
     },
   ].map((request) => Object.freeze(request));

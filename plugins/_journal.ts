@@ -331,6 +331,17 @@ export class SharedJournal implements Journal {
     return Math.max(0, now - (row?.since ?? now)) / 1000;
   }
 
+  /** How many builds a second have ended in the last minute. */
+  pace(): number {
+    const now = Date.now();
+    const sql =
+      "SELECT count(*) AS ended FROM journal WHERE ended BETWEEN ? AND ?";
+    const [row] = this.#use((database) =>
+      database.prepare(sql).all(now - 60_000, now)
+    );
+    return Number(row!.ended) / 60;
+  }
+
   /** The most urgent ones of the builds that wait: who waits gains. */
   urgent(): WaitingBuild[] {
     const now = Date.now();

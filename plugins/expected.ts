@@ -30,6 +30,9 @@ const GAIN = { seconds: 5, share: 0.1 } as const;
 /** How much more urgent another one must be for a build to leave it a slot. */
 const PRECEDENCE = 10;
 
+/** After how many seconds guix-daemon asks again. */
+const POLL = 5;
+
 /** What is expected of machines that were scored together. */
 const expectations = new WeakMap<
   readonly Candidate[],
@@ -73,7 +76,7 @@ function yieldToOthers(
       sum + machine.parallelBuilds - running().length,
     0,
   );
-  if (urgent < slots) return undefined;
+  if (urgent < slots + POLL * request.pace()) return undefined;
   return { why: "more urgent builds go first", rank, isHeld: false };
 }
 
@@ -157,7 +160,9 @@ const plugin = {
     const urgency = rank + waited;
     const ahead = aheadOf(urgency, request);
     if (idle.length === 0) {
-      return { why: "busy", rank, isHeld: ahead.length === 0 };
+      // Who is more urgent has asked, and gets a slot that is freed till then.
+      const isHeld = ahead.length <= POLL * request.pace();
+      return { why: "busy", rank, isHeld };
     }
     const standing = { request, rank, urgency, ahead, context };
     const runs = ranking.some(({ candidate }) =>

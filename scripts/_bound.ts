@@ -66,8 +66,8 @@ interface Weights {
 /** An r and a q. */
 type Times = Pick<Task, "head" | "tail">;
 
-/** How often weights are changed, and how many times are tried for r and q. */
-const TRIES = { weights: 150, times: 16, rounds: 3 } as const;
+/** How often weights are changed, for how many tasks, and r and q chosen. */
+const TRIES = { weights: 150, tasks: 3000, times: 30, rounds: 3 } as const;
 
 /** Sorts machines by their kind; tells the kinds of a group. */
 function findKinds(
@@ -96,19 +96,22 @@ function findKinds(
 
 /** Who needs what has to be sent, whoever does the builds, by its path. */
 function findSent(jobs: readonly Job[]): Map<string, Job[]> {
-  const makers = new Map(jobs.map((job) => [job.output.path, job]));
+  const makers = new Map(jobs.map((job) => [job.output.path, job.group]));
   const sent = new Map<string, Job[]>();
   for (const job of jobs) {
-    const here = new Set(job.group.hosts);
     for (const { path } of job.inputs) {
       const maker = makers.get(path);
-      if (maker?.group.hosts.some((host) => here.has(host))) continue;
+      if (maker && sharesMachine(maker, job.group)) continue;
       const needed = sent.get(path);
       if (needed === undefined) sent.set(path, [job]);
       else needed.push(job);
     }
   }
   return sent;
+}
+
+function sharesMachine(one: Group, other: Group): boolean {
+  return one === other || one.hosts.some((host) => host.groups.includes(other));
 }
 
 /** Adds the chains before and behind the builds to what they take. */
@@ -169,7 +172,8 @@ function inputTask(
   chains: ReadonlyMap<Job, Times>,
   [kinds, kindsOf]: Kinds,
 ): Task {
-  const able = [...new Set(needed.flatMap(({ group }) => kindsOf(group)))];
+  const able = [...new Set(needed.flatMap(({ group }) => kindsOf(group)))]
+    .sort((a, b) => a - b);
   return {
     kinds: able,
     slots: able.map((it) => size / kinds[it]!.host.told.bandwidth),
@@ -199,17 +203,66 @@ function findTasks({ jobs, clients }: Layout, kinds: Kinds): Task[] {
     .concat(shared.map((it) => inputTask(...it, chains, kinds)));
 }
 
-/** What a task weighs at least, and where, as an index of its kinds. */
-function weigh(task: Task, { slots, processors }: Weights): [number, number] {
-  let least = Infinity;
-  let where = 0;
-  for (let index = 0; index < task.kinds.length; index++) {
-    const kind = task.kinds[index]!;
-    const weight = slots[kind]! * task.slots[index]! +
-      processors[kind]! * task.processors[index]!;
-    if (weight < least) [least, where] = [weight, index];
+/** Tasks in a row, so that they are gone through quickly. */
+class Row {
+  readonly length: number;
+  /** Where those of a task begin among the following. */
+  readonly #starts: Int32Array;
+  readonly #kinds: Int32Array;
+  readonly #slots: Float64Array;
+  readonly #processors: Float64Array;
+
+  constructor(tasks: readonly Task[]) {
+    this.length = tasks.length;
+    let total = 0;
+    const starts = tasks.map(({ kinds }) => (total += kinds.length));
+    this.#starts = Int32Array.from([0, ...starts]);
+    this.#kinds = Int32Array.from(tasks.flatMap(({ kinds }) => kinds));
+    this.#slots = Float64Array.from(tasks.flatMap(({ slots }) => slots));
+    this.#processors = Float64Array.from(
+      tasks.flatMap(({ processors }) => processors),
+    );
   }
-  return [least, where];
+
+  /** What each weighs at least, and what the machines then have to do. */
+  divide(weights: Weights): Division {
+    const least = new Float64Array(this.length);
+    const slots = new Float64Array(weights.slots.length);
+    const processors = new Float64Array(weights.slots.length);
+    for (let task = 0; task < this.length; task++) {
+      const index = this.#best(task, weights);
+      const kind = this.#kinds[index]!;
+      least[task] = this.#weigh(index, weights);
+      slots[kind]! += this.#slots[index]!;
+      processors[kind]! += this.#processors[index]!;
+    }
+    const sum = least.reduce((total, it) => total + it, 0);
+    return { least, sum, slots, processors };
+  }
+
+  #weigh(index: number, { slots, processors }: Weights): number {
+    const kind = this.#kinds[index]!;
+    return slots[kind]! * this.#slots[index]! +
+      processors[kind]! * this.#processors[index]!;
+  }
+
+  #best(task: number, weights: Weights): number {
+    let best = this.#starts[task]!;
+    let least = Infinity;
+    for (let index = best; index < this.#starts[task + 1]!; index++) {
+      const weight = this.#weigh(index, weights);
+      if (weight < least) [least, best] = [weight, index];
+    }
+    return best;
+  }
+}
+
+/** Tasks that are divided among machines as costs least by some weights. */
+interface Division extends Weights {
+  /** What each task weighs. */
+  readonly least: Float64Array;
+  /** What all weigh. */
+  readonly sum: number;
 }
 
 /** Has the weights of all slots and processors add up to 1. */
@@ -228,19 +281,10 @@ function normalize(weights: Weights, kinds: readonly Kind[]): Weights {
 /** Makes those weights larger where more is to be done than elsewhere. */
 function shift(
   weights: Weights,
-  tasks: readonly Task[],
+  { sum, slots, processors }: Division,
   kinds: readonly Kind[],
   step: number,
 ): Weights {
-  const slots = new Float64Array(kinds.length);
-  const processors = new Float64Array(kinds.length);
-  let sum = 0;
-  for (const task of tasks) {
-    const [least, where] = weigh(task, weights);
-    sum += least;
-    slots[task.kinds[where]!]! += task.slots[where]!;
-    processors[task.kinds[where]!]! += task.processors[where]!;
-  }
   // Where all is divided best, each that counts is busy for `sum`.
   const factor = (used: number, there: number) =>
     Math.exp(step * Math.max(-1, Math.min(1, used / there / sum - 1)));
@@ -254,25 +298,21 @@ function shift(
   }, kinds);
 }
 
-function sumOf(tasks: readonly Task[], weights: Weights): number {
-  let sum = 0;
-  for (const task of tasks) sum += weigh(task, weights)[0];
-  return sum;
-}
-
-/** Tries to find better weights for some tasks. */
+/** Tries to find better weights: for some of the tasks, where they are many. */
 function improve(
   first: Weights,
   tasks: readonly Task[],
   kinds: readonly Kind[],
 ): Weights {
+  const each = Math.ceil(tasks.length / TRIES.tasks);
+  const some = new Row(tasks.filter((_, index) => index % each === 0));
   let best = first;
-  let most = sumOf(tasks, first);
+  let most = 0;
   let weights = first;
   for (let index = 0; index < TRIES.weights; index++) {
-    weights = shift(weights, tasks, kinds, 1 / (1 + index / 10));
-    const sum = sumOf(tasks, weights);
-    if (sum > most) [most, best] = [sum, weights];
+    const divided = some.divide(weights);
+    if (divided.sum > most) [most, best] = [divided.sum, weights];
+    weights = shift(weights, divided, kinds, 1 / (1 + index / 10));
   }
   return best;
 }
@@ -287,21 +327,36 @@ function quantiles(values: readonly number[]): number[] {
   return [...new Set(chosen)];
 }
 
+/** How many of the values, from the lowest on, are not above `value`. */
+function rankOf(value: number, values: readonly number[]): number {
+  let rank = 0;
+  while (rank < values.length && values[rank]! <= value) rank++;
+  return rank;
+}
+
 /** The bound of the work, with the best of some r and q. */
 function bestTimes(
   tasks: readonly Task[],
-  weights: Weights,
+  least: Float64Array,
+  heads: readonly number[],
+  tails: readonly number[],
 ): Times & { bound: number } {
-  const least = tasks.map((task) => weigh(task, weights)[0]);
+  const sums = heads.map(() => new Float64Array(tails.length + 1));
+  sums.push(new Float64Array(tails.length + 1));
+  tasks.forEach(({ head, tail }, index) => {
+    const [h, t] = [rankOf(head, heads) - 1, rankOf(tail, tails) - 1];
+    sums[h]![t]! += least[index]!;
+  });
   let best = { head: 0, tail: 0, bound: 0 };
-  const tails = quantiles(tasks.map(({ tail }) => tail));
-  for (const head of quantiles(tasks.map(({ head }) => head))) {
-    for (const tail of tails) {
-      let bound = head + tail;
-      tasks.forEach((task, index) => {
-        if (task.head >= head && task.tail >= tail) bound += least[index]!;
-      });
-      if (bound > best.bound) best = { head, tail, bound };
+  for (let h = heads.length - 1; h >= 0; h--) {
+    let row = 0; // what is in this row from here on
+    for (let t = tails.length - 1; t >= 0; t--) {
+      row += sums[h]![t]!;
+      const sum = sums[h]![t] = row + sums[h + 1]![t]!;
+      const [head, tail] = [heads[h]!, tails[t]!];
+      const bound = head + tail + sum;
+      // Where there is no such build, that is none of anything.
+      if (sum > 0 && bound > best.bound) best = { head, tail, bound };
     }
   }
   return best;
@@ -334,11 +389,14 @@ export function lowerBound(layout: Layout): number {
   for (const { head, tail, slots } of tasks) {
     bound = Math.max(bound, head + tail + Math.min(...slots));
   }
+  const row = new Row(tasks);
+  const heads = quantiles(tasks.map(({ head }) => head));
+  const tails = quantiles(tasks.map(({ tail }) => tail));
   for (let weights of firstWeights(kinds, tasks)) {
     let chosen: readonly Task[] = tasks;
     for (let round = 0; round < TRIES.rounds; round++) {
       weights = improve(weights, chosen, kinds);
-      const best = bestTimes(tasks, weights);
+      const best = bestTimes(tasks, row.divide(weights).least, heads, tails);
       bound = Math.max(bound, best.bound);
       chosen = tasks.filter(({ head, tail }) =>
         head >= best.head && tail >= best.tail

@@ -122,6 +122,8 @@ export class Host implements Candidate {
   /** How quick it was seen to be. */
   quickness: number | undefined = undefined;
   isThere = false;
+  /** How many slots are free. */
+  free: number;
   builds = 0;
   slotSeconds = 0;
   bytesMoved = 0;
@@ -145,6 +147,7 @@ export class Host implements Candidate {
     this.told = told;
     this.#events = events;
     this.#lifetime = settings.factsLifetime * 1000;
+    this.free = parallelBuilds;
     this.id = `${name}:22`;
     this.machine = {
       ...{ name, systems, features, speed, parallelBuilds, port: 22 },
@@ -160,7 +163,7 @@ export class Host implements Candidate {
     const time = EPOCH + this.#events.now * 1000;
     const age = time - (this.#facts?.time ?? -Infinity);
     if (age < this.#lifetime) return this.#facts;
-    if (this.freeSlots() === 0) return undefined;
+    if (this.free === 0) return undefined;
     this.#noteLoad();
     return this.#facts = { time, load: this.#load, cores: this.told.cores };
   }
@@ -170,7 +173,7 @@ export class Host implements Candidate {
     return this.measured <= this.#events.now ? this.told.bandwidth : undefined;
   }
 
-  freeSlots = (): number => this.told.parallelBuilds - this.#runs.size;
+  freeSlots = (): number => this.free;
 
   holds = (paths: readonly string[]): string[] =>
     paths.filter((path) => this.seen.has(path));
@@ -187,7 +190,8 @@ export class Host implements Candidate {
   }
 
   #tellFree(): void {
-    const isFree = this.isThere && this.freeSlots() > 0;
+    this.free = this.told.parallelBuilds - this.#runs.size;
+    const isFree = this.isThere && this.free > 0;
     for (const { free } of this.groups) {
       if (isFree) free.add(this);
       else free.delete(this);

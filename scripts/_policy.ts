@@ -31,6 +31,8 @@ interface Knowledge {
   readonly context: PluginContext;
   /** A number from 0 to 1. */
   readonly random: () => number;
+  /** How many builds a second have ended in the last minute. */
+  readonly pace: () => number;
   /** Earlier builds of a name, the latest first. */
   readonly history: (name: string) => readonly PastBuild[];
   /** The same of names that differ in their version; of all for "". */
@@ -87,22 +89,33 @@ export class Policy {
     const { present, free } = job.group;
     const request = this.#request(job, isAccepted);
     if (present.length === 0) return "postponed";
-    // Who would be the best makes no difference where nobody has a slot.
-    const ranking = free.size === 0
-      ? [{ candidate: present[0]!, score: 0 }]
-      : await this.#rank(present, request);
-    if (ranking.length === 0) return "postponed";
-    const deferral = isAccepted
-      ? undefined
-      : await this.#defer(ranking, request);
+    // Who would be the best makes no difference where nobody has a slot, nor
+    // who is busy to those that do not wait.
+    const isPatient = !isAccepted && this.#isPatient();
+    const hosts = isPatient ? present : [...free];
+    const ranking = free.size > 0
+      ? await this.#rank(hosts, request)
+      : [{ candidate: present[0]!, score: 0 }];
+    if (ranking.length === 0) {
+      return present.length > hosts.length ? "held" : "postponed";
+    }
+    const deferral = isPatient
+      ? await this.#defer(ranking, request)
+      : undefined;
     if (deferral !== undefined) {
       this.#waiting.note(job, deferral, request.time);
       return deferral.isHeld ? "held" : "postponed";
     }
-    const first = ranking.find(({ candidate }) => candidate.freeSlots() > 0);
+    const first = ranking.find(({ candidate }) => (candidate as Host).free > 0);
     if (first === undefined) return "held";
     this.#waiting.forget(job);
     return first.candidate as Host;
+  }
+
+  /** Whether there is a plugin that may have a build wait. */
+  #isPatient(): boolean {
+    for (const { defer } of this.#active.keys()) if (defer) return true;
+    return false;
   }
 
   async #rank(
@@ -116,7 +129,7 @@ export class Policy {
 
   #request(job: Job, isAccepted: boolean): ScoredRequest {
     const { request, name, inputs } = job;
-    const { history, similar } = this.#knowledge;
+    const { history, similar, pace } = this.#knowledge;
     const time = Date.now();
     return {
       ...request,
@@ -125,6 +138,7 @@ export class Policy {
       inputs: () => Promise.resolve(inputs),
       dependents: () => Promise.resolve(job.dependents),
       waited: () => Math.max(0, time - (job.waiting?.since ?? time)) / 1000,
+      pace: () => pace(),
       waiting: () => this.#waiting.urgent(time),
     };
   }

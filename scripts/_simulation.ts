@@ -16,6 +16,9 @@ import type { Host, Job, Run } from "./_host.ts";
 import { makeContext, Policy } from "./_policy.ts";
 import { makeRandom } from "./_workload.ts";
 
+/** In seconds. */
+const MINUTE = 60;
+
 /** For how long all may stand still before that is taken for the end. */
 const STANDSTILL = 3600;
 
@@ -104,6 +107,8 @@ export class Simulation {
   #running = 0;
   #lastChange = 0;
   #makespan = 0;
+  /** When the builds of the last minute have ended. */
+  #ends: number[] = [];
   readonly #problems: Record<string, number> = {};
 
   constructor(
@@ -132,6 +137,7 @@ export class Simulation {
       random: makeRandom(seed),
       history: (name) => experience.history.get(name) ?? [],
       similar: (name) => experience.similar.get(name) ?? [],
+      pace: () => this.#pace(),
     });
   }
 
@@ -325,11 +331,20 @@ export class Simulation {
     }
     if (host.bandwidth !== undefined) this.#experience.measured.add(host.id);
     this.#running--;
+    this.#ends.push(this.#events.now);
     this.#left--;
     this.#makespan = this.#events.now;
     job.isDone = true;
     this.#change();
     this.#client(clientOf(job)).tellEnded(job);
+  }
+
+  /** How many builds a second have ended in the last minute. */
+  #pace(): number {
+    const start = this.#events.now - MINUTE;
+    const old = this.#ends.findIndex((time) => time >= start);
+    if (old > 0) this.#ends.splice(0, old);
+    return this.#ends.length / MINUTE;
   }
 
   /** Those that a client can go on with, now that it learns of a build. */

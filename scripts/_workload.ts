@@ -187,14 +187,15 @@ export function makeRandom(seed: number): () => number {
 }
 
 /** Chances that repeat themselves with their seed. */
-interface Chances {
+export interface Chances {
   /** An index below `length`; with a skew above 1, a low one more often. */
   pick(length: number, skew?: number): number;
   /** A whole number, half of the time above the median, and then far above. */
   heavyTailed(median: number, sigma: number): number;
 }
 
-function makeChances(seed: number): Chances {
+/** Makes chances of a seed. */
+export function makeChances(seed: number): Chances {
   const random = makeRandom(seed);
   return {
     pick: (length, skew = 1) => Math.floor(random() ** skew * length),
@@ -206,11 +207,13 @@ function makeChances(seed: number): Chances {
   };
 }
 
-function list<T>(length: number, make: (index: number) => T): T[] {
+/** Makes a list of so many. */
+export function list<T>(length: number, make: (index: number) => T): T[] {
   return Array.from({ length }, (_, index) => make(index));
 }
 
-function makeMachine(
+/** Makes a machine up. */
+export function makeMachine(
   index: number,
   system: string,
   { pick }: Chances,
@@ -271,4 +274,41 @@ export function synthesize(
     return { id, name, system: system(index), inputs, ...packages[number]! };
   });
   return { machines, items, builds };
+}
+
+/** Makes up what several clients want of the same machines, a minute apart. */
+export function synthesizeClients(
+  machineCount: number,
+  buildCount: number,
+  clientCount: number,
+  seed: number,
+): Workload {
+  const each = Math.ceil(buildCount / clientCount);
+  const parts = list(
+    clientCount,
+    (index) => synthesize(machineCount, each, seed + 1000 * index),
+  );
+  if (clientCount === 1) return parts[0]!;
+  const name = (index: number, id: string) =>
+    id.startsWith("shared-") ? id : `${index}-${id}`;
+  const items = parts.flatMap((part, index) =>
+    Object.entries(part.items!).map(([id, size]) => [name(index, id), size])
+  );
+  const builds = parts.flatMap((part, index) =>
+    part.builds.map((build) => ({
+      ...build,
+      client: `client-${index}`,
+      id: name(index, build.id!),
+      name: name(index, build.name),
+      inputs: build.inputs!.map((id) => name(index, id)),
+    }))
+  );
+  return {
+    machines: parts[0]!.machines,
+    items: Object.fromEntries(items),
+    clients: Object.fromEntries(
+      parts.map((_, index) => [`client-${index}`, 60 * index]),
+    ),
+    builds,
+  };
 }

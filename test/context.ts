@@ -77,6 +77,7 @@ export function request(fields: Partial<ScoredRequest> = {}): ScoredRequest {
     inputs: () => Promise.resolve([]),
     dependents: () => Promise.resolve([]),
     waited: () => 0,
+    pace: () => 0,
     waiting: () => [],
     ...fields,
   };
