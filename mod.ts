@@ -1785,11 +1785,12 @@ function chosenName(
   { plugins, settings }: Pick<Context, "plugins" | "settings">,
 ): string {
   if (hook !== "score" || settings.score !== "auto") return settings[hook];
-  const scoring = plugins.filter((plugin) =>
-    plugin.score && (!isBuiltin(plugin) || plugin.name in settings.use)
-  );
+  const isOther = (plugin: Plugin) =>
+    plugin.score !== undefined && plugin.name !== AUTOMATIC_SCORE &&
+    (!isBuiltin(plugin) || plugin.name in settings.use);
   const isThere = plugins.some(({ name }) => name === AUTOMATIC_SCORE);
-  return isThere && scoring.length === 0 ? AUTOMATIC_SCORE : guixPlugin.name;
+  const isAlone = isThere && !plugins.some(isOther);
+  return isAlone ? AUTOMATIC_SCORE : guixPlugin.name;
 }
 
 /** What a command has to have, each of the type of these. */
@@ -2066,7 +2067,7 @@ function useAnswer<T>(plugin: Plugin, hook: keyof Hooks, use: () => T): T {
 type HookContext = Omit<PluginContext, "options"> & Pick<Context, "plugins">;
 
 /** A plugin that has a hook. */
-type PluginWith<K extends keyof Hooks> = Plugin & Pick<Hooks, K>;
+export type PluginWith<K extends keyof Hooks> = Plugin & Pick<Hooks, K>;
 
 /** Calls a plugin's hook, with a context that is the plugin's own. */
 type HookCall<K extends keyof Hooks, C, T> = (
@@ -2130,7 +2131,7 @@ export function isDefault(plugin: Plugin): boolean {
  * The plugins whose hook counts: a site's own always, of the built-in ones
  * those that the settings name, and what has nothing to be told.
  */
-function pluginsWith<K extends keyof Hooks>(
+export function pluginsWith<K extends keyof Hooks>(
   hook: K,
   { plugins, settings }: Pick<Context, "plugins" | "settings">,
 ): PluginWith<K>[] {
@@ -2331,7 +2332,7 @@ function checkDeferral(answer: Deferral | undefined): Deferral | undefined {
 }
 
 /** The first plugin's answer why a build is to wait; one that fails has none. */
-async function askToDefer(
+export async function askToDefer(
   ranking: readonly ScoredCandidate[],
   request: ScoredRequest,
   context: Context,

@@ -124,9 +124,26 @@ export interface Expectation {
   readonly total: number;
 }
 
+/** What was expected of machines last. */
+const expectations = new WeakMap<Candidate, Expectation>();
+
+/** What was expected of a machine when it was scored last. */
+export function expectationOf(candidate: Candidate): Expectation | undefined {
+  return expectations.get(candidate);
+}
+
+/** Notes that for others. */
+export function noteExpectation(
+  candidate: Candidate,
+  expectation: Expectation | undefined,
+): void {
+  if (expectation) expectations.set(candidate, expectation);
+  else expectations.delete(candidate);
+}
+
 /**
  * Seconds until each build that runs somewhere ends, the first first. One that
- * takes longer than it should takes longer still, the longer it took already.
+ * takes longer than it should is given as long again as it is late.
  */
 function expectEnds(
   running: readonly RunningBuild[],
@@ -135,7 +152,9 @@ function expectEnds(
 ): number[] {
   return running.map((build) => {
     const elapsed = Math.max(0, request.time - build.since) / 1000;
-    return Math.max(usualWork(build, request) / speed - elapsed, elapsed / 4);
+    const usual = usualWork(build, request) / speed;
+    const left = usual - elapsed;
+    return left > 0 ? left : Math.max(usual / 10, -left);
   }).sort((a, b) => a - b);
 }
 
@@ -155,13 +174,19 @@ export function isFull({ machine, running }: Candidate): boolean {
   return running().length >= machine.parallelBuilds;
 }
 
+/** A machine, how quick it is, and how long a build takes there in itself. */
+export interface Place {
+  readonly candidate: Candidate;
+  readonly speed: number;
+  readonly build: number;
+}
+
 /**
  * Seconds until a slot is free for a build, while so many others wait for one
- * there that go first.
+ * there that go first, and take as long as it does.
  */
 export function expectSlot(
-  candidate: Candidate,
-  speed: number,
+  { candidate, speed, build }: Place,
   ahead: number,
   request: ScoredRequest,
 ): number {
@@ -172,7 +197,7 @@ export function expectSlot(
   if (ends.length === 0) return 0;
   const turn = Math.max(0, ahead - Math.max(0, free));
   const rounds = Math.floor(turn / ends.length);
-  return ends[turn % ends.length]! + rounds * ends.at(-1)!;
+  return ends[turn % ends.length]! + rounds * build;
 }
 
 /** How many of the bytes of what a build needs a machine lacks. */
@@ -220,13 +245,6 @@ export function expectBuild(
   return median(here.map((build) => build.seconds)) ?? seconds / speed;
 }
 
-/** A machine, how quick it is, and how long a build takes there in itself. */
-interface Place {
-  readonly candidate: Candidate;
-  readonly speed: number;
-  readonly build: number;
-}
-
 /**
  * Seconds until machines whose slots are all taken have one, in the order of
  * `full`: looked up of those that are quick enough for it to matter.
@@ -240,7 +258,7 @@ function expectSlots(
     .sort((a, b) => a.build - b.build).slice(0, COMPARED);
   const waits = new Map(compared.map((place) => [
     place,
-    expectSlot(place.candidate, place.speed, 0, request),
+    expectSlot(place, 0, request),
   ]));
   const usual = median([...waits.values()]) ?? 0;
   return new Map(full.map((place) => [place, waits.get(place) ?? usual]));

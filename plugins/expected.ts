@@ -9,7 +9,6 @@
  * @module
  */
 
-import { machineMatches } from "../mod.ts";
 import type {
   Awaitable,
   Candidate,
@@ -20,7 +19,14 @@ import type {
   ScoredRequest,
   WaitingBuild,
 } from "../mod.ts";
-import { expect, expectSlot, isFull, speedOf } from "./_expectation.ts";
+import {
+  expect,
+  expectationOf,
+  expectSlot,
+  isFull,
+  noteExpectation,
+  speedOf,
+} from "./_expectation.ts";
 import type { Expectation } from "./_expectation.ts";
 import { aheadOf, rankOf, urgencyOf } from "./_order.ts";
 
@@ -39,9 +45,6 @@ const expectations = new WeakMap<
   Awaitable<ReadonlyMap<Candidate, Expectation> | undefined>
 >();
 
-/** What was expected of a machine last. */
-const expected = new WeakMap<Candidate, Expectation>();
-
 /** A build that is asked about, and how it stands. */
 interface Standing {
   readonly request: ScoredRequest;
@@ -54,10 +57,12 @@ interface Standing {
 }
 
 /** Whether a build waits that a machine could do. */
-function couldDo(candidate: Candidate, other: WaitingBuild): boolean {
-  const { system = "", features = [] } = other;
-  const request = { wantsLocal: false, derivation: "", system, features };
-  return machineMatches(candidate.machine, request);
+function couldDo(
+  { machine }: Candidate,
+  { system = "", features = [] }: WaitingBuild,
+): boolean {
+  return machine.systems.includes(system) &&
+    features.every((feature) => machine.features.includes(feature));
 }
 
 /** Leaves the slots that are free to others, where these are more urgent. */
@@ -85,7 +90,7 @@ function expectAfter(
   candidate: Candidate,
   { request, ahead, context }: Standing,
 ): { slot: number; total: number } | undefined {
-  const expectation = expected.get(candidate);
+  const expectation = expectationOf(candidate);
   if (expectation === undefined) return undefined;
   const { transfer, build } = expectation;
   const before = ahead.filter((other) =>
@@ -93,7 +98,7 @@ function expectAfter(
     (other.machine === undefined && couldDo(candidate, other))
   ).length;
   const speed = speedOf(candidate, context.options.learn === true);
-  const slot = expectSlot(candidate, speed, before, request);
+  const slot = expectSlot({ candidate, speed, build }, before, request);
   return { slot, total: slot + transfer + build };
 }
 
@@ -104,7 +109,7 @@ function awaitBetter(
 ): Deferral | undefined {
   const { rank, context: { options, settings } } = standing;
   const free = ranking.findIndex(({ candidate }) => !isFull(candidate));
-  const alternative = expected.get(ranking[free]!.candidate);
+  const alternative = expectationOf(ranking[free]!.candidate);
   if (alternative === undefined) return undefined;
   let best = alternative.total - GAIN.seconds;
   best = Math.min(best, alternative.total * (1 - GAIN.share));
@@ -141,12 +146,8 @@ const plugin = {
     const known = expectations.get(all) ?? expect(all, request, learns);
     expectations.set(all, known);
     const expectation = (await known)?.get(candidate);
-    if (expectation === undefined) {
-      expected.delete(candidate);
-      return speedOf(candidate, learns);
-    }
-    expected.set(candidate, expectation);
-    return -expectation.total;
+    noteExpectation(candidate, expectation);
+    return expectation ? -expectation.total : speedOf(candidate, learns);
   },
   async defer(ranking, request, context) {
     const idle = ranking.map(({ candidate }) => candidate)

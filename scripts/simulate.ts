@@ -17,6 +17,7 @@ import {
   loadPlugin,
   loadPlugins,
   OffloadError,
+  pluginsWith,
   readSettings,
 } from "../mod.ts";
 import type { Plugin, Settings } from "../mod.ts";
@@ -183,15 +184,13 @@ async function loadPolicies(
   );
   const builtins = await loadPlugins("", { ...settings, use }, console);
   const reference = builtins.filter(({ name }) => name === "guix");
-  const plugins = builtins.filter(({ name, score }) =>
-    score !== undefined && (name === settings.score || name in settings.use)
-  );
+  const plugins = [...builtins];
   if (options.plugin) {
     const file = String(options.plugin);
     const taken = [...names, ...builtins.map(({ name }) => name)];
     plugins.unshift(await loadScoring(file, taken, settings.hookTimeout));
   }
-  return [reference, plugins];
+  return [reference, pluginsWith("score", { plugins, settings })];
 }
 
 /** What came of a seed. */

@@ -133,7 +133,9 @@ test("what is damaged is replaced, with a word", () => {
   for (const table of ["course", "waiting"] as const) {
     const { context, journal, file, warnings } = makeJournal();
     journal.save(makeEntry(), context.settings);
-    const row = table === "course" ? "('0', 0, '{}')" : "('', 0, 'now', '')";
+    const row = table === "course"
+      ? "('0', 0, '{}')"
+      : "('', 0, 'now', '', 0, '', '', '')";
     execute(file, `INSERT INTO ${table} VALUES ${row}`);
     if (table === "course") journal.courses();
     else {

@@ -321,7 +321,9 @@ test("Observations remember builds and what machines hold", () => {
   ]);
   assert.equal(
     observations.history("hello-2.12").map((build) => ({ ...build })),
-    [{ machine: "b:22", seconds: 5 }, { machine: "a:22", seconds: 3 }],
+    [{ machine: "b:22", seconds: 5, speed: 0.6 ** 0.2 }, {
+      ...{ machine: "a:22", seconds: 3, speed: 1 },
+    }],
   );
   const paths = ["/gnu/store/x", "/gnu/store/z"];
   assert.equal(observations.held("a:22", paths), ["/gnu/store/x"]);
@@ -340,7 +342,9 @@ test("Observations keep so many rows and no more, the latest", () => {
     `WITH RECURSIVE number(n) AS
        (VALUES (2) UNION ALL SELECT n + 1 FROM number WHERE n < ${last})`;
   database.exec(`BEGIN;
-      ${numbers(199_999)} INSERT INTO build SELECT n, 'a:22', 1, 0 FROM number;
+      ${
+    numbers(199_999)
+  } INSERT INTO build SELECT n, 'a:22', 1, 1, 0 FROM number;
       INSERT INTO own SELECT name, 1, 0 FROM build;
       INSERT INTO used SELECT name, 0 FROM build;
       INSERT INTO machine (id) SELECT name FROM build;
@@ -426,7 +430,7 @@ const DAMAGE: Readonly<Record<string, (file: string) => void>> = {
     execute(
       file,
       `CREATE TRIGGER more AFTER UPDATE ON machine
-       BEGIN INSERT INTO build VALUES ('x', 'x', 1, 1); END`,
+       BEGIN INSERT INTO build VALUES ('x', 'x', 1, 1, 1); END`,
     ),
   "it is removed": (file) => rmSync(file),
   "its directory is removed": (file) => rmSync(dirname(file), REMOVE),

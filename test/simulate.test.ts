@@ -125,7 +125,7 @@ test("run() shows plugins what the real one would", async () => {
     ],
   }, [spy]);
   const common = { bandwidth: undefined, held: 0, id: "m:22", past: [] };
-  const past = { machine: "m:22", seconds: 4 };
+  const past = { machine: "m:22", seconds: 4, speed: 2 };
   // What was built from 1 s to 5 s, seen as the load of a minute is.
   const later = { bandwidth: 2e6, load: 2 * (1 - Math.exp(-4 / 60)) };
   assert.equal(seen, [
