@@ -64,44 +64,51 @@ function checkScore(score: unknown): number {
   throw new Error(`expected a number, got ${String(score)}`);
 }
 
-/** Adds a plugin's scores up, if all are valid. */
-function addScores(totals: Float64Array, scores: readonly unknown[]): void {
-  const checked = scores.map(checkScore);
-  for (let index = 0; index < totals.length; index++) {
-    totals[index]! += checked[index]!;
-  }
-}
-
-/** How two of a ranking stand to each other: by score, then by speed. */
-function compare(
+/** Asks a plugin about all machines: at once, unless it takes its time. */
+function askAll(
   hosts: readonly Host[],
-  totals: Float64Array,
-  one: number,
-  other: number,
-): number {
-  const [a, b] = [totals[one]!, totals[other]!];
-  return a !== b ? a - b : hosts[one]!.machine.speed -
-    hosts[other]!.machine.speed;
-}
-
-/** The index of the best of those that are free, or not; -1 if none is. */
-function findBest(
-  hosts: readonly Host[],
-  totals: Float64Array,
-  isFree: boolean,
-  random: () => number,
-): number {
-  let best = -1;
-  let equals = 0;
+  ask: (host: Host) => unknown,
+): Awaitable<Float64Array> {
+  const scores = new Float64Array(hosts.length);
   for (let index = 0; index < hosts.length; index++) {
-    if (hosts[index]!.free > 0 !== isFree) continue;
-    if (totals[index] === -Infinity) continue;
-    const order = best < 0 ? 1 : compare(hosts, totals, index, best);
-    if (order < 0) continue;
-    equals = order > 0 ? 1 : equals + 1;
-    if (random() * equals < 1) best = index;
+    const answer = ask(hosts[index]!);
+    if (answer instanceof Promise) {
+      const others = hosts.slice(index + 1).map(async (it) => await ask(it));
+      return Promise.all([...scores.subarray(0, index), answer, ...others])
+        .then((answers) => Float64Array.from(answers, checkScore));
+    }
+    scores[index] = checkScore(answer);
   }
-  return best;
+  return scores;
+}
+
+function addTo(totals: Float64Array, scores: Float64Array): void {
+  for (let index = 0; index < totals.length; index++) {
+    totals[index]! += scores[index]!;
+  }
+}
+
+/** Finds the best, one after another: by score, then by speed, then by chance. */
+class Best {
+  host: Host | undefined = undefined;
+  score = -Infinity;
+  #equals = 0;
+  readonly #random: () => number;
+
+  constructor(random: () => number) {
+    this.#random = random;
+  }
+
+  offer(host: Host, score: number): void {
+    if (score < this.score || score === -Infinity) return;
+    const order = score - this.score ||
+      host.machine.speed - this.host!.machine.speed;
+    if (order < 0) return;
+    this.#equals = order > 0 ? 1 : this.#equals + 1;
+    if (this.#equals > 1 && this.#random() * this.#equals >= 1) return;
+    this.host = host;
+    this.score = score;
+  }
 }
 
 /** The plugins whose scores are summed, and who may have builds wait. */
@@ -128,20 +135,23 @@ export class Policy {
     const request = this.#request(job);
     const totals = await this.#score(hosts, request);
     const { random } = this.#knowledge;
-    const idle = findBest(hosts, totals, true, random);
-    const busy = findBest(hosts, totals, false, random);
+    const [idle, busy] = [new Best(random), new Best(random)];
+    for (let index = 0; index < hosts.length; index++) {
+      const host = hosts[index]!;
+      (host.free > 0 ? idle : busy).offer(host, totals[index]!);
+    }
     // Where a busy one is as good, nothing speaks for waiting.
-    if (busy < 0 || !(totals[idle]! < totals[busy]! || idle < 0)) {
-      return hosts[idle] ?? (present.length > free.size ? "busy" : "vetoed");
+    if (busy.host === undefined || idle.score >= busy.score) {
+      return idle.host ?? (present.length > free.size ? "busy" : "vetoed");
     }
     const seconds = await this.#wait({
-      busy: hosts[busy]!,
-      busyScore: totals[busy]!,
-      idle: hosts[idle],
-      idleScore: totals[idle] ?? -Infinity,
+      busy: busy.host,
+      busyScore: busy.score,
+      idle: idle.host,
+      idleScore: idle.score,
       waited,
     }, request);
-    return seconds > 0 ? "busy" : hosts[idle] ?? "busy";
+    return seconds > 0 ? "busy" : idle.host ?? "busy";
   }
 
   /** Whether there is a plugin that may have a build wait. */
@@ -186,18 +196,13 @@ export class Policy {
     const totals = new Float64Array(hosts.length);
     for (const plugin of [...this.#active.keys()]) {
       if (plugin.score === undefined) continue;
-      await this.#call(plugin, "score", (context) => {
-        const answers: unknown[] = new Array(hosts.length);
-        let isPromised = false;
-        for (let index = 0; index < hosts.length; index++) {
-          const answer = plugin.score!(hosts[index]!, request, context);
-          answers[index] = answer;
-          isPromised ||= typeof answer === "object";
-        }
-        return isPromised
-          ? Promise.all(answers).then((scores) => addScores(totals, scores))
-          : addScores(totals, answers);
-      });
+      const scores = await this.#call(
+        plugin,
+        "score",
+        (context) =>
+          askAll(hosts, (host) => plugin.score!(host, request, context)),
+      );
+      if (scores !== undefined) addTo(totals, scores);
     }
     return totals;
   }
