@@ -5450,6 +5450,8 @@ export async function rank(
   context: Context,
 ): Promise<Appraisal[]> {
   const eligible = prospects.filter((prospect) => {
+    // Who is not asked, for all its slots are taken, may be worth a wait.
+    if (isUnknown(prospect) && prospect.machine.parallelBuilds > 0) return true;
     const { why } = exclusion(prospect, context) ?? {};
     if (why) context.log.debug(`skipping '${prospect.machine.name}': ${why}`);
     return why === undefined;

@@ -6,7 +6,6 @@
  * @module
  */
 
-import { machineMatches } from "../mod.ts";
 import type { InputItem, Plugin, Settings } from "../mod.ts";
 import { lowerBound } from "./_bound.ts";
 import { Events } from "./_events.ts";
@@ -53,7 +52,7 @@ function makeHosts(
 class Builder {
   readonly known = new Map<string, InputItem | Job>();
   readonly #hosts: readonly Host[];
-  readonly #groups = new Map<string, Group>();
+  readonly groups = new Map<string, Group>();
 
   constructor(hosts: readonly Host[]) {
     this.#hosts = hosts;
@@ -64,10 +63,12 @@ class Builder {
     const derivation = storePath(this.known.size, `${name}.drv`);
     const request = { wantsLocal: false, system, derivation, features };
     const key = [system, ...features].join(" ");
-    const group = this.#groups.get(key) ?? new Group(
-      this.#hosts.filter(({ machine }) => machineMatches(machine, request)),
-    );
-    this.#groups.set(key, group);
+    let group = this.groups.get(key);
+    if (group === undefined) {
+      group = new Group(request);
+      group.find(this.#hosts);
+      this.groups.set(key, group);
+    }
     if (group.hosts.length === 0) fail(place, `no machine builds for '${key}'`);
     const job = new Job(build, request, group);
     for (const name of new Set(inputs)) {
@@ -93,11 +94,16 @@ function order(jobs: readonly Job[]): void {
     .forEach(([, job], index) => job.order = index);
 }
 
+/** When the last simulation has ended: plugins see one clock. */
+let turn: Promise<unknown> = Promise.resolve();
+
 /** Builds that clients want of machines. */
 export class Farm {
   readonly #workload: CompleteWorkload;
   readonly #root: string;
-  readonly #layout: Layout;
+  readonly #groups: readonly Group[];
+  #hosts: readonly Host[];
+  readonly #jobs: readonly Job[];
 
   /**
    * Checks a workload.
@@ -107,42 +113,66 @@ export class Farm {
   constructor(workload: unknown, file: string) {
     this.#root = `${file}: $`;
     this.#workload = complete(workload, WORKLOAD, this.#root);
-    this.#layout = this.#layOut(new Events(), { factsLifetime: 0 });
-  }
-
-  #layOut(events: Events, settings: Pick<Settings, "factsLifetime">): Layout {
-    const { items, clients, builds } = this.#workload;
-    const hosts = makeHosts(this.#workload, events, settings, this.#root);
-    const builder = new Builder(hosts);
+    const { items, builds } = this.#workload;
+    this.#hosts = this.#makeHosts(new Events(), { factsLifetime: 0 });
+    const builder = new Builder(this.#hosts);
     const { known } = builder;
     for (const [name, size] of Object.entries(items)) {
       known.set(name, { path: storePath(known.size, name), size });
     }
-    const jobs = builds.map((build, index) =>
+    this.#jobs = builds.map((build, index) =>
       builder.make(build, `${this.#root}.builds[${index}]`)
     );
-    order(jobs);
-    return { hosts, jobs, clients };
+    order(this.#jobs);
+    this.#groups = [...builder.groups.values()];
+  }
+
+  #makeHosts(
+    events: Events,
+    settings: Pick<Settings, "factsLifetime">,
+  ): Host[] {
+    return makeHosts(this.#workload, events, settings, this.#root);
+  }
+
+  /** Has all be as it is in the beginning. */
+  #layOut(events: Events, settings: Pick<Settings, "factsLifetime">): Layout {
+    const hosts = this.#hosts = this.#makeHosts(events, settings);
+    for (const group of this.#groups) group.find(hosts);
+    for (const job of this.#jobs) job.reset();
+    return { hosts, jobs: this.#jobs, clients: this.#workload.clients };
   }
 
   /** The makespan that no policy can fall below, in seconds. */
   lowerBound(): number {
-    return lowerBound(this.#layout);
+    return lowerBound({
+      hosts: this.#hosts,
+      jobs: this.#jobs,
+      clients: this.#workload.clients,
+    });
   }
 
   /**
    * Simulates, once, how plugins decide whose scores are summed. The seed
    * decides among equals; `experience` is what is known from before.
    */
-  run(
+  async run(
     plugins: readonly Plugin[],
     seed: number,
     settings: Settings,
     experience?: Experience,
   ): Promise<Outcome> {
-    const events = new Events();
-    const layout = this.#layOut(events, settings);
-    return new Simulation(layout, events, plugins, seed, settings, experience)
-      .run();
+    return await this.#takeTurn(() => {
+      const events = new Events();
+      const layout = this.#layOut(events, settings);
+      return new Simulation(layout, events, plugins, seed, settings, experience)
+        .run();
+    });
+  }
+
+  /** Does something when all else is done. */
+  #takeTurn<T>(work: () => T | Promise<T>): Promise<T> {
+    const done = turn.then(work);
+    turn = done.catch(() => {});
+    return done;
   }
 }

@@ -6,6 +6,7 @@
  * @module
  */
 
+import { machineMatches } from "../mod.ts";
 import type {
   Candidate,
   Dependent,
@@ -24,15 +25,25 @@ import type { WorkloadBuild, WorkloadMachine } from "./_workload.ts";
 /** The builds that the same machines can do. */
 export class Group {
   /** All of them. */
-  readonly hosts: readonly Host[];
+  hosts: readonly Host[] = [];
   /** Those that are there. */
   present: readonly Host[] = [];
   /** Of these, those with a free slot. */
   readonly free = new Set<Host>();
+  readonly #request: Request;
 
-  constructor(hosts: readonly Host[]) {
-    this.hosts = hosts;
-    for (const host of hosts) host.groups.push(this);
+  constructor(request: Request) {
+    this.#request = request;
+  }
+
+  /** Finds its machines; none is there yet. */
+  find(hosts: readonly Host[]): void {
+    this.hosts = hosts.filter(({ machine }) =>
+      machineMatches(machine, this.#request)
+    );
+    for (const host of this.hosts) host.groups.push(this);
+    this.present = [];
+    this.free.clear();
   }
 }
 
@@ -70,6 +81,13 @@ export class Job implements Dependent {
     this.group = group;
     const path = request.derivation.replace(/\.drv$/, "");
     this.output = { path, size: build.output };
+  }
+
+  /** Forgets what happened. */
+  reset(): void {
+    this.pending = this.parents.length;
+    this.asked = undefined;
+    this.isDone = false;
   }
 
   /** Notes something that it needs. */
@@ -266,7 +284,8 @@ export class Host implements Candidate {
       this.builds++;
       this.bytesMoved += output.size;
       this.store.set(output.path, this.#events.now);
-      for (const { path } of [...run.job.inputs, output]) this.seen.add(path);
+      for (const { path } of run.job.inputs) this.seen.add(path);
+      this.seen.add(output.path);
       tell(run, now - run.began!);
     });
   }

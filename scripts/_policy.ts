@@ -40,15 +40,34 @@ interface Knowledge {
   readonly report: (problem: string) => void;
 }
 
-/** Adds a plugin's scores up, if all are valid. */
-function addScores(totals: Float64Array, scores: readonly unknown[]): void {
-  for (const score of scores) {
-    if (score === undefined || score === -Infinity) continue;
-    if (Number.isFinite(score)) continue;
-    throw new Error(`expected a number, got ${String(score)}`);
+/** Checks a score; that of a plugin that abstains is 0. */
+function checkScore(score: unknown): number {
+  if (typeof score === "number" && score < Infinity) return score;
+  if (score === undefined) return 0;
+  throw new Error(`expected a number, got ${String(score)}`);
+}
+
+/** Asks a plugin about all machines: at once, unless it takes its time. */
+function askAll(
+  hosts: readonly Host[],
+  ask: (host: Host) => unknown,
+): Awaitable<Float64Array> {
+  const scores = new Float64Array(hosts.length);
+  for (let index = 0; index < hosts.length; index++) {
+    const answer = ask(hosts[index]!);
+    if (answer instanceof Promise) {
+      const others = hosts.slice(index + 1).map(async (it) => await ask(it));
+      return Promise.all([...scores.subarray(0, index), answer, ...others])
+        .then((answers) => Float64Array.from(answers, checkScore));
+    }
+    scores[index] = checkScore(answer);
   }
-  for (let index = 0; index < scores.length; index++) {
-    totals[index]! += scores[index] as number | undefined ?? 0;
+  return scores;
+}
+
+function addTo(totals: Float64Array, scores: Float64Array): void {
+  for (let index = 0; index < totals.length; index++) {
+    totals[index]! += scores[index]!;
   }
 }
 
@@ -172,15 +191,13 @@ export class Policy {
     const all = [...hosts]; // another one each time, as the hook has it
     for (const plugin of [...this.#active.keys()]) {
       if (plugin.score === undefined) continue;
-      await this.#call(plugin, "score", (context) => {
-        const answers: unknown[] = hosts.map((host) =>
-          plugin.score!(host, request, context, all)
-        );
-        const promised = answers.some((answer) => typeof answer === "object");
-        return promised
-          ? Promise.all(answers).then((scores) => addScores(totals, scores))
-          : addScores(totals, answers);
-      });
+      const scores = await this.#call(
+        plugin,
+        "score",
+        (context) =>
+          askAll(hosts, (host) => plugin.score!(host, request, context, all)),
+      );
+      if (scores !== undefined) addTo(totals, scores);
     }
     return totals;
   }

@@ -68,9 +68,6 @@ interface Held {
   readonly client: Client | undefined;
 }
 
-/** By when each has had its turn: plugins see one clock. */
-let turn: Promise<unknown> = Promise.resolve();
-
 function sum<T>(list: Iterable<T>, value: (element: T) => number): number {
   let total = 0;
   for (const element of list) total += value(element);
@@ -141,14 +138,8 @@ export class Simulation {
     });
   }
 
-  /** Has all happen, once; one simulation after the other. */
-  run(): Promise<Outcome> {
-    const run = turn.then(() => this.#runNow());
-    turn = run.catch(() => {});
-    return run;
-  }
-
-  async #runNow(): Promise<Outcome> {
+  /** Has all happen, once. */
+  async run(): Promise<Outcome> {
     const start = performance.now();
     const { now } = Date;
     // Plugins know no other clock.

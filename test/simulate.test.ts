@@ -352,6 +352,28 @@ test("simulate compares, and records what it made up", () =>
     assert.match(stdout, /\nlower bound +[\d.]+ +1\.00\nguix \(reference\) /);
   }));
 
+test("simulate sums up several seeds, of clients, packages and repetitions", async () => {
+  const common = ["--score", "locality", "--json", "--seeds", "2-4"];
+  const size = ["--machines", "5", "--builds", "60", "--clients", "2"];
+  const { stdout } = await call(...common, ...size, "--warm");
+  const { seeds, reference, plugin } = JSON.parse(stdout);
+  assert.equal(seeds.map(({ seed }: { seed: number }) => seed), [2, 3, 4]);
+  const ratios = seeds.map((
+    it: Record<"plugin", Outcome> & {
+      readonly lowerBound: number;
+    },
+  ) => it.plugin.makespan! / it.lowerBound);
+  assert.is(plugin.worst, Math.max(...ratios));
+  const sum = ratios.reduce((total: number, it: number) => total + it, 0);
+  assert.ok(Math.abs(plugin.average - sum / 3) < 1e-9);
+  assert.ok(reference.average >= 1);
+  const cold = JSON.parse((await call(...common, ...size)).stdout);
+  assert.not.equal(cold.plugin, plugin);
+  const table = await call("--packages", "hello,git", "--seeds", "1-2");
+  assert.match(table.stdout, /^ +seed +lower bound +guix \(s\) /);
+  assert.match(table.stdout, /\n +worst +[\d.]+ +[\d.]+\n$/);
+});
+
 test("simulate takes a site's plugin, and fails where that does", () =>
   withDirectory(async (directory) => {
     const file = `${directory}/site.ts`;
@@ -393,6 +415,10 @@ test("simulate says what is wrong with its options", () =>
       [["--workload", file, "--builds", "1"], /--builds: it does not go with/],
       [["--builds", "0"], /--builds: expected a whole number above 0, got '0'/],
       [["--seed", "x"], /--seed: expected a whole number/],
+      [["--seeds", "3-1"], /--seeds: expected FROM-TO, got '3-1'/],
+      [["--seeds", "2"], /--seeds: expected FROM-TO, got '2'/],
+      [["--packages", "emacs"], /emacs: expected one of hello, git/],
+      [["--packages", "git", "--builds", "1"], /--builds: it does not go/],
       [["--score", "best"], /there is no built-in score 'best', only 'guix'/],
       [["--plugin", "/nonexistent.ts"], /nonexistent\.ts: /],
       [["--frob"], /unknown option `--frob`/],
