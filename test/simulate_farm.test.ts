@@ -3,7 +3,7 @@
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { readSettings } from "../mod.ts";
-import type { Candidate, Plugin } from "../mod.ts";
+import type { Plugin } from "../mod.ts";
 import { ofPackages } from "../scripts/_derivations.ts";
 import { EPOCH } from "../scripts/_events.ts";
 import { Farm } from "../scripts/_farm.ts";
