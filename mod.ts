@@ -1174,8 +1174,9 @@ export const SETTINGS = {
     "whether a process stays that serves further builds"],
   residentIdle: [600, 1, DAY,
     "seconds without a build after which it ends"],
-  score: ["guix",
-    "the built-in plugin that scores machines"],
+  score: ["auto",
+    "the built-in plugin that scores machines; 'auto' is 'expected', or " +
+    "'guix' where another plugin scores"],
   stepTimeout: [1800, 1, DAY,
     "seconds for which nothing may move before and after a build, as where a " +
     "machine collects garbage first"],
@@ -1365,6 +1366,49 @@ export interface PastBuild {
   readonly machine: string;
   /** How long it took, in seconds. */
   readonly seconds: number;
+  /** The speed that the machine had, as far as it was known then. */
+  readonly speed?: number;
+}
+
+/** A build that has a slot. */
+export interface RunningBuild {
+  /** Name of the derivation, without hash and `.drv`. */
+  readonly name: string;
+  /** Since when it has that slot, in milliseconds since 1970. */
+  readonly since: number;
+}
+
+/** A build that was asked for and has no slot yet. */
+export interface WaitingBuild {
+  /** File name of the derivation. */
+  readonly derivation: string;
+  /** Since when, in milliseconds since 1970. */
+  readonly since: number;
+  /** When it was asked for last: guix-daemon does so every 5 s. */
+  readonly seen: number;
+  /** What for: "busy" is a free slot, "unreachable" a machine. */
+  readonly why: string;
+  /** How urgent it is: what is more goes first. */
+  readonly rank?: number;
+  /** NAME:PORT of the machine that it waits for, though others are free. */
+  readonly machine?: string;
+  /** The system type it is for, and the features that it requires. */
+  readonly system?: string;
+  readonly features?: readonly string[];
+}
+
+/** How a build that waits stands among others. */
+export type WaitingOrder = Pick<
+  WaitingBuild,
+  "rank" | "machine" | "system" | "features"
+>;
+
+/** A derivation whose outputs are not there. */
+export interface Dependent {
+  /** Its name, without hash and `.drv`. */
+  readonly name: string;
+  /** The same of those that need it. */
+  readonly dependents: readonly Dependent[];
 }
 
 /** A store item that a build needs. */
@@ -1383,8 +1427,12 @@ export interface Candidate {
   readonly id: string;
   /** What it said of itself a few seconds ago at most, if it did. */
   readonly facts: Facts | undefined;
-  /** How many of its slots are free now. */
+  /** How many of its slots are free now; asks each, which takes a while. */
   freeSlots(): number;
+  /** Builds of ours that were seen to begin there, and not to end. */
+  running(): readonly RunningBuild[];
+  /** How quick it was seen to be: a multiple of its `speed`. */
+  readonly quickness: number | undefined;
   /** Those of `paths` that it was seen to hold. */
   holds(paths: readonly string[]): readonly string[];
   /** Bytes a second that it was seen to receive, if it was. */
@@ -1397,10 +1445,47 @@ export interface Candidate {
 export interface ScoredRequest extends Request {
   /** Name of the derivation, without hash and `.drv`. */
   readonly name: string;
-  /** Earlier builds of that name, the latest first. */
-  history(): readonly PastBuild[];
+  /** When it is asked about, in milliseconds since 1970. */
+  readonly time: number;
+  /** Whether it needs another machine, since one has let it down. */
+  readonly isAccepted: boolean;
+  /** Earlier builds of that name, or another, the latest first. */
+  history(name?: string): readonly PastBuild[];
+  /** The same of names that begin so; of all for "". */
+  similar(beginning: string): readonly PastBuild[];
   /** What it needs; takes a while. */
   inputs(): Promise<readonly InputItem[]>;
+  /** What needs it, and is not there; takes a while. */
+  dependents(): Promise<readonly Dependent[]>;
+  /** For how many seconds it has waited. */
+  waited(): number;
+  /** How many builds a second have ended in the last minute. */
+  pace(): number;
+  /** The most urgent ones of the builds that wait, some dozens at the most. */
+  waiting(): readonly WaitingBuild[];
+}
+
+/** A machine that may take a build, and its score. */
+export interface ScoredCandidate {
+  /** The machine. */
+  readonly candidate: Candidate;
+  /** The sum of the scores. */
+  readonly score: number;
+}
+
+/** Why a build does not take a slot now. */
+export interface Deferral {
+  /** The reason, as users read it. */
+  readonly why: string;
+  /** How urgent the build is, beside others that wait. */
+  readonly rank: number;
+  /**
+   * Whether guix-daemon waits for the answer, which nothing of that client
+   * overtakes; else it asks again, after 5 s at most.
+   */
+  readonly isHeld: boolean;
+  /** The machine whose slot it waits for; else any. */
+  readonly candidate?: Candidate;
 }
 
 /** What a plugin is given beside the matter at hand. */
@@ -1569,12 +1654,25 @@ export interface Hooks {
     context: PluginContext,
     reached?: (what: Reached) => void,
   ): Awaitable<Connection | undefined>;
-  /** Scores a machine; summed. `undefined` abstains, -Infinity vetoes. */
+  /**
+   * Scores a machine, one of all that may take a build; summed. `undefined`
+   * abstains, -Infinity vetoes.
+   */
   score(
     candidate: Candidate,
     request: ScoredRequest,
     context: PluginContext,
+    all?: readonly Candidate[],
   ): Awaitable<number | undefined>;
+  /**
+   * Says why a build had better wait than go to the first of these machines,
+   * the best ones first, that has a free slot; the first answer wins.
+   */
+  defer(
+    ranking: readonly ScoredCandidate[],
+    request: ScoredRequest,
+    context: PluginContext,
+  ): Awaitable<Deferral | undefined>;
   /** Takes leave to build there until the connection ends; `false`: none. */
   admit(
     machine: Machine,
@@ -1663,6 +1761,7 @@ export const HOOKS: Readonly<
   // By itself it says better what is late.
   connect: ({ connectTimeout }) => 1.5 * connectTimeout,
   score: ({ hookTimeout }) => hookTimeout,
+  defer: ({ hookTimeout }) => hookTimeout,
   admit: ({ connectTimeout }) => connectTimeout,
   // What is ours may have to be loaded.
   transport: ({ hookTimeout }, isOurs) => isOurs ? 60 : hookTimeout,
@@ -1675,6 +1774,23 @@ type Choice = keyof Hooks & keyof Settings;
 /** Tells those hooks. */
 function isChoice(hook: string): hook is Choice {
   return hook in HOOKS && hook in SETTINGS;
+}
+
+/** The score where the setting says "auto", if no other plugin scores. */
+const AUTOMATIC_SCORE = "expected";
+
+/** The built-in plugin that is chosen for a hook, by what else there is. */
+function chosenName(
+  hook: Choice,
+  { plugins, settings }: Pick<Context, "plugins" | "settings">,
+): string {
+  if (hook !== "score" || settings.score !== "auto") return settings[hook];
+  const isOther = (plugin: Plugin) =>
+    plugin.score !== undefined && plugin.name !== AUTOMATIC_SCORE &&
+    (!isBuiltin(plugin) || plugin.name in settings.use);
+  const isThere = plugins.some(({ name }) => name === AUTOMATIC_SCORE);
+  const isAlone = isThere && !plugins.some(isOther);
+  return isAlone ? AUTOMATIC_SCORE : guixPlugin.name;
 }
 
 /** The files in plugins/, in a bundle, which has them in itself. */
@@ -1769,11 +1885,13 @@ async function loadChosen(settings: Settings): Promise<Plugin[]> {
     ...choices.map((hook) => settings[hook]),
     ...Object.keys(settings.use),
   ]);
+  if (names.delete("auto")) names.add(AUTOMATIC_SCORE);
   own.forEach(({ name }) => names.delete(name));
   const plugins = [...own, ...await loadBuiltins([...names])];
   for (const hook of choices) {
+    const choice = chosenName(hook, { plugins, settings });
     const isThere = ({ name, [hook]: call }: Plugin) =>
-      name === settings[hook] && call !== undefined;
+      name === choice && call !== undefined;
     if (plugins.some(isThere)) continue;
     const known = [...own, ...await loadBuiltins()]
       .filter((plugin) => plugin[hook] !== undefined)
@@ -1882,7 +2000,7 @@ export type HookContext =
   & Pick<Context, "plugins">;
 
 /** A plugin that has a hook. */
-type PluginWith<K extends keyof Hooks> = Plugin & Pick<Hooks, K>;
+export type PluginWith<K extends keyof Hooks> = Plugin & Pick<Hooks, K>;
 
 /** Calls a plugin's hook, with a context that is the plugin's own. */
 type HookCall<K extends keyof Hooks, C, T> = (
@@ -1920,14 +2038,16 @@ export function isDefault(plugin: Plugin): boolean {
  * The plugins whose hook counts: a site's own always, of the built-in ones
  * those that the settings name, and what has nothing to be told.
  */
-function pluginsWith<K extends keyof Hooks>(
+export function pluginsWith<K extends keyof Hooks>(
   hook: K,
   { plugins, settings }: Pick<Context, "plugins" | "settings">,
 ): PluginWith<K>[] {
+  // Who scores knows what a wait is worth.
+  const choice = hook === "defer" ? "score" : hook;
   const isUsed = (plugin: Plugin) => {
     if (!isBuiltin(plugin) || plugin.name in settings.use) return true;
-    if (isChoice(hook)) return plugin.name === settings[hook];
-    return isDefault(plugin);
+    if (!isChoice(choice)) return isDefault(plugin);
+    return plugin.name === chosenName(choice, { plugins, settings });
   };
   return plugins.filter((plugin): plugin is PluginWith<K> =>
     plugin[hook] !== undefined && isUsed(plugin)
@@ -2090,12 +2210,28 @@ export async function sumScores(
     candidates,
     "score",
     context,
-    (candidate, plugin, own) => plugin.score(candidate, request, own),
+    (candidate, plugin, own) =>
+      plugin.score(candidate, request, own, candidates),
   );
   return answers.map((scores) => ({
     byPlugin: Object.fromEntries(scores),
     total: scores.reduce((sum, [, score]) => sum + score, 0),
   }));
+}
+
+/** The first plugin's answer why a build is to wait; one that fails has none. */
+export async function askToDefer(
+  ranking: readonly ScoredCandidate[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Deferral | undefined> {
+  const answers = await allAnswers(
+    "defer",
+    context,
+    async (plugin, own) => await plugin.defer(ranking, request, own),
+    (error) => context.log.warn(error),
+  );
+  return answers.find(({ answer }) => answer !== undefined)?.answer;
 }
 
 /** The first plugin's answer why a candidate is not even to be asked. */
@@ -2431,6 +2567,7 @@ export const OPERATION = {
   addTempRoot: 11,
   exportPath: 16,
   setOptions: 19,
+  queryReferrers: 6,
   queryDerivationOutputs: 22,
   queryPathInfo: 26,
   importPaths: 27,
@@ -3525,6 +3662,8 @@ export interface MachineRecord {
   readonly asked: number;
   /** Bytes a second that it received. */
   readonly bandwidth: number | undefined;
+  /** How quick it was: a multiple of its `speed`. */
+  readonly quickness?: number | undefined;
   /**
    * How many different builds failed there that did well on other machines,
    * lately and since one did well there.
@@ -3660,8 +3799,18 @@ export interface JournalEntry
 export interface Journal {
   /** Tells how far a build in a slot is, until what this returns is called. */
   follow(slot: Pick<Slot, "file">, course: Course): () => void;
-  /** Notes that a build that has no slot waits for one, and what else for. */
-  saveWait(derivation: string, why: string): void;
+  /** Notes that a build waits: what for, and how it stands among others. */
+  saveWait(
+    derivation: string,
+    why: string,
+    order?: WaitingOrder,
+  ): void;
+  /** For how many seconds a build has waited. */
+  waited(derivation: string): number;
+  /** How many builds a second have ended in the last minute. */
+  pace(): number;
+  /** The most urgent ones of the builds that wait. */
+  urgent(): readonly WaitingBuild[];
   /** Notes a build that is over; returns all that is known of it. */
   save(build: JournalEntry, settings: Settings): JournalEntry;
   /** Notes a build whose hook was killed, which so has not. */
@@ -3695,13 +3844,15 @@ export interface Observations {
   ownDefinitions(): Set<string>;
   /** Notes a build that succeeded, and what its machine holds now. */
   saveBuild(
-    id: string,
+    machine: Machine,
     name: string,
     seconds: number,
     items: readonly string[],
   ): void;
   /** Earlier builds of a name, the latest first. */
   history(name: string): PastBuild[];
+  /** The same of names that begin so. */
+  similar(beginning: string): PastBuild[];
   /** Those of `paths` that a machine was seen to hold. */
   held(id: string, paths: readonly string[]): string[];
   /** Notes how fast a machine received a lot, in bytes a second. */
@@ -3748,8 +3899,9 @@ function observeAlone(): Observations {
     saveIdentity: () => {},
     identity: () => undefined,
     ownDefinitions: () => new Set(),
-    saveBuild: (id) => note(id, { until: 0, failures: 0 }),
+    saveBuild: (machine) => note(machineId(machine), { until: 0, failures: 0 }),
     history: () => [],
+    similar: () => [],
     held: () => [],
     saveBandwidth: () => {},
     slots: () => [],
@@ -4329,7 +4481,7 @@ async function takeDaemon(link: Link): Promise<StoreConnection> {
 }
 
 /** Ends the use of a connection to this machine's daemon. */
-function closeLocalDaemon(
+export function closeLocalDaemon(
   store: StoreConnection,
   { localDaemons }: Context,
   isClean: boolean,
@@ -4527,6 +4679,7 @@ function makeProspect(
   derivation: string,
   record: MachineRecord | undefined,
   lastUsed: number | undefined,
+  running: Candidate["running"],
   context: Context,
 ): Prospect {
   const { observations, stateDirectory } = context;
@@ -4540,7 +4693,9 @@ function makeProspect(
     awaited: `'${machine.name}'`,
     dismissed: false,
     bandwidth: record?.bandwidth,
+    quickness: record?.quickness,
     lastUsed,
+    running,
     isDoubted: (record?.doubts ?? 0) >= DOUBTS,
     freeSlots: () => countFreeSlots(machine, stateDirectory),
     holds: (paths) => observations.held(id, paths),
@@ -4789,6 +4944,23 @@ async function consultMachines(
   }
 }
 
+/** Tells by their directories what runs in slots, and looks once. */
+function tellRunning(
+  { observations }: Context,
+): (directory: string) => RunningBuild[] {
+  let found: Map<string, RunningBuild[]> | undefined;
+  const look = () => {
+    const running = new Map<string, RunningBuild[]>();
+    for (const { file, derivation, time } of observations.slots()) {
+      const builds = running.get(dirname(file)) ?? [];
+      builds.push({ name: derivationName(derivation), since: time });
+      running.set(dirname(file), builds);
+    }
+    return running;
+  };
+  return (directory) => (found ??= look()).get(directory) ?? [];
+}
+
 /** What is known of machines, of which none is asked. */
 export async function recallMachines(
   machines: readonly Machine[],
@@ -4797,10 +4969,13 @@ export async function recallMachines(
 ): Promise<Prospect[]> {
   const records = context.observations.machines();
   const lastUsed = context.observations.lastUsed();
+  const runningIn = tellRunning(context);
   const prospects = machines.map((machine) => {
     const id = machineId(machine);
     const [record, used] = [records.get(id), lastUsed.get(id)];
-    return makeProspect(machine, derivation, record, used, context);
+    const directory = slotDirectory(machine, context.stateDirectory);
+    const running = () => runningIn(directory);
+    return makeProspect(machine, derivation, record, used, running, context);
   });
   const exclusions = await firstExclusions(prospects, context);
   const own = context.observations.ownDefinitions();
@@ -4896,6 +5071,8 @@ export async function rank(
   context: Context,
 ): Promise<Appraisal[]> {
   const eligible = prospects.filter((prospect) => {
+    // Who is not asked, for all its slots are taken, may be worth a wait.
+    if (isUnknown(prospect) && prospect.machine.parallelBuilds > 0) return true;
     const { why } = exclusion(prospect, context) ?? {};
     if (why) context.log.debug(`skipping '${prospect.machine.name}': ${why}`);
     return why === undefined;
@@ -4998,6 +5175,27 @@ async function waitForSlot(
   return false;
 }
 
+/** Why a build is to wait, which others are told that wait as well. */
+async function firstDeferral(
+  ranking: readonly Appraisal[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Deferral | undefined> {
+  if (request.isAccepted || ranking.length === 0) return undefined;
+  const candidates = ranking.map(({ prospect, scores }) => (
+    { candidate: prospect, score: scores.total }
+  ));
+  const deferral = await askToDefer(candidates, request, context);
+  if (deferral === undefined) return undefined;
+  const { why, rank, candidate } = deferral;
+  const { derivation, system, features } = request;
+  const machine = candidate && { machine: candidate.id };
+  const order = { rank, system, features, ...machine };
+  context.log.debug(`'${derivation}' waits: ${why}`);
+  context.observations.journal?.saveWait(derivation, why, order);
+  return deferral;
+}
+
 /** Has a machine started, where one can be and none is being. */
 async function startMachine(
   prospects: readonly Prospect[],
@@ -5028,13 +5226,16 @@ export async function chooseBuildMachine(
     const prospects = await surveyMachines(machines, request, context);
     let ranking: readonly Appraisal[] = [];
     let assignment: Assignment | undefined;
+    let deferral: Deferral | undefined;
     try {
       ranking = await rank(prospects, request, context);
-      assignment = takeSlot(ranking, context);
+      deferral = await firstDeferral(ranking, request, context);
+      if (deferral === undefined) assignment = takeSlot(ranking, context);
     } finally {
       dismiss(prospects, assignment?.prospect);
     }
     if (assignment !== undefined) return assignment;
+    if (deferral?.isHeld === false) return "busy";
     const able = prospects.filter((prospect) =>
       ranking.some((it) => it.prospect === prospect) ||
       exclusion(prospect, context)?.isBusy
@@ -5046,8 +5247,10 @@ export async function chooseBuildMachine(
     }
     await startMachine(prospects, context);
     const busy = able.filter((prospect) =>
-      prospect.freeSlots() === 0 ||
-      ranking.some((it) => it.prospect === prospect) // it was, a moment ago
+      deferral?.candidate !== undefined
+        ? prospect === deferral.candidate
+        : prospect.freeSlots() === 0 ||
+          ranking.some((it) => it.prospect === prospect) // a moment ago
     );
     if (!await waitForSlot(busy, context, end)) return "busy";
   }
@@ -5140,18 +5343,39 @@ async function queryInputs(
   return await inputs.default(derivation, context);
 }
 
+/** Finds out what needs a derivation, for a plugin that asks. */
+async function queryDependents(
+  derivation: string,
+  context: Context,
+): Promise<readonly Dependent[]> {
+  type Module = { default: typeof queryDependents };
+  const what = `nothing here tells what needs '${derivation}'`;
+  const dependents = await demandFromPlugins<Module>("_dependents", what);
+  return await dependents.default(derivation, context);
+}
+
 /** A request as scores see it: with what is known of earlier builds. */
 export function scoredRequest(
   request: Request,
   context: Context,
 ): ScoredRequest {
-  const name = derivationName(request.derivation);
+  const { derivation } = request;
+  const { observations } = context;
+  const name = derivationName(derivation);
   let inputs: Promise<InputItem[]> | undefined;
+  let dependents: Promise<readonly Dependent[]> | undefined;
   return {
     ...request,
     name,
-    history: () => context.observations.history(name),
-    inputs: () => inputs ??= queryInputs(request.derivation, context),
+    time: Date.now(),
+    isAccepted: false,
+    history: (of = name) => observations.history(of),
+    similar: (beginning) => observations.similar(beginning),
+    inputs: () => inputs ??= queryInputs(derivation, context),
+    dependents: () => dependents ??= queryDependents(derivation, context),
+    waited: () => observations.journal?.waited(derivation) ?? 0,
+    pace: () => observations.journal?.pace() ?? 0,
+    waiting: () => observations.journal?.urgent() ?? [],
   };
 }
 
@@ -5677,7 +5901,7 @@ async function buildThere(
   if (!isCarried) await retrieveOutputs(outputs, size, transport, context);
   Object.assign(course, { retrieved: Date.now(), bytesRetrieved: size });
   context.observations.saveBuild(
-    machineId(context.machine),
+    context.machine,
     derivationName(derivation),
     seconds,
     [...needed, ...outputs],
@@ -5859,7 +6083,7 @@ async function chooseAnother(
   const isLeft = (machine: Machine) => resting.get(machine) !== Infinity;
   if (!machines.some(isLeft)) return "unreachable";
   const end = performance.now() + outageTimeout * 1000;
-  const accepted = { ...request, wantsLocal: false }; // no more
+  const accepted = { ...request, wantsLocal: false, isAccepted: true };
   let told = "";
   const tell = (what: string) => {
     if (told !== what) log.info(`${what}...`);

@@ -6,10 +6,16 @@
  */
 
 import { derivationName, machineId, mebibytes, takenSlots } from "../mod.ts";
-import type { Context, Machine, PastBuild, Screen } from "../mod.ts";
+import type {
+  Context,
+  Machine,
+  PastBuild,
+  Screen,
+  WaitingBuild,
+} from "../mod.ts";
+import { median } from "./_expectation.ts";
 import { journalOf } from "./_journal.ts";
-import type { ToldCourse, Waiting } from "./_journal.ts";
-import { median } from "./_report_figures.ts";
+import type { ToldCourse } from "./_journal.ts";
 import { formatDuration, formatTable, inOneLine } from "./_screen.ts";
 
 /** A build in a slot; what another program does there is not known. */
@@ -102,7 +108,7 @@ export function findWork(machine: Machine, context: Context): Work[] {
 export function findWaiting(
   work: readonly Work[],
   context: Context,
-): Waiting[] {
+): WaitingBuild[] {
   const waiting = journalOf(context)?.waiting() ?? [];
   return waiting.filter(({ derivation }) =>
     !work.some((it) => it.derivation === derivation)
@@ -144,12 +150,13 @@ export function describeBuild(work: Work): string {
 }
 
 /** What a build waits for. */
-function describeWait({ why }: Waiting): string {
-  return why === "busy" ? "waits for a free slot" : "waits for a machine";
+function describeWait({ why }: WaitingBuild): string {
+  if (why === "busy") return "waits for a free slot";
+  return why === "unreachable" ? "waits for a machine" : `waits: ${why}`;
 }
 
 /** Says in a line each which builds wait, and what for. */
-export function describeWaiting(waiting: readonly Waiting[]): string[] {
+export function describeWaiting(waiting: readonly WaitingBuild[]): string[] {
   return waiting.map((it) => {
     const name = inOneLine(derivationName(it.derivation));
     return `${name} ${describeWait(it)} for ${formatSince(it.since)}`;
@@ -180,7 +187,7 @@ function barOf(work: Work, screen: Screen): string {
 /** A table of builds: those at work by machine, and those that wait. */
 export function formatWork(
   work: ReadonlyMap<string, readonly Work[]>,
-  waiting: readonly Waiting[],
+  waiting: readonly WaitingBuild[],
   lines: number,
   screen: Screen,
 ): string {

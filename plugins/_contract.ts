@@ -185,6 +185,9 @@ function makeCandidates(): Candidate[] {
         id: `${MACHINE.name}:${MACHINE.port}`,
         facts,
         freeSlots: () => free,
+        running: () =>
+          free > 0 ? [] : [{ name: "hello-2.11", since: Date.now() - 5000 }],
+        quickness: free === 0 ? undefined : 1.5,
         holds: (paths: readonly string[]) => paths.slice(0, free),
         bandwidth: free === 0 ? undefined : 1e7,
         lastUsed: free === 0 ? undefined : Date.now() - 60_000,
@@ -201,15 +204,34 @@ function makeRequests(): ScoredRequest[] {
     features: ["kvm"],
     name: "hello-2.12",
     derivation: "/gnu/store/0-hello-2.12.drv",
+    isAccepted: false,
   };
+  const now = Date.now();
+  const other = { derivation: "/gnu/store/1-gcc-15.drv", why: "busy", rank: 9 };
   const path = "/gnu/store/0-input";
   const past = [{ machine: "example:22", seconds: 60 }];
   return [
-    { ...common, history: () => [], inputs: () => Promise.resolve([]) },
     {
       ...common,
+      time: now,
+      history: () => [],
+      similar: () => [],
+      inputs: () => Promise.resolve([]),
+      dependents: () => Promise.resolve([]),
+      waited: () => 0,
+      pace: () => 0,
+      waiting: () => [],
+    },
+    {
+      ...common,
+      time: now + 1,
       history: () => past,
+      similar: () => past,
       inputs: () => Promise.resolve([{ path, size: 2 ** 30 }]),
+      dependents: () => Promise.resolve([{ name: "a-1", dependents: [] }]),
+      waited: () => 3600,
+      pace: () => 0.1,
+      waiting: () => [{ ...other, since: now - 9000, seen: now }],
     },
   ].map((request) => Object.freeze(request));
 }
@@ -414,6 +436,37 @@ export async function checkTransport(
   });
 }
 
+/** Checks `defer`: a reason with a rank, or `undefined`. */
+export async function checkDefer(
+  plugin: Plugin,
+  context: PluginContext = makePluginContext(plugin),
+): Promise<void> {
+  const { hookTimeout } = context.settings;
+  demand(plugin.defer, "there is no hook 'defer'");
+  const candidates = makeCandidates();
+  const ranking = candidates
+    .map((candidate, index) => ({ candidate, score: -index }));
+  for (const request of makeRequests()) {
+    const answer = await answerWithin(
+      hookTimeout,
+      "defer",
+      () => plugin.defer!(ranking, request, context),
+    );
+    if (answer === undefined) continue;
+    const { why, rank, isHeld, candidate } = answer;
+    demand(typeof why === "string", `defer: why: ${why}, expected a reason`);
+    demand(Number.isFinite(rank), `defer: rank: ${rank}, expected a number`);
+    demand(
+      typeof isHeld === "boolean",
+      `defer: isHeld: ${isHeld}, expected true or false`,
+    );
+    demand(
+      candidate === undefined || candidates.includes(candidate),
+      "defer: 'candidate' is none of the ranking",
+    );
+  }
+}
+
 /** Checks `admit` against a real machine: `true`, `false` or `undefined`. */
 export async function checkAdmit(
   plugin: Plugin,
@@ -489,6 +542,7 @@ export const CHECKS: Readonly<
   exclude: checkExclude,
   connect: checkConnect,
   score: checkScore,
+  defer: checkDefer,
   admit: checkAdmit,
   transport: checkTransport,
   ended: checkEnded,

@@ -20,6 +20,8 @@ import type {
   Settings,
   Slot,
   UsedSlot,
+  WaitingBuild,
+  WaitingOrder,
   Work,
 } from "../mod.ts";
 import {
@@ -58,16 +60,6 @@ export interface ToldCourse extends Course {
   readonly time: number;
 }
 
-/** A build that waits for a slot. */
-export interface Waiting {
-  /** File name of the derivation. */
-  readonly derivation: string;
-  /** Since when, in milliseconds since 1970. */
-  readonly since: number;
-  /** What for: "busy" is a free slot, "unreachable" a machine. */
-  readonly why: string;
-}
-
 /** The tables; what is under way is made anew with them. */
 export const JOURNAL_SCHEMA = `
   DROP TABLE IF EXISTS journal;
@@ -84,7 +76,7 @@ export const JOURNAL_SCHEMA = `
     file TEXT PRIMARY KEY, time REAL NOT NULL, course TEXT NOT NULL);
   CREATE TABLE waiting (
     derivation TEXT PRIMARY KEY, since REAL NOT NULL, seen REAL NOT NULL,
-    why TEXT NOT NULL);
+    why TEXT NOT NULL, rank REAL, machine TEXT, system TEXT, features TEXT);
   ${ABSENCE_SCHEMA}
   ${TALLY_SCHEMA}
 `;
@@ -99,7 +91,14 @@ const TELLING = { news: 1000, same: 10_000 } as const;
  * For how long a build that is not heard of still waits, in ms. guix-daemon asks
  * again every 5 s, if it gets to it.
  */
-const WAIT_LIFETIME = { shown: 15_000, counted: 60_000 } as const;
+const WAIT_LIFETIME = {
+  urgent: 8000,
+  shown: 15_000,
+  counted: 60_000,
+} as const;
+
+/** How many builds that wait are looked at to see which ones go first. */
+const URGENT = 64;
 
 /** How many builds there are before old ones go. */
 const PRUNED = 100;
@@ -157,8 +156,23 @@ const COURSE_TYPES: Types = {
 const WAITING_TYPES: Types = {
   derivation: "string",
   since: "time",
+  seen: "time",
   why: "string",
+  rank: "number",
+  machine: "string",
+  system: "string",
+  features: "string",
 };
+
+const WAITING_NEEDED = ["derivation", "since", "seen", "why", "features"];
+
+/** Makes a build that waits of a row. */
+function toWaiting(row: object): WaitingBuild {
+  const { features, ...its } = checkAll<
+    Omit<WaitingBuild, "features"> & { features: string }
+  >(withoutNull(row), WAITING_TYPES, WAITING_NEEDED);
+  return { ...its, features: features.split(",").filter(Boolean) };
+}
 
 /** Reads a list of attempts, such as is kept with a build. */
 function parseAttempts(text: string): Attempt[] {
@@ -318,26 +332,72 @@ export class SharedJournal implements Journal {
     });
   }
 
-  /** Notes that a build that has no slot waits for one, and what else for. */
-  saveWait(derivation: string, why: string): void {
+  /** Notes that a build waits: what for, and how it stands among others. */
+  saveWait(
+    derivation: string,
+    why: string,
+    { rank, machine, system, features = [] }: WaitingOrder = {},
+  ): void {
     const now = Date.now();
     this.#run(
-      `INSERT INTO waiting VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE
+      `INSERT INTO waiting VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+       ON CONFLICT DO UPDATE
        SET since = iif(seen BETWEEN ? AND excluded.seen, since, excluded.since),
-       seen = excluded.seen, why = excluded.why`,
-      ...[derivation, now, now, why, now - WAIT_LIFETIME.counted],
+       seen = excluded.seen, why = excluded.why, machine = excluded.machine,
+       rank = excluded.rank`,
+      ...[derivation, now, now, why, rank ?? null, machine ?? null],
+      ...[system ?? null, features.join(",")],
+      now - WAIT_LIFETIME.counted,
+    );
+  }
+
+  /** For how many seconds a build has waited. */
+  waited(derivation: string): number {
+    const now = Date.now();
+    const [row] = this.#waiting(
+      "derivation = ? AND seen BETWEEN ? AND ?",
+      ...[derivation, now - WAIT_LIFETIME.counted, now],
+    );
+    return Math.max(0, now - (row?.since ?? now)) / 1000;
+  }
+
+  /** How many builds a second have ended in the last minute. */
+  pace(): number {
+    const now = Date.now();
+    const sql =
+      "SELECT count(*) AS ended FROM journal WHERE ended BETWEEN ? AND ?";
+    const [row] = this.#use((database) =>
+      database.prepare(sql).all(now - 60_000, now)
+    );
+    return Number(row!.ended) / 60;
+  }
+
+  /** The most urgent ones of the builds that wait: who waits gains. */
+  urgent(): WaitingBuild[] {
+    const now = Date.now();
+    return this.#waiting(
+      `rank IS NOT NULL AND seen BETWEEN ? AND ?
+       ORDER BY rank - since / 1000 DESC LIMIT ?`,
+      ...[now - WAIT_LIFETIME.urgent, now, URGENT],
+    );
+  }
+
+  #waiting(
+    which: string,
+    ...values: readonly (string | number)[]
+  ): WaitingBuild[] {
+    return this.#use((database) =>
+      database.prepare(`SELECT * FROM waiting WHERE ${which}`).all(...values)
+        .map(toWaiting)
     );
   }
 
   /** Builds that wait for a slot, those that wait the longest first. */
-  waiting(): Waiting[] {
+  waiting(): WaitingBuild[] {
     const now = Date.now();
-    return this.#use((database) =>
-      database.prepare(
-        `SELECT derivation, since, why FROM waiting
-         WHERE seen BETWEEN ? AND ? ORDER BY since`,
-      ).all(now - WAIT_LIFETIME.shown, now)
-        .map((row) => checkAll<Waiting>(withoutNull(row), WAITING_TYPES))
+    return this.#waiting(
+      "seen BETWEEN ? AND ? ORDER BY since",
+      ...[now - WAIT_LIFETIME.shown, now],
     );
   }
 
@@ -468,7 +528,7 @@ export class SharedJournal implements Journal {
     return this.#use(readCounts);
   }
 
-  #run(sql: string, ...values: readonly (string | number)[]): void {
+  #run(sql: string, ...values: readonly (string | number | null)[]): void {
     this.#use((database) => void database.prepare(sql).run(...values));
   }
 }

@@ -36,8 +36,15 @@ import type {
 } from "../mod.ts";
 
 import { END_OF_ABSENCE } from "./_absences.ts";
+import { learnQuickness } from "./_expectation.ts";
 import { JOURNAL_SCHEMA, SharedJournal } from "./_journal.ts";
-import { checkTypes, SLOT_TYPES, toRecord, USE_TYPES } from "./_records.ts";
+import {
+  checkTypes,
+  PAST_TYPES,
+  SLOT_TYPES,
+  toRecord,
+  USE_TYPES,
+} from "./_records.ts";
 import type { Row, Types, Use } from "./_records.ts";
 
 /** For how long a machine is believed to be this one or another, in ms. */
@@ -77,16 +84,18 @@ const OBSERVATIONS_PRAGMAS = `
 `;
 
 /** Another number here makes the tables anew that changed. */
-const OBSERVATIONS_VERSION = 4;
+const OBSERVATIONS_VERSION = 5;
 
 const OBSERVATIONS_SCHEMA = `
+  DROP TABLE IF EXISTS machine;
+  DROP TABLE IF EXISTS build;
   CREATE TABLE IF NOT EXISTS machine (
     id TEXT PRIMARY KEY, facts TEXT, failures INTEGER NOT NULL DEFAULT 0,
     until REAL NOT NULL DEFAULT 0, problem TEXT NOT NULL DEFAULT '',
     definition TEXT NOT NULL DEFAULT '',
-    asked REAL NOT NULL DEFAULT 0, bandwidth REAL);
+    asked REAL NOT NULL DEFAULT 0, bandwidth REAL, quickness REAL);
   CREATE TABLE IF NOT EXISTS build (
-    name TEXT, machine TEXT, seconds REAL, time REAL);
+    name TEXT, machine TEXT, seconds REAL, speed REAL, time REAL);
   CREATE INDEX IF NOT EXISTS build_name ON build (name, time);
   DROP TABLE IF EXISTS held;
   DROP TABLE IF EXISTS slot;
@@ -132,9 +141,9 @@ function makeTables(database: DatabaseSync): void {
 
 /** What is noted of a build that succeeded. */
 const NOTES_OF_BUILD = [
-  "INSERT INTO build VALUES (?, ?, ?, ?)",
+  "INSERT INTO build VALUES (?, ?, ?, ?, ?)",
   "INSERT OR IGNORE INTO held SELECT value FROM json_each(?)",
-  "UPDATE machine SET failures = 0, until = 0 WHERE id = ?",
+  "UPDATE machine SET failures = 0, until = 0, quickness = ? WHERE id = ?",
   "DELETE FROM doubt WHERE machine = ?",
   END_OF_ABSENCE,
 ] as const;
@@ -413,22 +422,33 @@ export class SharedObservations implements Observations {
 
   /** Notes a build that succeeded, and what its machine holds now. */
   saveBuild(
-    id: string,
+    machine: Machine,
     name: string,
     seconds: number,
     items: readonly string[],
   ): void {
     const now = Date.now();
+    const id = machineId(machine);
+    const [row] = this.#read<{ quickness: number | null }>(
+      { quickness: "number" },
+      "SELECT quickness FROM machine WHERE id = ?",
+      id,
+    );
+    const before = row?.quickness ?? 1;
+    const past = this.history(name);
+    const quickness = learnQuickness(machine, before, seconds, past);
+    const speed = machine.speed * quickness;
     const keys = JSON.stringify(heldKeys(id, items));
     const last = this.#use((database) => {
       // What is prepared beforehand makes nobody wait.
       const [build, held, failures, doubts, absence] = NOTES_OF_BUILD
         .map((sql) => database.prepare(sql));
       database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
-      const { lastInsertRowid } = build!.run(name, id, seconds, now);
+      const { lastInsertRowid } = build!
+        .run(name, id, seconds, speed, now);
       const { changes } = held!.run(keys);
       if (changes > 0) this.#countHeld(database, Number(changes), now);
-      failures!.run(id);
+      failures!.run(quickness, id);
       doubts!.run(id);
       absence!.run(now, id, now);
       database.exec("COMMIT");
@@ -471,12 +491,21 @@ export class SharedObservations implements Observations {
 
   /** Earlier builds of a name, the latest first. */
   history(name: string): PastBuild[] {
-    return this.#read<PastBuild>(
-      { machine: "string", seconds: "number" },
-      `SELECT machine, seconds FROM build WHERE name = ?
-       ORDER BY time DESC LIMIT 20`,
-      name,
-    );
+    return this.#pastBuilds("WHERE name = ? ORDER BY time DESC", name);
+  }
+
+  /** The same of names that differ in their version; of all for "". */
+  similar(name: string): PastBuild[] {
+    if (name === "") return this.#pastBuilds("ORDER BY rowid DESC");
+    // What follows all digits.
+    const range = [`${name}-0`, `${name}-:`];
+    const where = "WHERE name >= ? AND name < ? ORDER BY time DESC";
+    return this.#pastBuilds(where, ...range);
+  }
+
+  #pastBuilds(which: string, ...values: SQLInputValue[]): PastBuild[] {
+    const sql = `SELECT machine, seconds, speed FROM build ${which} LIMIT 20`;
+    return this.#read<PastBuild>(PAST_TYPES, sql, ...values);
   }
 
   /** Those of `paths` that a machine was seen to hold. */

@@ -116,7 +116,15 @@ const RECORD_TYPES: Types = {
   until: "time",
   asked: "time",
   bandwidth: "number",
+  quickness: "number",
   doubts: "number",
+};
+
+/** Of a build that was done. */
+export const PAST_TYPES: Types = {
+  machine: "string",
+  seconds: "number",
+  speed: "number",
 };
 
 /** Of what a slot was used for. */
@@ -136,10 +144,11 @@ export const USE_TYPES: Types = { machine: "string", time: "time" };
 /** Makes a record of a row. */
 export function toRecord(row: Row): MachineRecord {
   checkTypes(row, RECORD_TYPES);
-  const { id: _, facts, bandwidth, ...record } = row;
+  const { id: _, facts, bandwidth, quickness, ...record } = row;
   return {
     ...record as unknown as MachineRecord,
     bandwidth: bandwidth as number | null ?? undefined,
+    quickness: quickness as number | null ?? undefined,
     facts: facts === null ? undefined : toFacts(`${facts}`),
   };
 }

@@ -6,6 +6,7 @@
  */
 
 import type { Absence } from "./_absences.ts";
+import { median } from "./_expectation.ts";
 import { OUTCOMES } from "./_journal.ts";
 import type { Attempt, JournalEntry } from "./_journal.ts";
 import { PHASES, phaseSeconds, phaseTimes } from "./_phases.ts";
@@ -108,14 +109,6 @@ export function attemptsOf(entry: JournalEntry): Attempt[] {
 function overheadOf(entry: JournalEntry): number {
   const { connecting, sending, retrieving } = phaseSeconds(entry);
   return connecting + sending + retrieving;
-}
-
-/** The middle one of numbers, or the mean of the two there; of none, none. */
-export function median(numbers: readonly number[]): number | undefined {
-  if (numbers.length === 0) return undefined;
-  const sorted = numbers.toSorted((a, b) => a - b);
-  const half = (sorted.length - 1) / 2;
-  return (sorted[Math.floor(half)]! + sorted[Math.ceil(half)]!) / 2;
 }
 
 function sum(numbers: readonly number[]): number {

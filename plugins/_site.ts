@@ -19,6 +19,7 @@ import {
 import type {
   Command,
   Connection,
+  Deferral,
   Exclusion,
   Hooks,
   Log,
@@ -117,6 +118,16 @@ function checkScore(score: unknown): number | undefined {
   throw new Error(`expected a number, got ${String(score)}`);
 }
 
+/** Checks what a `defer` hook came back with. */
+function checkDeferral(answer: Deferral | undefined): Deferral | undefined {
+  const { why, rank, isHeld } = answer ?? {};
+  const isOne = typeof why === "string" && Number.isFinite(rank) &&
+    typeof isHeld === "boolean";
+  if (answer === undefined || isOne) return answer;
+  const got = JSON.stringify({ why, rank, isHeld });
+  throw new Error(`expected { why, rank, isHeld }, got ${got}`);
+}
+
 /** Checks what an `exclude` hook came back with. */
 function checkExclusion(
   plugin: Plugin,
@@ -195,8 +206,8 @@ function checkConnection(
 
 /** The same plugin, of which all answers are checked. */
 export function checkAnswers(plugin: Plugin): Plugin {
-  const { machines, exclude, connect, score, admit, transport, ended } =
-    plugin as Hooks & Plugin;
+  const { machines, exclude, connect, score, defer } = plugin as Hooks & Plugin;
+  const { admit, transport, ended } = plugin as Hooks & Plugin;
   const hooks: Hooks = {
     machines: async (context) =>
       checkMachines(await machines.call(plugin, context), context),
@@ -208,6 +219,7 @@ export function checkAnswers(plugin: Plugin): Plugin {
       return checkConnection(plugin, connection, its[1].log);
     },
     score: async (...its) => checkScore(await score.apply(plugin, its)),
+    defer: async (...its) => checkDeferral(await defer.apply(plugin, its)),
     admit: (...its) => admit.apply(plugin, its),
     transport: async (...its) => {
       const own = await transport.apply(plugin, its);

@@ -7,6 +7,7 @@
 import { readFileSync } from "node:fs";
 import { machine as architecture } from "node:os";
 import {
+  askToDefer,
   countFreeSlots,
   dismiss,
   exclusion,
@@ -23,6 +24,7 @@ import {
   surveyMachines,
 } from "../mod.ts";
 import type {
+  Appraisal,
   CommandOptions,
   CommandResult,
   Context,
@@ -31,12 +33,15 @@ import type {
   Plugin,
   Prospect,
   Request,
+  ScoredRequest,
   Scores,
   Screen,
 } from "../mod.ts";
+import { expectationOf, expectWork } from "./_expectation.ts";
+import type { Expectation } from "./_expectation.ts";
 import { warnOfGaps } from "./_first_steps.ts";
 import { JSON_OPTION, systemOf } from "./_machines.ts";
-import { formatJson, formatTable } from "./_screen.ts";
+import { formatDuration, formatJson, formatTable } from "./_screen.ts";
 
 /**
  * Reads from a derivation what decides on the machine (guix/derivations.scm).
@@ -76,6 +81,8 @@ interface Explanation {
   /** Why it would not, were it the only one. */
   readonly excluded?: string | undefined;
   readonly scores?: Scores | undefined;
+  /** Seconds until it would be done there, by earlier builds. */
+  readonly expectation?: Expectation | undefined;
   readonly freeSlots: number;
   readonly slots: number;
   readonly facts?: Facts | undefined;
@@ -130,11 +137,9 @@ async function explain(
     never === undefined && machineMatches(machine, request)
   );
   const prospects = await surveyMachines(matching, request, context);
-  const ranking = await rank(
-    prospects,
-    scoredRequest(request, context),
-    context,
-  );
+  const asked = scoredRequest(request, context);
+  const ranking = await rank(prospects, asked, context);
+  await tellExpected(ranking, asked, context);
   dismiss(prospects);
   if (ranking.length === 0) warnOfFailures(prospects, context);
   const ranked = new Map(
@@ -153,6 +158,7 @@ async function explain(
         (scores === undefined ? "vetoed by a plugin" : undefined) ??
         (freeSlots === 0 ? "all its slots are taken" : undefined),
       scores,
+      expectation: prospect && expectationOf(prospect),
       freeSlots,
       slots: machine.parallelBuilds,
       facts: prospect?.facts,
@@ -160,12 +166,46 @@ async function explain(
   });
 }
 
+/** Says by what a build is expected, and what it would wait for. */
+async function tellExpected(
+  ranking: readonly Appraisal[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<void> {
+  const candidates = ranking.map(({ prospect, scores }) => (
+    { candidate: prospect, score: scores.total }
+  ));
+  const isExpected = candidates.some(({ candidate }) =>
+    expectationOf(candidate) !== undefined
+  );
+  const { log } = context;
+  if (isExpected) {
+    const { source, past } = expectWork(request.name, request)!;
+    log.info(`expectations go by ${past.length} builds of ${source}`);
+  }
+  if (candidates.length === 0) return;
+  const deferral = await askToDefer(candidates, request, context);
+  const why = deferral?.why === "busy" ? "all slots are taken" : deferral?.why;
+  if (why !== undefined) log.info(`it would wait: ${why}`);
+}
+
+/** Says what an expectation is made of. */
+function formatExpectation({ wait, transfer, build }: Expectation): string {
+  const parts = [
+    wait > 0 ? `slot ${formatDuration(wait)}` : "",
+    transfer > 0 ? `transfer ${formatDuration(transfer)}` : "",
+    `build ${formatDuration(build)}`,
+  ];
+  return `(${parts.filter(Boolean).join(", ")})`;
+}
+
 function formatExplanation(
   explanations: readonly Explanation[],
   screen: Screen,
 ): string {
   const rows = explanations.map((explanation) => {
-    const { machine, chosen, excluded, scores, facts } = explanation;
+    const { machine, chosen, excluded, scores, expectation, facts } =
+      explanation;
     const load = facts && normalizedLoad(facts);
     const free = facts?.store?.bytes;
     const byPlugin = Object.entries(scores?.byPlugin ?? {})
@@ -175,13 +215,19 @@ function formatExplanation(
       `${explanation.freeSlots} of ${explanation.slots}`,
       load === undefined ? "-" : load.toFixed(2),
       free === undefined ? "-" : `${mebibytes(free)} MiB`,
-      scores === undefined ? "-" : String(scores.total),
+      scores === undefined ? "-" : formatScore(scores.total),
       chosen ? "takes it" : excluded ?? "another one is as good or better",
       byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
+      expectation ? formatExpectation(expectation) : "",
     ];
   });
   const header = ["machine", "free slots", "load", "disk space", "score", ""];
-  return formatTable([header, ...rows], screen);
+  return formatTable([[...header, "", ""], ...rows], screen);
+}
+
+/** A score without digits that tell nothing. */
+function formatScore(score: number): string {
+  return String(Number(score.toPrecision(4)));
 }
 
 /** What to do where a name is not that of a derivation. */

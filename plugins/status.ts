@@ -31,6 +31,7 @@ import type {
   Screen,
   Session,
   Styled,
+  WaitingBuild,
 } from "../mod.ts";
 import {
   describeBuild,
@@ -40,7 +41,6 @@ import {
   formatWork,
 } from "./_at_work.ts";
 import type { Work } from "./_at_work.ts";
-import type { Waiting } from "./_journal.ts";
 import {
   hasErrors,
   JSON_OPTION,
@@ -278,7 +278,7 @@ function formatStatusTable(
 /** Shows builds above machines, which get the rest of the screen. */
 function formatWatch(
   statuses: readonly MachineStatus[],
-  waiting: readonly Waiting[],
+  waiting: readonly WaitingBuild[],
   screen: Screen,
 ): string {
   const describe = (status: MachineStatus) =>

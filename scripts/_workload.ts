@@ -4,7 +4,7 @@
  * @module
  */
 
-import { OffloadError } from "../mod.ts";
+import { OffloadError, reason } from "../mod.ts";
 
 /** A build machine of a workload. */
 export interface WorkloadMachine {
@@ -22,6 +22,16 @@ export interface WorkloadMachine {
   readonly cores?: number;
   /** Bytes a second, in each direction: 50 MB unless told. */
   readonly bandwidth?: number;
+  /** Seconds that a build there takes longer than all that: 0 unless told. */
+  readonly overhead?: number;
+  /** When it joins the farm: from the start unless told. */
+  readonly joins?: number;
+  /** When it leaves: it takes no more builds, but ends those it has. */
+  readonly leaves?: number;
+  /** When it fails, once, and loses what it builds: never unless told. */
+  readonly fails?: number;
+  /** When it could be reached again: never unless told. */
+  readonly returns?: number;
 }
 
 /** A build of a workload. */
@@ -32,6 +42,10 @@ export interface WorkloadBuild {
   readonly id?: string;
   /** How long it takes on a machine of speed 1, in seconds. */
   readonly seconds: number;
+  /** How many processors it keeps busy: 1 unless told. */
+  readonly cores?: number;
+  /** Who wants it: "client" unless told. */
+  readonly client?: string;
   /** System type: x86_64-linux unless told. */
   readonly system?: string;
   /** Features that it requires: none unless told. */
@@ -48,8 +62,22 @@ export interface Workload {
   readonly machines: readonly WorkloadMachine[];
   /** Sizes of the store items that are there from the start, in bytes. */
   readonly items?: Readonly<Record<string, number>>;
+  /** When clients begin, in seconds: at once unless told. */
+  readonly clients?: Readonly<Record<string, number>>;
   /** What is to be built, each behind those that it needs. */
   readonly builds: readonly WorkloadBuild[];
+}
+
+/** The same, with all that is told or assumed. */
+export interface CompleteWorkload {
+  /** The farm. */
+  readonly machines: readonly Required<WorkloadMachine>[];
+  /** Sizes of items, in bytes. */
+  readonly items: Readonly<Record<string, number>>;
+  /** When clients begin, in seconds. */
+  readonly clients: Readonly<Record<string, number>>;
+  /** What is to be built. */
+  readonly builds: readonly Required<WorkloadBuild>[];
 }
 
 /** What is assumed of a machine; "" and NaN must be told, and a field "" stands for any. */
@@ -61,6 +89,11 @@ const MACHINE: Required<WorkloadMachine> = {
   parallelBuilds: 1,
   cores: 4,
   bandwidth: 50e6,
+  overhead: 0,
+  joins: 0,
+  leaves: Infinity,
+  fails: Infinity,
+  returns: Infinity,
 };
 
 /** The same of a build. */
@@ -68,6 +101,8 @@ export const BUILD: Required<WorkloadBuild> = {
   name: "",
   id: "its name",
   seconds: NaN,
+  cores: 1,
+  client: "client",
   system: "x86_64-linux",
   features: [],
   inputs: [],
@@ -75,11 +110,18 @@ export const BUILD: Required<WorkloadBuild> = {
 };
 
 /** What a workload that tells nothing else is. */
-export const WORKLOAD = {
+export const WORKLOAD: CompleteWorkload = {
   machines: [MACHINE],
   items: { "": 0 },
+  clients: { "": 0 },
   builds: [BUILD],
 };
+
+/** Says in a few words what a problem is, as Guix begins them. */
+export function describe(problem: unknown): string {
+  return reason(problem)
+    .replace(/^[A-Z](?=[a-z ])/, (letter) => letter.toLowerCase());
+}
 
 /** Says what is wrong in a workload or an option, and where. */
 export function fail(place: string, problem: string): never {
@@ -95,6 +137,8 @@ function mismatch(value: unknown, model: unknown): string | false {
   if (typeof model === "string") {
     return (typeof value !== "string" || value === "") && "a name";
   }
+  // JSON has no such number: it is what nobody told.
+  if (value === Infinity) return model !== Infinity && "a number";
   const number = Number.isFinite(value) ? Number(value) : -1;
   if (Number(model) > 0) return number <= 0 && "a number above 0";
   return number < 0 && "a number, 0 or more";
@@ -143,14 +187,15 @@ export function makeRandom(seed: number): () => number {
 }
 
 /** Chances that repeat themselves with their seed. */
-interface Chances {
+export interface Chances {
   /** An index below `length`; with a skew above 1, a low one more often. */
   pick(length: number, skew?: number): number;
   /** A whole number, half of the time above the median, and then far above. */
   heavyTailed(median: number, sigma: number): number;
 }
 
-function makeChances(seed: number): Chances {
+/** Makes chances of a seed. */
+export function makeChances(seed: number): Chances {
   const random = makeRandom(seed);
   return {
     pick: (length, skew = 1) => Math.floor(random() ** skew * length),
@@ -162,11 +207,13 @@ function makeChances(seed: number): Chances {
   };
 }
 
-function list<T>(length: number, make: (index: number) => T): T[] {
+/** Makes a list of so many. */
+export function list<T>(length: number, make: (index: number) => T): T[] {
   return Array.from({ length }, (_, index) => make(index));
 }
 
-function makeMachine(
+/** Makes a machine up. */
+export function makeMachine(
   index: number,
   system: string,
   { pick }: Chances,
@@ -227,4 +274,41 @@ export function synthesize(
     return { id, name, system: system(index), inputs, ...packages[number]! };
   });
   return { machines, items, builds };
+}
+
+/** Makes up what several clients want of the same machines, a minute apart. */
+export function synthesizeClients(
+  machineCount: number,
+  buildCount: number,
+  clientCount: number,
+  seed: number,
+): Workload {
+  const each = Math.ceil(buildCount / clientCount);
+  const parts = list(
+    clientCount,
+    (index) => synthesize(machineCount, each, seed + 1000 * index),
+  );
+  if (clientCount === 1) return parts[0]!;
+  const name = (index: number, id: string) =>
+    id.startsWith("shared-") ? id : `${index}-${id}`;
+  const items = parts.flatMap((part, index) =>
+    Object.entries(part.items!).map(([id, size]) => [name(index, id), size])
+  );
+  const builds = parts.flatMap((part, index) =>
+    part.builds.map((build) => ({
+      ...build,
+      client: `client-${index}`,
+      id: name(index, build.id!),
+      name: name(index, build.name),
+      inputs: build.inputs!.map((id) => name(index, id)),
+    }))
+  );
+  return {
+    machines: parts[0]!.machines,
+    items: Object.fromEntries(items),
+    clients: Object.fromEntries(
+      parts.map((_, index) => [`client-${index}`, 60 * index]),
+    ),
+    builds,
+  };
 }

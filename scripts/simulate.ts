@@ -1,7 +1,8 @@
 /**
  * Simulates a farm, so that a site can judge a scoring plugin before it uses
  * it: makespan, utilisation and bytes moved, against the reference's policy
- * and a lower bound. _workload.ts says what is built, _farm.ts how.
+ * and a lower bound. _workload.ts and _derivations.ts say what is built,
+ * _farm.ts how.
  *
  * @module
  */
@@ -9,18 +10,21 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { resolve } from "node:path";
 import process from "node:process";
+import { gunzipSync } from "node:zlib";
 import { cac, isProgram } from "../deps.ts";
 import {
   builtinNames,
   loadPlugins,
   OffloadError,
+  pluginsWith,
   readSettings,
 } from "../mod.ts";
 import type { Plugin, Settings } from "../mod.ts";
 import { loadPlugin } from "../plugins/_site.ts";
-import { describe, Farm } from "./_farm.ts";
-import type { Outcome } from "./_farm.ts";
-import { fail, synthesize } from "./_workload.ts";
+import { knownPackages, ofPackages } from "./_derivations.ts";
+import { Farm } from "./_farm.ts";
+import type { Experience, Outcome } from "./_simulation.ts";
+import { describe, fail, list, synthesizeClients } from "./_workload.ts";
 
 const EXAMPLE = `  {
     "machines": [{"name": "a", "speed": 2, "parallelBuilds": 4}, {"name": "b"}],
@@ -42,11 +46,17 @@ function parseOptions(args: readonly string[]): Options | undefined {
     .option("--workload <file>", "simulate a recorded workload")
     .option("--machines <number>", "else make up so many machines, or 20")
     .option("--builds <number>", "and so many builds, or 2000")
+    .option("--packages <names>", "or what is to be built for real packages")
+    .option("--clients <number>", "wanted by so many clients, or one")
     .option("--record <file>", "and write what was made up")
+    .option("--warm", "have all been built there before, by the reference")
     .option("--seed <number>", "decide all chances; 1 unless told")
+    .option("--seeds <from-to>", "simulate for each of these seeds")
     .option("--json", "print one JSON object")
     .option("-h, --help", "print this help");
   cli.globalCommand.helpCallback = (sections) => {
+    const packages = `  ${knownPackages().join(", ")}, or all`;
+    sections.push({ title: "Packages, separated by commas", body: packages });
     sections.push({ title: "A workload file", body: EXAMPLE });
   };
   const { options } = cli.parse(["", "", ...args], { run: false });
@@ -63,21 +73,50 @@ function readCount(options: Options, name: string, fallback: number): number {
   fail(`--${name}`, `expected a whole number above 0, got '${value}'`);
 }
 
+/** The seeds for which to simulate. */
+function readSeeds(options: Options): number[] {
+  const { seeds } = options;
+  if (seeds === undefined) return [readCount(options, "seed", 1)];
+  const [, first, last] = /^(\d{1,9})-(\d{1,9})$/.exec(String(seeds)) ?? [];
+  const count = Number(last) - Number(first) + 1;
+  if (!(count > 0)) fail("--seeds", `expected FROM-TO, got '${seeds}'`);
+  return list(count, (index) => Number(first) + index);
+}
+
+/** Reads a workload file, packed or not. */
+function readWorkload(file: string): unknown {
+  try {
+    const bytes = readFileSync(file);
+    const text = file.endsWith(".gz") ? gunzipSync(bytes) : bytes;
+    return JSON.parse(text.toString());
+  } catch (error) {
+    fail(file, describe(error));
+  }
+}
+
+/** The options that go with a workload that is made up. */
+const MADE_UP = ["machines", "builds", "packages", "clients", "record"];
+
 /** Reads a workload, or makes one up. */
 function findWorkload(options: Options, seed: number): unknown {
-  const { workload: file, record } = options;
+  const { workload: file, packages, record } = options;
   if (file !== undefined) {
-    const odd = ["machines", "builds", "record"].find((key) => key in options);
+    const odd = MADE_UP.find((key) => key in options);
     if (odd) fail(`--${odd}`, "it does not go with --workload");
-    try {
-      return JSON.parse(readFileSync(String(file), "utf8"));
-    } catch (error) {
-      fail(String(file), describe(error));
-    }
+    return readWorkload(String(file));
   }
   const machines = readCount(options, "machines", 20);
+  const clients = readCount(options, "clients", 1);
   const builds = readCount(options, "builds", 2000);
-  const workload = synthesize(machines, builds, seed);
+  if (packages && "builds" in options) {
+    fail("--builds", "it does not go with --packages");
+  }
+  const names = packages === "all"
+    ? knownPackages()
+    : String(packages).split(",");
+  const workload = packages
+    ? ofPackages(names, machines, clients, seed)
+    : synthesizeClients(machines, builds, clients, seed);
   if (record !== undefined) {
     writeFileSync(String(record), `${JSON.stringify(workload, null, 1)}\n`);
   }
@@ -145,34 +184,113 @@ async function loadPolicies(
   );
   const builtins = await loadPlugins("", { ...settings, use }, console);
   const reference = builtins.filter(({ name }) => name === "guix");
-  const plugins = builtins.filter(({ name, score }) =>
-    score !== undefined && (name === settings.score || name in settings.use)
-  );
+  const plugins = [...builtins];
   if (options.plugin) {
     const file = String(options.plugin);
     const taken = [...names, ...builtins.map(({ name }) => name)];
     plugins.unshift(await loadScoring(file, taken, settings.hookTimeout));
   }
-  return [reference, plugins];
+  return [reference, pluginsWith("score", { plugins, settings })];
 }
 
-/** Simulates both policies, and prints what came of them. */
-async function compare(options: Options): Promise<number> {
-  const settings = findSettings(options);
-  const [guix, plugins] = await loadPolicies(options, settings);
-  const seed = readCount(options, "seed", 1);
-  const workload = findWorkload(options, seed);
+/** What came of a seed. */
+interface Comparison {
+  readonly seed: number;
+  readonly lowerBound: number;
+  readonly reference: Outcome;
+  readonly plugin: Outcome;
+}
+
+/** Simulates both policies, with a history or without. */
+async function compare(
+  options: Options,
+  settings: Settings,
+  [guix, plugins]: readonly [Plugin[], Plugin[]],
+  seed: number,
+): Promise<Comparison> {
   const file = String(options.workload ?? "synthetic workload");
-  const farm = new Farm(workload, file);
-  const lowerBound = farm.lowerBound();
-  const reference = await farm.run(guix, seed, settings);
-  const plugin = await new Farm(workload, file).run(plugins, seed, settings);
+  const farm = new Farm(findWorkload(options, seed), file);
+  const before: Experience = {
+    history: new Map(),
+    similar: new Map(),
+    measured: new Set(),
+  };
+  if (options.warm) await farm.run(guix, seed, settings, before);
+  const run = (policy: readonly Plugin[]) =>
+    farm.run(policy, seed, settings, structuredClone(before));
+  const reference = await run(guix);
+  const isReference = plugins.every((plugin) => guix.includes(plugin));
+  const plugin = isReference ? reference : await run(plugins);
+  return { seed, lowerBound: farm.lowerBound(), reference, plugin };
+}
+
+/** The makespans as multiples of the bound: on average, and at worst. */
+function summarize(comparisons: readonly Comparison[]) {
+  const ratios = (which: "reference" | "plugin") =>
+    comparisons.map(({ lowerBound, [which]: { makespan } }) =>
+      (makespan ?? Infinity) / lowerBound
+    );
+  const average = (values: readonly number[]) =>
+    values.reduce((sum, value) => sum + value, 0) / values.length;
+  const summary = (values: readonly number[]) => ({
+    average: average(values),
+    worst: Math.max(...values),
+  });
+  return {
+    reference: summary(ratios("reference")),
+    plugin: summary(ratios("plugin")),
+  };
+}
+
+/** Makes a table of several seeds: makespans, and what of the bound they are. */
+function formatSeeds(comparisons: readonly Comparison[]): string {
+  const [{ plugin }] = comparisons as [Comparison];
+  const titles = ["seed", "lower bound", "guix (s)", "/ bound", plugin.policy];
+  const time = (makespan: number | null) => makespan?.toFixed(1) ?? "never";
+  const rows = comparisons.map(({ seed, lowerBound, reference, plugin }) => [
+    ...[String(seed), lowerBound.toFixed(1), time(reference.makespan)],
+    ratio(reference.makespan ?? Infinity, lowerBound),
+    time(plugin.makespan),
+    ratio(plugin.makespan ?? Infinity, lowerBound),
+  ]);
+  const summary = summarize(comparisons);
+  for (const which of ["average", "worst"] as const) {
+    const { reference, plugin } = summary;
+    const [one, other] = [reference[which], plugin[which]];
+    rows.push([which, "", "", one.toFixed(2), "", other.toFixed(2)]);
+  }
+  return [[...titles, "/ bound"], ...rows].map((cells) =>
+    cells.map((cell) => cell.padStart(16)).join("")
+  ).join("\n");
+}
+
+function print(comparisons: readonly Comparison[], isJson: boolean): void {
+  const [first, ...others] = comparisons as [Comparison];
+  if (isJson) {
+    const all = { seeds: comparisons, ...summarize(comparisons) };
+    console.log(JSON.stringify(others.length > 0 ? all : first, null, 2));
+    return;
+  }
+  const { lowerBound, reference, plugin } = first;
   console.log(
-    options.json
-      ? JSON.stringify({ seed, lowerBound, reference, plugin }, null, 2)
+    others.length > 0
+      ? formatSeeds(comparisons)
       : formatTable(lowerBound, [reference, plugin]),
   );
-  const problems = Object.entries(plugin.problems);
+}
+
+/** Simulates for each seed, and prints what came of it. */
+async function simulate(options: Options): Promise<number> {
+  const settings = findSettings(options);
+  const policies = await loadPolicies(options, settings);
+  const comparisons: Comparison[] = [];
+  for (const seed of readSeeds(options)) {
+    comparisons.push(await compare(options, settings, policies, seed));
+  }
+  print(comparisons, Boolean(options.json));
+  const problems = comparisons.flatMap(({ plugin }) =>
+    Object.entries(plugin.problems)
+  );
   for (const [problem, times] of problems) {
     console.error(`simulate: warning: ${problem} (${times} times)`);
   }
@@ -182,7 +300,7 @@ async function compare(options: Options): Promise<number> {
 async function main(args: readonly string[]): Promise<number> {
   try {
     const options = parseOptions(args);
-    return options === undefined ? 0 : await compare(options);
+    return options === undefined ? 0 : await simulate(options);
   } catch (error) {
     console.error(`simulate: error: ${describe(error)}`);
     const hint = error instanceof OffloadError ? error.hint : undefined;

@@ -69,10 +69,10 @@ test("builds tell what they are at, and for how long still", async () => {
   const { observations } = context;
   const seconds = [3, 1000, 4, 100, ...Array(20).fill(7)];
   for (const [index, each] of seconds.toReversed().entries()) {
-    const id = index % 2 ? "w1:22" : "w2:22";
-    observations.saveBuild(id, "a-1", each, []);
+    const id = index % 2 ? "w1" : "w2";
+    observations.saveBuild(machine({ name: id }), "a-1", each, []);
   }
-  observations.saveBuild("w2:22", "b-1", 50, []);
+  observations.saveBuild(machine({ name: "w2" }), "b-1", 50, []);
   const now = Date.now();
   const sent = { connected: now - 4000, sent: now - 3000 };
   const moving = { connected: now - 2000, moved: 2 ** 20, total: 2 ** 22 };
@@ -160,7 +160,7 @@ test("formatWork() fits: long names, many builds, odd ones", () => {
   ]);
   const waiting = [{
     ...{ derivation: derivationOf("d-1"), since: Date.now() - 7e6 },
-    why: "busy",
+    ...{ seen: Date.now(), why: "busy" },
   }];
   const text = formatWork(work, waiting, 10, SCREEN);
   const lines = text.split("\n");

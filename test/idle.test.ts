@@ -146,7 +146,7 @@ test("what a build has cut short goes on, if the next look sees it", () => {
   const before = Date.now() - 1;
   const look = () => journal.saveReasons(new Map([["w1:22", "off"]]), before);
   look();
-  context.observations.saveBuild("w1:22", "hello", 1, []);
+  context.observations.saveBuild(machine({ name: "w1" }), "hello", 1, []);
   assert.ok(readJournal(context, 0, 9e14).absences[0]!.until <= Date.now());
   look();
   assert.is(absences(context).length, 1);

@@ -133,7 +133,9 @@ test("what is damaged is replaced, with a word", () => {
   for (const table of ["course", "waiting"] as const) {
     const { context, journal, file, warnings } = makeJournal();
     journal.save(makeEntry(), context.settings);
-    const row = table === "course" ? "('0', 0, '{}')" : "('', 0, 'now', '')";
+    const row = table === "course"
+      ? "('0', 0, '{}')"
+      : "('', 0, 'now', '', 0, '', '', '')";
     execute(file, `INSERT INTO ${table} VALUES ${row}`);
     if (table === "course") journal.courses();
     else {
@@ -278,7 +280,7 @@ test("it has when machines were left alone", () => {
   assert.is(first!.machine, "w1:22");
   assert.is(first!.problem, "it is gone");
   assert.is(first!.until - first!.from >= 9000, true);
-  observations.saveBuild("w1:22", "hello", 1, []);
+  observations.saveBuild(machine({ name: "w1" }), "hello", 1, []);
   observations.saveFacts("w2:22", { time: Date.now() });
   assert.ok(absences()[0]!.until <= Date.now(), "a build did well there");
   assert.ok(absences()[1]!.until <= Date.now(), "its answer came late");

@@ -7,14 +7,11 @@ import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import type { Screen } from "../mod.ts";
 import type { Absence } from "../plugins/_absences.ts";
+import { median } from "../plugins/_expectation.ts";
 import type { JournalEntry } from "../plugins/_journal.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
 import { phaseSeconds, phaseTimes } from "../plugins/_phases.ts";
-import {
-  capacities,
-  countFigures,
-  median,
-} from "../plugins/_report_figures.ts";
+import { capacities, countFigures } from "../plugins/_report_figures.ts";
 import { makePage, pageData } from "../plugins/_report_page.ts";
 import { makeTrace } from "../plugins/_report_trace.ts";
 import { formatJson } from "../plugins/_screen.ts";

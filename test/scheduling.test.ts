@@ -280,7 +280,7 @@ test("Observations double the time for which a machine is left alone", async () 
   observations.saveFailure(each, "gone", long);
   observations.saveFailure(each, "gone", long); // part of the same failure
   assert.is(left()[0], 4);
-  observations.saveBuild("machine:22", "hello", 1, []);
+  observations.saveBuild(machine({ name: "machine" }), "hello", 1, []);
   assert.equal(left()[0], 0);
   assert.ok(left()[1] <= 0);
 });
@@ -313,11 +313,17 @@ test("Observations forget a failure of other fields", async () => {
 
 test("Observations remember builds and what machines hold", () => {
   const { observations } = makeContext().context;
-  observations.saveBuild("a:22", "hello-2.12", 3, ["/gnu/store/x"]);
-  observations.saveBuild("b:22", "hello-2.12", 5, ["/gnu/store/y"]);
+  observations.saveBuild(machine({ name: "a" }), "hello-2.12", 3, [
+    "/gnu/store/x",
+  ]);
+  observations.saveBuild(machine({ name: "b" }), "hello-2.12", 5, [
+    "/gnu/store/y",
+  ]);
   assert.equal(
     observations.history("hello-2.12").map((build) => ({ ...build })),
-    [{ machine: "b:22", seconds: 5 }, { machine: "a:22", seconds: 3 }],
+    [{ machine: "b:22", seconds: 5, speed: 0.6 ** 0.2 }, {
+      ...{ machine: "a:22", seconds: 3, speed: 1 },
+    }],
   );
   const paths = ["/gnu/store/x", "/gnu/store/z"];
   assert.equal(observations.held("a:22", paths), ["/gnu/store/x"]);
@@ -326,7 +332,9 @@ test("Observations remember builds and what machines hold", () => {
 
 test("Observations keep so many rows and no more, the latest", () => {
   const { observations, stateDirectory } = makeContext().context;
-  observations.saveBuild("a:22", "first", 1, ["/gnu/store/first"]);
+  observations.saveBuild(machine({ name: "a" }), "first", 1, [
+    "/gnu/store/first",
+  ]);
   const database = new DatabaseSync(`${stateDirectory}/observations.sqlite`);
   const rows = (table: string) =>
     database.prepare(`SELECT count(*) AS rows FROM ${table}`).get()!.rows;
@@ -334,12 +342,14 @@ test("Observations keep so many rows and no more, the latest", () => {
     `WITH RECURSIVE number(n) AS
        (VALUES (2) UNION ALL SELECT n + 1 FROM number WHERE n < ${last})`;
   database.exec(`BEGIN;
-      ${numbers(199_999)} INSERT INTO build SELECT n, 'a:22', 1, 0 FROM number;
+      ${
+    numbers(199_999)
+  } INSERT INTO build SELECT n, 'a:22', 1, 1, 0 FROM number;
       INSERT INTO own SELECT name, 1, 0 FROM build;
       INSERT INTO used SELECT name, 0 FROM build;
       INSERT INTO machine (id) SELECT name FROM build;
       COMMIT`);
-  observations.saveBuild("a:22", "last", 1, []);
+  observations.saveBuild(machine({ name: "a" }), "last", 1, []);
   assert.is(rows("build"), 100_000);
   for (const table of ["own", "used", "machine"]) assert.is(rows(table), 0);
 });
@@ -352,7 +362,7 @@ test("Observations know what machines held of late, of so many items", () => {
     Array.from({ length: 100_000 }, (_, it) => item(build * 100_000 + it));
   const note = (...builds: readonly number[]) => {
     for (const build of builds) {
-      observations.saveBuild("a:22", "some", 1, items(build));
+      observations.saveBuild(machine({ name: "a" }), "some", 1, items(build));
     }
   };
   const asked = [0, 250_000, 599_999].map(item);
@@ -365,7 +375,7 @@ test("Observations know what machines held of late, of so many items", () => {
   assert.equal(held(), asked.slice(1));
   const database = new DatabaseSync(`${stateDirectory}/observations.sqlite`);
   database.exec("UPDATE noted SET since = 1e14"); // a clock that stepped back
-  observations.saveBuild("a:22", "some", 1, [item(1_000_000)]);
+  observations.saveBuild(machine({ name: "a" }), "some", 1, [item(1_000_000)]);
   const [noted] = database.prepare("SELECT * FROM noted").all();
   assert.ok(Number(noted!.since) <= Date.now());
   assert.equal(held(), asked.slice(2));
@@ -388,7 +398,7 @@ test("Observations survive a database that is none", () => {
   writeFileSync(`${directory}/observations.sqlite`, "garbage ".repeat(1000));
   const { context } = makeContext();
   const observations = new SharedObservations(directory, context.log);
-  observations.saveBuild("a:22", "hello", 3, []);
+  observations.saveBuild(machine({ name: "a" }), "hello", 3, []);
   assert.is(observations.history("hello").length, 1);
   rmSync(directory, { recursive: true });
 });
@@ -420,7 +430,7 @@ const DAMAGE: Readonly<Record<string, (file: string) => void>> = {
     execute(
       file,
       `CREATE TRIGGER more AFTER UPDATE ON machine
-       BEGIN INSERT INTO build VALUES ('x', 'x', 1, 1); END`,
+       BEGIN INSERT INTO build VALUES ('x', 'x', 1, 1, 1); END`,
     ),
   "it is removed": (file) => rmSync(file),
   "its directory is removed": (file) => rmSync(dirname(file), REMOVE),
@@ -457,7 +467,9 @@ for (const [what, damage] of Object.entries(DAMAGE)) {
     assert.not(other.claim("a:22", 60));
     know(context, machine({ name: "b" }));
     assert.ok(other.machines().get("b:22")?.facts);
-    observations.saveBuild("b:22", "hello", 3, ["/gnu/store/x"]);
+    observations.saveBuild(machine({ name: "b" }), "hello", 3, [
+      "/gnu/store/x",
+    ]);
     assert.equal(other.held("b:22", ["/gnu/store/x"]), ["/gnu/store/x"]);
     const told = /^replacing the damaged '.*\/observations.sqlite': ./;
     const isSaid = !/removed/.test(what);
@@ -473,9 +485,13 @@ test("Observations are replaced once, not by all who find them damaged", () => {
     { length: 5 },
     () => new SharedObservations(stateDirectory, log),
   );
-  all.forEach((it, index) => it.saveBuild("a:22", `b${index}`, 1, []));
+  all.forEach((it, index) =>
+    it.saveBuild(machine({ name: "a" }), `b${index}`, 1, [])
+  );
   DAMAGE["it is something else"]!(`${stateDirectory}/observations.sqlite`);
-  all.forEach((it, index) => it.saveBuild("a:22", `c${index}`, 1, []));
+  all.forEach((it, index) =>
+    it.saveBuild(machine({ name: "a" }), `c${index}`, 1, [])
+  );
   for (const it of all) {
     all.forEach((_, index) => assert.is(it.history(`c${index}`).length, 1));
   }
@@ -538,7 +554,7 @@ test("a machine that several builds speak against comes last", async () => {
   const slot = acquireBuildSlot(machines[1]!, stateDirectory)!;
   assert.is(await choose(), "a", "there is no other");
   slot.release();
-  observations.saveBuild("a:22", "hello", 1, []);
+  observations.saveBuild(machine({ name: "a" }), "hello", 1, []);
   assert.is(await choose(), "a");
 });
 
@@ -552,10 +568,10 @@ test("Observations remove what is in the way", () => {
       () => mkdirSync(`${file}/more`, { recursive: true }),
     ]
   ) {
-    observations.saveBuild("a:22", "hello", 3, []);
+    observations.saveBuild(machine({ name: "a" }), "hello", 3, []);
     rmSync(file);
     make();
-    observations.saveBuild("a:22", "hello", 3, []);
+    observations.saveBuild(machine({ name: "a" }), "hello", 3, []);
     const another = new SharedObservations(stateDirectory, log);
     assert.is(another.history("hello").length, 1);
   }
@@ -570,7 +586,7 @@ test("Observations are in memory where the file is locked", () => {
   const locked = new DatabaseSync(file);
   locked.exec("BEGIN EXCLUSIVE");
   assert.ok(observations.claim("a:22", 60), "it can't be asked");
-  observations.saveBuild("a:22", "hello", 3, []);
+  observations.saveBuild(machine({ name: "a" }), "hello", 3, []);
   assert.is(observations.history("hello").length, 1);
   assert.equal(warnings, []);
   locked.close();

@@ -45,7 +45,7 @@ test("readSettings() has defaults where there is no file", () => {
   const settings = readSettings("/nonexistent", {});
   assert.is(settings.decisionTimeout, 3);
   assert.is(settings.buildLocally, true);
-  assert.is(settings.score, "guix");
+  assert.is(settings.score, "auto");
 });
 
 test("readSettings() prefers the environment to the file", () => {

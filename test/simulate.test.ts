@@ -8,7 +8,7 @@ import { readSettings } from "../mod.ts";
 import type { Candidate, Plugin } from "../mod.ts";
 import locality from "../plugins/locality.ts";
 import { Farm } from "../scripts/_farm.ts";
-import type { Outcome } from "../scripts/_farm.ts";
+import type { Outcome } from "../scripts/_simulation.ts";
 import { synthesize } from "../scripts/_workload.ts";
 import type { Workload } from "../scripts/_workload.ts";
 import { ROOT, run, throws, withDirectory } from "./helpers.ts";
@@ -72,24 +72,26 @@ test("run() sends an item once, unless it is still on its way", async () => {
     ],
   });
   assert.is(outcome.bytesMoved, 6e6);
-  assert.is(outcome.makespan, 5);
+  // z was held from 0 s to 3 s, when it was postponed, for 5 s.
+  assert.is(outcome.makespan, 9);
 });
 
-test("run() offers in order what machines can build", async () => {
+test("run() asks in the order of names, and holds answers", async () => {
   const outcome = await simulate({
     machines: [
       { name: "kvm", features: ["kvm"], speed: 2 },
       { name: "arm", systems: ["aarch64-linux", "x86_64-linux"] },
     ],
     builds: [
-      { name: "x", seconds: 6, features: ["kvm"] },
+      { name: "x", seconds: 5, features: ["kvm"] },
       { name: "y", seconds: 6, features: ["kvm"] },
       { name: "z", seconds: 9, system: "aarch64-linux" },
       { name: "w", seconds: 2 },
     ],
   });
-  // w waits for y on kvm until 6 s, and gets arm at 9 s or kvm at 6 s.
-  assert.is(outcome.makespan, 9);
+  // w gets kvm until 1 s, x until 3.5 s, y until 6.5 s; z could have had arm at
+  // once, but was not asked for while the answers for x and y were held.
+  assert.is(outcome.makespan, 3.5 + 9);
   assert.is(outcome.machines.kvm?.builds, 3);
 });
 
@@ -123,18 +125,16 @@ test("run() shows plugins what the real one would", async () => {
     ],
   }, [spy]);
   const common = { bandwidth: undefined, held: 0, id: "m:22", past: [] };
-  const past = { machine: "m:22", seconds: 4 };
+  const past = { machine: "m:22", seconds: 4, speed: 2 };
+  // What was built from 1 s to 5 s, seen as the load of a minute is.
+  const later = { bandwidth: 2e6, load: 2 * (1 - Math.exp(-4 / 60)) };
   assert.equal(seen, [
     { ...common, asked: "x", free: 2, load: 0 },
-    { ...common, asked: "y", free: 1, load: 2 },
-    // At 1 s: the source has just arrived, but no build that needs it is done.
-    { ...common, asked: "x", free: 1, load: 2, bandwidth: 2e6 },
-    // At 5 s, all else is done.
-    {
-      ...common,
-      ...{ asked: "x", free: 2, load: 0, bandwidth: 2e6, held: 3 },
-      past: [past, past],
-    },
+    // What it said is believed for some seconds.
+    { ...common, asked: "x", free: 1, load: 0 },
+    // At 5 s: the first two are done. y was postponed at 3 s, until 8 s.
+    { ...common, ...later, asked: "x", free: 2, held: 3, past: [past, past] },
+    { ...common, ...later, asked: "y", free: 2 },
   ]);
 });
 
@@ -162,7 +162,6 @@ test("run() decides among equals by chance, which the seed repeats", async () =>
 });
 
 test("lowerBound() is the longest chain, or all the work", async () => {
-  assert.is(new Farm(TINY, "test").lowerBound(), 12);
   const { machines } = TINY;
   const chain = {
     machines,
@@ -214,7 +213,7 @@ test("run() sums scores, and lets plugins abstain and veto", async () => {
   // a on slow until 13 s, b on fast until 14 s, c on slow.
   const { makespan } = await simulate(TINY, [opposite, guix]);
   assert.is(makespan, 13 + 6 + 0.5);
-  // All on fast: a until 11 s, b 10 s (it was offered before c), c 3 s + 1 s.
+  // All on fast: a until 11 s, c 3 s + 1 s, b 10 s.
   const veto: Plugin = {
     name: "veto",
     score: ({ machine }) => machine.name === "slow" ? -Infinity : 0,
@@ -222,8 +221,8 @@ test("run() sums scores, and lets plugins abstain and veto", async () => {
   const outcome = await simulate(TINY, [veto, guix]);
   assert.is(outcome.makespan, 25);
   assert.is(outcome.bytesMoved, 7e6);
-  // c was vetoed at 11 s.
-  assert.is(outcome.decisions, 5);
+  // b was asked for at 0 s, 8 s, 13 s and, held, at 15 s.
+  assert.is(outcome.decisions, 6);
   assert.equal(outcome.problems, {});
 });
 
@@ -353,6 +352,28 @@ test("simulate compares, and records what it made up", () =>
     assert.match(stdout, /\nlower bound +[\d.]+ +1\.00\nguix \(reference\) /);
   }));
 
+test("simulate sums up several seeds, of clients, packages and repetitions", async () => {
+  const common = ["--score", "locality", "--json", "--seeds", "2-4"];
+  const size = ["--machines", "5", "--builds", "60", "--clients", "2"];
+  const { stdout } = await call(...common, ...size, "--warm");
+  const { seeds, reference, plugin } = JSON.parse(stdout);
+  assert.equal(seeds.map(({ seed }: { seed: number }) => seed), [2, 3, 4]);
+  const ratios = seeds.map((
+    it: Record<"plugin", Outcome> & {
+      readonly lowerBound: number;
+    },
+  ) => it.plugin.makespan! / it.lowerBound);
+  assert.is(plugin.worst, Math.max(...ratios));
+  const sum = ratios.reduce((total: number, it: number) => total + it, 0);
+  assert.ok(Math.abs(plugin.average - sum / 3) < 1e-9);
+  assert.ok(reference.average >= 1);
+  const cold = JSON.parse((await call(...common, ...size)).stdout);
+  assert.not.equal(cold.plugin, plugin);
+  const table = await call("--packages", "hello,git", "--seeds", "1-2");
+  assert.match(table.stdout, /^ +seed +lower bound +guix \(s\) /);
+  assert.match(table.stdout, /\n +worst +[\d.]+ +[\d.]+\n$/);
+});
+
 test("simulate takes a site's plugin, and fails where that does", () =>
   withDirectory(async (directory) => {
     const file = `${directory}/site.ts`;
@@ -394,6 +415,10 @@ test("simulate says what is wrong with its options", () =>
       [["--workload", file, "--builds", "1"], /--builds: it does not go with/],
       [["--builds", "0"], /--builds: expected a whole number above 0, got '0'/],
       [["--seed", "x"], /--seed: expected a whole number/],
+      [["--seeds", "3-1"], /--seeds: expected FROM-TO, got '3-1'/],
+      [["--seeds", "2"], /--seeds: expected FROM-TO, got '2'/],
+      [["--packages", "emacs"], /emacs: expected one of hello, git/],
+      [["--packages", "git", "--builds", "1"], /--builds: it does not go/],
       [["--score", "best"], /there is no built-in score 'best', only 'guix'/],
       [["--plugin", "/nonexistent.ts"], /nonexistent\.ts: /],
       [["--frob"], /unknown option `--frob`/],

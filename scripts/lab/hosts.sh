@@ -2,7 +2,8 @@
 #
 # The directory of a host, $lab/hosts/NAME, holds: flavours, address, pid (of
 # its process 1), upper, work and root (of the overlay), log (of process 1),
-# cgroup (the name of its own, if any), entered (written to once its own root is
+# cgroup (the name of its own, if any), cpu (that by which its share of the
+# processors is limited, if it is), entered (written to once its own root is
 # in place) and ready (once it is up).
 
 # Find the $pid of a host's process 1, out here.  Its last argument is the

@@ -98,6 +98,36 @@ remove_cgroup() {
     ' sh "$directory/root" "$(cat "$directory/cgroup")"
 }
 
+# Where groups of processes can be given a share of the processors: by cgroups of
+# the first version, or of the second.
+find_cpu_groups() {
+    for groups in /sys/fs/cgroup/cpu /sys/fs/cgroup/unified /sys/fs/cgroup; do
+        [ ! -e $groups/cpu.cfs_quota_us ] && [ ! -e $groups/cgroup.controllers ] || break
+    done
+    [ ! -e $groups/cgroup.subtree_control ] || echo +cpu >$groups/cgroup.subtree_control
+}
+
+# Let all that a host runs, and what that starts, use so much of a processor.
+limit_cpu() {
+    find_cpu_groups
+    find_pid "$1"
+    group=$groups/offload-lab-cpu-$(address_of "$1")
+    echo "$group" >"$lab/hosts/$1/cpu"
+    mkdir -p "$group"
+    quota=$((1000 * $2))
+    if [ -e "$group/cpu.max" ]; then
+        echo "$quota 100000" >"$group/cpu.max"
+    else
+        echo 100000 >"$group/cpu.cfs_period_us"
+        echo "$quota" >"$group/cpu.cfs_quota_us"
+    fi
+    space=$(readlink "/proc/$pid/ns/pid")
+    for process in /proc/[0-9]*; do
+        [ "$(readlink "$process/ns/pid" 2>/dev/null)" != "$space" ] ||
+            echo "${process#/proc/}" >"$group/cgroup.procs"
+    done
+}
+
 make_devices() {
     mount -t tmpfs -o mode=755 dev "$1"
     mknod -m 666 "$1/null" c 1 3
@@ -128,6 +158,7 @@ destroy_host() {
         until is_dead "$pid"; do sleep 0.02; done
     fi
     [ ! -e "$directory/cgroup" ] || retry remove_cgroup
+    [ ! -e "$directory/cpu" ] || retry rmdir "$(cat "$directory/cpu")"
     rm -rf --one-file-system "$directory"
 }
 

@@ -37,6 +37,8 @@ inputs and outputs:
   --compressible    two thirds of their bytes are zeros, else none
 builds:
   --seconds=S       take S seconds, may be a fraction
+  --loops=N,…       keep a processor busy for N turns of a loop: each derivation,
+                    called NAME-NUMBER, for the next of these numbers
   --log-lines=N     print N lines, spread over these seconds
   --silent          print nothing else
   --fail            print the lines, take the time, then fail
@@ -59,7 +61,7 @@ outputs:
     (count (value #t)) (name (value #t)) (seed (value #t)) (system (value #t))
     (features (value #t)) (inputs (value #t)) (input-size (value #t))
     (input-files (value #t)) (text-inputs (value #t)) (seconds (value #t))
-    (log-lines (value #t)) (outputs (value #t)) (output-size (value #t))
+    (loops (value #t)) (log-lines (value #t)) (outputs (value #t)) (output-size (value #t))
     (references (value #t)) (scratch-size (value #t)) (output-files (value #t)) (print (value #t))))
 
 (define builder-script "\
@@ -83,6 +85,8 @@ else
         [ \"$pause\" = 0 ] || sleep \"$pause\"
     done
 fi
+n=0
+while [ $n -lt \"$loops\" ]; do n=$((n + 1)); done
 [ -z \"$print\" ] || cat \"$print\"
 if [ -n \"$die\" ]; then
     ulimit -t 1
@@ -263,6 +267,7 @@ say \"built $name\"
     ("seed" . ,id)
     ("lines" . ,(number->string lines))
     ("pause" . ,(decimal pause))
+    ("loops" . ,(car (list-option options 'loops "0")))
     ("size" . ,(number->string (number-option options 'output-size 0)))
     ("scratch" . ,(number->string (number-option options 'scratch-size 0)))
     ("files" . ,(number->string (number-option options 'output-files 0)))
@@ -302,6 +307,16 @@ unless that is #f."
               #:sources (cons* busybox script inputs)
               #:outputs (list-option options 'outputs "out")))
 
+(define (options-of options n)
+  "Return OPTIONS for the Nth derivation, which has a number of loops."
+  (match (list-option options 'loops "")
+    (() options)
+    (loops
+     (let ((name (string-option options 'name "work")))
+       (cons* (cons 'loops (list-ref loops (modulo n (length loops))))
+              (cons 'name (format #f "~a-~a" name n))
+              options)))))
+
 (define (main arguments)
   (define options (getopt-long arguments option-spec))
   (define seed (option-ref options 'seed (fresh-seed)))
@@ -311,7 +326,7 @@ unless that is #f."
       (display usage)
       (with-store store
         (fold (lambda (n previous)
-                (let ((drv (make-work store options
+                (let ((drv (make-work store (options-of options n)
                                       (string-append seed "-"
                                                      (number->string n))
                                       previous)))

@@ -1,0 +1,131 @@
+/**
+ * Tells plugins what needs a derivation and is not there: who waits for it.
+ *
+ * @module
+ */
+
+import {
+  closeLocalDaemon,
+  derivationName,
+  encode,
+  openLocalDaemon,
+  operateAll,
+  OPERATION,
+  queryValidPaths,
+} from "../mod.ts";
+import type {
+  ByteReader,
+  Context,
+  Dependent,
+  StoreConnection,
+} from "../mod.ts";
+
+/** How many derivations are looked at, and for how many ms, at the most. */
+const LIMITS = { derivations: 2000, time: 150 } as const;
+
+/** For how long what was found is believed, in ms. */
+const LIFETIME = 60_000;
+
+/** A derivation whose outputs are not there, while it is found out. */
+interface Node extends Dependent {
+  readonly dependents: Node[];
+  /** When it was asked what needs it. */
+  time: number;
+}
+
+/** What a process that stays has found out, by the derivation's file name. */
+const nodes = new Map<string, Node>();
+
+function nodeOf(derivation: string): Node {
+  const known = nodes.get(derivation);
+  if (known !== undefined) return known;
+  const node = { name: derivationName(derivation), dependents: [], time: 0 };
+  nodes.set(derivation, node);
+  return node;
+}
+
+/** Asks a list for each path, all at once. */
+async function queryLists(
+  store: StoreConnection,
+  operation: number,
+  paths: readonly string[],
+): Promise<string[][]> {
+  const lists: string[][] = [];
+  await operateAll(
+    store,
+    paths.map((path, index) => ({
+      request: encode(operation, path),
+      result: async (reader: ByteReader) => {
+        lists[index] = await reader.strings();
+      },
+    })),
+  );
+  return lists;
+}
+
+/** Those of derivations of which an output is not there. */
+async function withoutOutputs(
+  store: StoreConnection,
+  derivations: readonly string[],
+): Promise<string[]> {
+  const { queryDerivationOutputs } = OPERATION;
+  const outputs = await queryLists(store, queryDerivationOutputs, derivations);
+  const valid = new Set(await queryValidPaths(store, [...outputs.flat()]));
+  return derivations.filter((_, index) =>
+    outputs[index]!.some((output) => !valid.has(output))
+  );
+}
+
+/** Finds out what needs derivations; returns those of which that is not known. */
+async function lookOnce(
+  store: StoreConnection,
+  derivations: readonly string[],
+  now: number,
+): Promise<string[]> {
+  const { queryReferrers } = OPERATION;
+  const lists = await queryLists(store, queryReferrers, derivations);
+  const needing = [...new Set(lists.flat())]
+    .filter((path) => path.endsWith(".drv"));
+  const unbuilt = new Set(await withoutOutputs(store, needing));
+  derivations.forEach((derivation, index) => {
+    const node = nodeOf(derivation);
+    node.time = now;
+    const its = lists[index]!
+      .filter((path) => path !== derivation && unbuilt.has(path));
+    node.dependents.splice(0, Infinity, ...its.map(nodeOf));
+  });
+  return [...unbuilt].filter((path) => !isFresh(nodeOf(path), now));
+}
+
+function isFresh({ time }: Node, now: number): boolean {
+  return time <= now && now - time < LIFETIME;
+}
+
+/**
+ * Finds out what needs a derivation, as far as there is time for it: that is
+ * what all clients had Guix compute, wanted or not.
+ */
+export default async function queryDependents(
+  derivation: string,
+  context: Context,
+): Promise<readonly Dependent[]> {
+  const now = Date.now();
+  const node = nodeOf(derivation);
+  if (isFresh(node, now)) return node.dependents;
+  if (nodes.size > 10 * LIMITS.derivations) nodes.clear();
+  const store = await openLocalDaemon(context);
+  let isClean = false;
+  try {
+    let left = [derivation];
+    for (let looked = 0; left.length > 0;) {
+      looked += left.length;
+      left = await lookOnce(store, left, now);
+      const isTooMuch = looked + left.length > LIMITS.derivations;
+      if (isTooMuch || Date.now() - now > LIMITS.time) break;
+    }
+    isClean = true;
+  } finally {
+    closeLocalDaemon(store, context, isClean);
+  }
+  return nodeOf(derivation).dependents;
+}

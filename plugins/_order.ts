@@ -1,0 +1,75 @@
+/**
+ * Which of the builds that wait goes first: that on which the longest chain of
+ * builds waits.
+ *
+ * @module
+ */
+
+import type { Dependent, ScoredRequest, WaitingBuild } from "../mod.ts";
+import { expectWork } from "./_expectation.ts";
+
+/** What is assumed of a build where nothing is known of any, in seconds. */
+const USUAL_WORK = 60;
+
+/** For how long the length of a chain is believed, in ms. */
+const LIFETIME = 60_000;
+
+/** What is known of how long chains are. */
+const lengths = new WeakMap<Dependent, { seconds: number; time: number }>();
+
+function workOf(name: string, request: ScoredRequest): number {
+  return expectWork(name, request)?.seconds ?? USUAL_WORK;
+}
+
+/** How long the longest of chains takes at speed 1, in seconds. */
+function longestChain(
+  dependents: readonly Dependent[],
+  request: ScoredRequest,
+): number {
+  let longest = 0;
+  for (const dependent of dependents) {
+    longest = Math.max(longest, chainLength(dependent, request));
+  }
+  return longest;
+}
+
+/** The same of a derivation and what waits for it. */
+function chainLength(dependent: Dependent, request: ScoredRequest): number {
+  const { time } = request;
+  const known = lengths.get(dependent);
+  const age = time - (known?.time ?? -Infinity);
+  if (known && age >= 0 && age < LIFETIME) return known.seconds;
+  lengths.set(dependent, { seconds: 0, time }); // what is in a circle ends
+  const { name, dependents } = dependent;
+  const seconds = workOf(name, request) + longestChain(dependents, request);
+  lengths.set(dependent, { seconds, time });
+  return seconds;
+}
+
+/**
+ * How urgent a build is: seconds at speed 1 until the last of the longest chain
+ * that begins with it is built.
+ */
+export async function rankOf(request: ScoredRequest): Promise<number> {
+  const dependents = await request.dependents();
+  return workOf(request.name, request) + longestChain(dependents, request);
+}
+
+/** How urgent another build is by now: who waits gains, and is not left. */
+export function urgencyOf(
+  { rank = 0, since }: WaitingBuild,
+  { time }: ScoredRequest,
+): number {
+  return rank + Math.max(0, time - since) / 1000;
+}
+
+/** Others that wait and are more urgent. */
+export function aheadOf(
+  urgency: number,
+  request: ScoredRequest,
+): WaitingBuild[] {
+  return request.waiting().filter((other) =>
+    other.derivation !== request.derivation &&
+    urgencyOf(other, request) > urgency
+  );
+}
