@@ -1392,8 +1392,9 @@ export interface WaitingBuild {
   readonly rank?: number;
   /** NAME:PORT of the machine that it waits for, though others are free. */
   readonly machine?: string;
-  /** The system type it is for, and the features that it requires. */
+  /** The system type it is for. */
   readonly system?: string;
+  /** The features that it requires. */
   readonly features?: readonly string[];
 }
 
