@@ -5216,13 +5216,16 @@ async function startMachine(
   }
 }
 
+/** Why nobody takes a build; where it is deferred, that is noted already. */
+export type Unassigned = "busy" | "deferred" | "unreachable";
+
 /** Chooses who takes a build, waiting until `end`, or says why nobody does. */
 export async function chooseBuildMachine(
   machines: readonly Machine[],
   request: ScoredRequest,
   context: Context,
   end: number = answerBy(context),
-): Promise<Assignment | "busy" | "unreachable"> {
+): Promise<Assignment | Unassigned> {
   for (;;) {
     const prospects = await surveyMachines(machines, request, context);
     let ranking: readonly Appraisal[] = [];
@@ -5236,7 +5239,8 @@ export async function chooseBuildMachine(
       dismiss(prospects, assignment?.prospect);
     }
     if (assignment !== undefined) return assignment;
-    if (deferral?.isHeld === false) return "busy";
+    const refusal = deferral === undefined ? "busy" : "deferred";
+    if (deferral?.isHeld === false) return refusal;
     const able = prospects.filter((prospect) =>
       ranking.some((it) => it.prospect === prospect) ||
       exclusion(prospect, context)?.isBusy
@@ -5253,7 +5257,7 @@ export async function chooseBuildMachine(
         : prospect.freeSlots() === 0 ||
           ranking.some((it) => it.prospect === prospect) // a moment ago
     );
-    if (!await waitForSlot(busy, context, end)) return "busy";
+    if (!await waitForSlot(busy, context, end)) return refusal;
   }
 }
 
@@ -5307,7 +5311,7 @@ async function chooseReadyMachine(
   machines: readonly Machine[],
   request: ScoredRequest,
   context: Context,
-): Promise<Assignment | "busy" | "unreachable"> {
+): Promise<Assignment | Unassigned> {
   const end = answerBy(context);
   let obstacle: Error | undefined;
   let others = machines;
@@ -6315,7 +6319,9 @@ export async function processRequest(
   const { journal } = context.observations;
   if (typeof choice === "string") {
     const gone = choice === "unreachable" && mayBuildHere(request, context);
-    if (!gone) journal?.saveWait(request.derivation, choice);
+    if (!gone && choice !== "deferred") {
+      journal?.saveWait(request.derivation, choice);
+    }
     await conversation.answer(gone ? "decline" : "postpone");
     journal?.watch(listed, scored, context);
     return false;

@@ -5,6 +5,7 @@
  * @module
  */
 
+import { setTimeout as delay } from "node:timers/promises";
 import type {
   Candidate,
   InputItem,
@@ -29,6 +30,9 @@ const SHORTEST = 1;
 
 /** Of how many machines what they lack is looked up: those that may be best. */
 const COMPARED = 16;
+
+/** How long what it needs may take to be found out, in ms. */
+const PATIENCE = 150;
 
 /** How much of what was known a build changes. */
 const LEARNING = 0.2;
@@ -102,6 +106,28 @@ export function expectWork(
     if (seconds !== undefined) return { seconds, source, past: latest };
   }
   return undefined;
+}
+
+/** Whether a build is over so soon that it is not worth a look or a wait. */
+export function isShort({ seconds }: Work): boolean {
+  return seconds < SHORTEST;
+}
+
+/** What a promise comes to, if it does so soon: guix-daemon waits. */
+export async function inTime<T>(promise: Promise<T>): Promise<T | undefined> {
+  const answer = promise.catch(() => undefined);
+  const isThere = await Promise.race([
+    answer.then(() => true),
+    Promise.resolve().then(() => {}).then(() => {}).then(() => false),
+  ]);
+  if (isThere) return await answer;
+  const late = new AbortController();
+  const { signal } = late;
+  try {
+    return await Promise.race([answer, delay(PATIENCE, undefined, { signal })]);
+  } finally {
+    late.abort();
+  }
 }
 
 /** How quick a machine is taken to be. */
@@ -291,7 +317,9 @@ export async function expect(
     const wait = waits.get(place) ?? 0;
     return [candidate, { wait, transfer: 0, build, total: wait + build }];
   }));
-  const isWorthIt = candidates.length > 1 && work.seconds >= SHORTEST;
-  if (isWorthIt) addTransfers(expectations, await request.inputs());
+  if (candidates.length > 1 && !isShort(work)) {
+    const inputs = await inTime(request.inputs());
+    if (inputs !== undefined) addTransfers(expectations, inputs);
+  }
   return expectations;
 }

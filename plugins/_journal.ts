@@ -377,6 +377,7 @@ export class SharedJournal implements Journal {
     const now = Date.now();
     return this.#waiting(
       `rank IS NOT NULL AND seen BETWEEN ? AND ?
+       AND derivation NOT IN (SELECT derivation FROM slot)
        ORDER BY rank - since / 1000 DESC LIMIT ?`,
       ...[now - WAIT_LIFETIME.urgent, now, URGENT],
     );

@@ -6,7 +6,7 @@
  */
 
 import type { Dependent, ScoredRequest, WaitingBuild } from "../mod.ts";
-import { expectWork } from "./_expectation.ts";
+import { expectWork, inTime } from "./_expectation.ts";
 
 /** What is assumed of a build where nothing is known of any, in seconds. */
 const USUAL_WORK = 60;
@@ -51,7 +51,7 @@ function chainLength(dependent: Dependent, request: ScoredRequest): number {
  * that begins with it is built.
  */
 export async function rankOf(request: ScoredRequest): Promise<number> {
-  const dependents = await request.dependents();
+  const dependents = await inTime(request.dependents()) ?? [];
   return workOf(request.name, request) + longestChain(dependents, request);
 }
 

@@ -23,7 +23,9 @@ import {
   expect,
   expectationOf,
   expectSlot,
+  expectWork,
   isFull,
+  isShort,
   noteExpectation,
   speedOf,
 } from "./_expectation.ts";
@@ -119,6 +121,7 @@ function awaitBetter(
     if (there === undefined || there.total >= best) continue;
     if (there.slot > Number(options.longestWait)) continue;
     best = there.total;
+    if (candidate.freeSlots() > 0) return undefined; // for all that was noted
     const { name } = candidate.machine;
     const why = `'${name}' will have a slot soon, and be done sooner`;
     const isHeld = there.slot < settings.decisionTimeout;
@@ -154,6 +157,8 @@ const plugin = {
       .filter((candidate) => !isFull(candidate));
     const isFirstFree = ranking[0]!.candidate === idle[0];
     if (isFirstFree && request.waiting().length === 0) return undefined;
+    const work = expectWork(request.name, request);
+    if (work !== undefined && isShort(work)) return undefined;
     const waited = request.waited();
     const isOver = waited > Number(context.options.longestWait);
     if (idle.length > 0 && isOver) return undefined;
@@ -161,8 +166,14 @@ const plugin = {
     const urgency = rank + waited;
     const ahead = aheadOf(urgency, request);
     if (idle.length === 0) {
+      // What was noted of a hook that was killed keeps no slot.
+      const isFreed = ranking.some((it) => it.candidate.freeSlots() > 0);
+      if (isFreed) return undefined;
+      const before = ahead.filter((other) =>
+        ranking.some(({ candidate }) => couldDo(candidate, other))
+      );
       // Who is more urgent has asked, and gets a slot that is freed till then.
-      const isHeld = ahead.length <= POLL * request.pace();
+      const isHeld = before.length <= POLL * request.pace();
       return { why: "busy", rank, isHeld };
     }
     const standing = { request, rank, urgency, ahead, context };

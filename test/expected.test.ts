@@ -54,9 +54,12 @@ function host(
   more: Partial<Candidate> = {},
   fields: Partial<Machine> = {},
 ): Candidate {
+  const made = candidate({ name, speed, ...fields });
+  const { parallelBuilds } = made.machine;
   return {
-    ...candidate({ name, speed, ...fields }),
+    ...made,
     running: () => builds,
+    freeSlots: () => parallelBuilds - builds.length,
     ...more,
   };
 }
@@ -224,6 +227,47 @@ test("the first of those that wait is held, the others ask again", async () => {
   assert.equal(await standing(tired), ["busy", 100, true]);
 });
 
+test("what was noted of hooks that were killed keeps no slot", async () => {
+  const freed = { freeSlots: () => 1 };
+  const full = host("a", 4, running(["gcc-15", 5]), freed);
+  const own = makeOwn();
+  const works = { "hello-2.12": 600, "gcc-15": 100, "": 10 };
+  for (const hosts of [[full], [full, host("b", 1)]]) {
+    const asked = ask(works, { waiting: () => [waits(9000)] });
+    const ranking = await rank(hosts, asked, own);
+    assert.is(ranking[0]!.candidate, full);
+    assert.is(await expected.defer!(ranking, ask(works), own), undefined);
+  }
+});
+
+test("a build of no time waits for nobody, and keeps nobody waiting", async () => {
+  const hosts = [
+    host("a", 4, running(["gcc-15", 5])),
+    host("b", 1),
+  ];
+  const works = { "hello-2.12": 0.1, "gcc-15": 100, "": 10 };
+  const more = {
+    waiting: () => [waits(9000)],
+    dependents: () => Promise.reject(new Error("it was asked for")),
+  };
+  assert.is(await decide(hosts, ask(works, more)), "b");
+});
+
+test("what takes too long to be found out is left out", async () => {
+  const works = { "hello-2.12": 600, "": 10 };
+  const answers = [
+    () => new Promise<never>(() => {}),
+    () => Promise.reject(new Error("no daemon")),
+  ];
+  for (const answer of answers) {
+    const more = { inputs: answer, dependents: answer };
+    const asked = ask(works, more);
+    const hosts = [host("a", 4), host("b", 1)];
+    assert.is((await expect(hosts, asked, true))!.size, 2);
+    assert.is(await rankOf(asked), 600);
+  }
+});
+
 test("builds leave slots to those on which more waits", async () => {
   const works = { "hello-2.12": 100, "": 10 };
   const free = host("b", 1);
@@ -282,6 +326,20 @@ test("learnQuickness() comes to how quick machines are", () => {
   assert.ok(Math.abs(Math.log2(c! / a!) - 2) < 0.2, `${c! / a!}`);
   // What is short tells nothing.
   assert.is(learnQuickness(machine(), 1, 0.5, past), 1);
+});
+
+test("Observations know builds of other versions, and of anything", () => {
+  const { observations } = makeContext().context;
+  const a = machine({ name: "a" });
+  for (const name of ["gcc-14.3", "gcc-15.1", "gcc-toolchain-15", "gcc-x"]) {
+    observations.saveBuild(a, name, name.length, []);
+  }
+  const seconds = (beginning: string) =>
+    observations.similar(beginning).map((build) => build.seconds).sort();
+  assert.equal(seconds("gcc"), [8, 8]);
+  assert.equal(seconds("gcc-toolchain"), [16]);
+  assert.equal(seconds("none"), []);
+  assert.equal(seconds(""), [16, 5, 8, 8]);
 });
 
 const settings = { ...readSettings("/nonexistent", {}), score: "expected" };

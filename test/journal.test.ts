@@ -147,6 +147,46 @@ test("what is damaged is replaced, with a word", () => {
   }
 });
 
+test("the most urgent of the builds that wait are told, who waits gains", () => {
+  const { context, journal, file } = makeJournal();
+  const urgent = () => journal.urgent().map(({ derivation }) => derivation);
+  const order = { rank: 5, system: "x86_64-linux", features: ["kvm", "a"] };
+  journal.saveWait("/a.drv", "busy", order);
+  journal.saveWait("/b.drv", "it is patient", { rank: 7, machine: "w1:22" });
+  journal.saveWait("/c.drv", "busy"); // nobody has said how urgent it is
+  assert.equal(urgent(), ["/b.drv", "/a.drv"]);
+  const [b, a] = journal.urgent();
+  assert.is(b!.machine, "w1:22");
+  assert.equal([a!.rank, a!.system, a!.features, a!.machine], [
+    ...[5, "x86_64-linux", ["kvm", "a"], undefined],
+  ]);
+  const since = Date.now() - 30_000;
+  execute(
+    file,
+    `UPDATE waiting SET since = ${since} WHERE derivation = '/a.drv'`,
+  );
+  assert.equal(urgent(), ["/a.drv", "/b.drv"]);
+  assert.is(Math.round(journal.waited("/a.drv")), 30);
+  assert.is(journal.waited("/d.drv"), 0);
+  // It has a slot, and is built.
+  const slot = { file: "/w1:22/0", inode: "1" };
+  context.observations.useSlot("w1:22", slot, "/a.drv");
+  assert.equal(urgent(), ["/b.drv"]);
+  execute(file, `UPDATE waiting SET seen = ${Date.now() - 9000}`);
+  assert.equal(urgent(), []);
+});
+
+test("the pace is that of the last minute", () => {
+  const { context, journal } = makeJournal();
+  assert.is(journal.pace(), 0);
+  const now = Date.now();
+  for (const ago of [1, 10, 59, 70]) {
+    const ended = now - ago * 1000;
+    journal.save(makeEntry({ ended }), context.settings);
+  }
+  assert.is(journal.pace(), 3 / 60);
+});
+
 test("processes that note builds at once lose none", async () => {
   const { context: { stateDirectory }, others, warnings } = makeJournal();
   const kinds = ["node", "deno", "node", "deno"] as const;
