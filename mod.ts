@@ -2046,7 +2046,10 @@ export function pluginsWith<K extends keyof Hooks>(
   // Who scores knows what a wait is worth.
   const choice = hook === "defer" ? "score" : hook;
   const isUsed = (plugin: Plugin) => {
-    if (!isBuiltin(plugin) || plugin.name in settings.use) return true;
+    // Of what is chosen by another setting, 'use' has the options alone.
+    const isNamed = plugin.name in settings.use &&
+      plugin.name !== AUTOMATIC_SCORE;
+    if (!isBuiltin(plugin) || isNamed) return true;
     if (!isChoice(choice)) return isDefault(plugin);
     return plugin.name === chosenName(choice, { plugins, settings });
   };
@@ -5071,9 +5074,12 @@ export async function rank(
   request: ScoredRequest,
   context: Context,
 ): Promise<Appraisal[]> {
+  const mayDefer = !request.isAccepted &&
+    pluginsWith("defer", context).length > 0;
   const eligible = prospects.filter((prospect) => {
     // Who is not asked, for all its slots are taken, may be worth a wait.
-    if (isUnknown(prospect) && prospect.machine.parallelBuilds > 0) return true;
+    const isAble = prospect.machine.parallelBuilds > 0;
+    if (mayDefer && isAble && isUnknown(prospect)) return true;
     const { why } = exclusion(prospect, context) ?? {};
     if (why) context.log.debug(`skipping '${prospect.machine.name}': ${why}`);
     return why === undefined;
@@ -5112,6 +5118,7 @@ function takeSlot(
 ): Assignment | undefined {
   const problems: unknown[] = [];
   for (const { prospect } of ranking) {
+    if (isUnknown(prospect)) continue; // its slot was freed since: it is asked
     try {
       const slot = acquireBuildSlot(prospect.machine, stateDirectory, log);
       if (slot === undefined) continue;
@@ -5254,8 +5261,8 @@ export async function chooseBuildMachine(
     const busy = able.filter((prospect) =>
       deferral?.candidate !== undefined
         ? prospect === deferral.candidate
-        : prospect.freeSlots() === 0 ||
-          ranking.some((it) => it.prospect === prospect) // a moment ago
+        : prospect.freeSlots() === 0 || (deferral === undefined &&
+          ranking.some((it) => it.prospect === prospect)) // a moment ago
     );
     if (!await waitForSlot(busy, context, end)) return refusal;
   }
@@ -6099,7 +6106,8 @@ async function chooseAnother(
       const others = machines.filter((machine) =>
         !(resting.get(machine)! > performance.now())
       );
-      const choice = await chooseBuildMachine(others, accepted, context);
+      const asked = { ...accepted, time: Date.now() };
+      const choice = await chooseBuildMachine(others, asked, context);
       if (typeof choice !== "string") return choice;
       const isWaiting = machines.some((it) =>
         isLeft(it) && !others.includes(it)

@@ -21,7 +21,7 @@ import type {
 } from "../mod.ts";
 
 /** How many derivations are looked at, and for how many ms, at the most. */
-const LIMITS = { derivations: 2000, time: 150 } as const;
+const LIMITS = { derivations: 500, time: 150 } as const;
 
 /** For how long what was found is believed, in ms. */
 const LIFETIME = 60_000;
@@ -35,6 +35,9 @@ interface Node extends Dependent {
 
 /** What a process that stays has found out, by the derivation's file name. */
 const nodes = new Map<string, Node>();
+
+/** What is being found out: whoever asks again waits for the same. */
+const asked = new Map<string, Promise<readonly Dependent[]>>();
 
 function nodeOf(derivation: string): Node {
   const known = nodes.get(derivation);
@@ -80,12 +83,13 @@ async function withoutOutputs(
 async function lookOnce(
   store: StoreConnection,
   derivations: readonly string[],
+  most: number,
   now: number,
 ): Promise<string[]> {
   const { queryReferrers } = OPERATION;
   const lists = await queryLists(store, queryReferrers, derivations);
   const needing = [...new Set(lists.flat())]
-    .filter((path) => path.endsWith(".drv"));
+    .filter((path) => path.endsWith(".drv")).slice(0, most);
   const unbuilt = new Set(await withoutOutputs(store, needing));
   derivations.forEach((derivation, index) => {
     const node = nodeOf(derivation);
@@ -101,6 +105,29 @@ function isFresh({ time }: Node, now: number): boolean {
   return time <= now && now - time < LIFETIME;
 }
 
+async function findOut(
+  derivation: string,
+  now: number,
+  context: Context,
+): Promise<readonly Dependent[]> {
+  if (nodes.size > 10 * LIMITS.derivations) nodes.clear();
+  const store = await openLocalDaemon(context);
+  let isClean = false;
+  try {
+    let left = [derivation];
+    for (let looked = 0; left.length > 0;) {
+      looked += left.length;
+      const most = LIMITS.derivations - looked;
+      if (most <= 0 || Date.now() - now > LIMITS.time) break;
+      left = await lookOnce(store, left, most, now);
+    }
+    isClean = true;
+  } finally {
+    closeLocalDaemon(store, context, isClean);
+  }
+  return nodeOf(derivation).dependents;
+}
+
 /**
  * Finds out what needs a derivation, as far as there is time for it: that is
  * what all clients had Guix compute, wanted or not.
@@ -112,20 +139,11 @@ export default async function queryDependents(
   const now = Date.now();
   const node = nodeOf(derivation);
   if (isFresh(node, now)) return node.dependents;
-  if (nodes.size > 10 * LIMITS.derivations) nodes.clear();
-  const store = await openLocalDaemon(context);
-  let isClean = false;
+  const found = asked.get(derivation) ?? findOut(derivation, now, context);
+  asked.set(derivation, found);
   try {
-    let left = [derivation];
-    for (let looked = 0; left.length > 0;) {
-      looked += left.length;
-      left = await lookOnce(store, left, now);
-      const isTooMuch = looked + left.length > LIMITS.derivations;
-      if (isTooMuch || Date.now() - now > LIMITS.time) break;
-    }
-    isClean = true;
+    return await found;
   } finally {
-    closeLocalDaemon(store, context, isClean);
+    asked.delete(derivation);
   }
-  return nodeOf(derivation).dependents;
 }

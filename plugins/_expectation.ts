@@ -66,9 +66,8 @@ export function learnQuickness(
   const id = `${machine.name}:${machine.port}`;
   const elsewhere = past.filter((build) => build.machine !== id);
   const work = median(elsewhere.slice(0, LATEST).map(workOf));
-  if (work === undefined || seconds < SHORTEST || !(machine.speed > 0)) {
-    return before;
-  }
+  const isTelling = seconds >= SHORTEST && machine.speed > 0;
+  if (work === undefined || work <= 0 || !isTelling) return before;
   const seen = work / seconds / machine.speed;
   const learned = before ** (1 - LEARNING) * seen ** LEARNING;
   return Math.min(Math.max(learned, 1 / QUICKEST), QUICKEST);

@@ -35,7 +35,7 @@ async function queryDerivationOutputs(
 }
 
 /** Finds out what a derivation needs, without the daemon's telling. */
-export default async function queryInputs(
+async function findOut(
   derivation: string,
   context: Context,
 ): Promise<InputItem[]> {
@@ -59,4 +59,29 @@ export default async function queryInputs(
   } finally {
     store.stream.destroy();
   }
+}
+
+/** How many answers are kept, and for how long, in ms. */
+const KEPT = { most: 16, lifetime: 60_000 } as const;
+
+/** What was found out last, by derivation: guix-daemon asks again. */
+const kept = new Map<string, { time: number; items: Promise<InputItem[]> }>();
+
+/** Finds out what a derivation needs, or has done so. */
+export default function queryInputs(
+  derivation: string,
+  context: Context,
+): Promise<InputItem[]> {
+  const now = Date.now();
+  const known = kept.get(derivation);
+  const age = now - (known?.time ?? -Infinity);
+  if (known && age >= 0 && age < KEPT.lifetime) return known.items;
+  const items = findOut(derivation, context);
+  kept.delete(derivation);
+  kept.set(derivation, { time: now, items });
+  items.catch(() => kept.delete(derivation));
+  for (const [oldest] of kept) {
+    if (kept.size > KEPT.most) kept.delete(oldest);
+  }
+  return items;
 }

@@ -92,9 +92,9 @@ const TELLING = { news: 1000, same: 10_000 } as const;
  * again every 5 s, if it gets to it.
  */
 const WAIT_LIFETIME = {
-  urgent: 8000,
+  urgent: 15_000,
   shown: 15_000,
-  counted: 60_000,
+  counted: 600_000,
 } as const;
 
 /** How many builds that wait are looked at to see which ones go first. */
@@ -344,7 +344,8 @@ export class SharedJournal implements Journal {
        ON CONFLICT DO UPDATE
        SET since = iif(seen BETWEEN ? AND excluded.seen, since, excluded.since),
        seen = excluded.seen, why = excluded.why, machine = excluded.machine,
-       rank = excluded.rank`,
+       rank = excluded.rank, system = excluded.system,
+       features = excluded.features`,
       ...[derivation, now, now, why, rank ?? null, machine ?? null],
       ...[system ?? null, features.join(",")],
       now - WAIT_LIFETIME.counted,
@@ -377,7 +378,8 @@ export class SharedJournal implements Journal {
     const now = Date.now();
     return this.#waiting(
       `rank IS NOT NULL AND seen BETWEEN ? AND ?
-       AND derivation NOT IN (SELECT derivation FROM slot)
+       AND NOT EXISTS (SELECT 1 FROM slot
+         WHERE slot.derivation = waiting.derivation AND time >= seen)
        ORDER BY rank - since / 1000 DESC LIMIT ?`,
       ...[now - WAIT_LIFETIME.urgent, now, URGENT],
     );

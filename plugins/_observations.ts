@@ -437,7 +437,8 @@ export class SharedObservations implements Observations {
     const before = row?.quickness ?? 1;
     const past = this.history(name);
     const quickness = learnQuickness(machine, before, seconds, past);
-    const speed = machine.speed * quickness;
+    // One that only gets what no other takes may have a speed of 0.
+    const speed = machine.speed > 0 ? machine.speed * quickness : 1;
     const keys = JSON.stringify(heldKeys(id, items));
     const last = this.#use((database) => {
       // What is prepared beforehand makes nobody wait.

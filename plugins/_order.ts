@@ -17,8 +17,16 @@ const LIFETIME = 60_000;
 /** What is known of how long chains are. */
 const lengths = new WeakMap<Dependent, { seconds: number; time: number }>();
 
+/** How long builds take, as far as that was looked up for a request. */
+const works = new WeakMap<ScoredRequest, Map<string, number>>();
+
 function workOf(name: string, request: ScoredRequest): number {
-  return expectWork(name, request)?.seconds ?? USUAL_WORK;
+  const known = works.get(request) ?? new Map<string, number>();
+  works.set(request, known);
+  const work = known.get(name) ?? expectWork(name, request)?.seconds ??
+    USUAL_WORK;
+  known.set(name, work);
+  return work;
 }
 
 /** How long the longest of chains takes at speed 1, in seconds. */

@@ -8,7 +8,7 @@ import type { Deferral, WaitingBuild } from "../mod.ts";
 import type { Job } from "./_host.ts";
 
 /** How many are told, and after how many ms without a word no more. */
-const TOLD = { most: 64, lifetime: 8000 } as const;
+const TOLD = { most: 64, lifetime: 15_000 } as const;
 
 /** What does not change while a build waits and gains by that. */
 function keyOf({ rank = 0, since }: WaitingBuild): number {

@@ -2,7 +2,7 @@
 
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { readSettings } from "../mod.ts";
+import { loadPlugins, pluginsWith, readSettings } from "../mod.ts";
 import type {
   Candidate,
   Dependent,
@@ -13,6 +13,7 @@ import type {
   RunningBuild,
   ScoredCandidate,
   ScoredRequest,
+  Settings,
   WaitingBuild,
 } from "../mod.ts";
 import {
@@ -324,7 +325,11 @@ test("learnQuickness() comes to how quick machines are", () => {
   const [a, b, c] = ["a", "b", "c"].map((name) => quickness.get(name)!);
   assert.ok(Math.abs(Math.log2(a! / b!) - 2) < 0.2, `${a! / b!}`);
   assert.ok(Math.abs(Math.log2(c! / a!) - 2) < 0.2, `${c! / a!}`);
-  // What is short tells nothing.
+  // What is short tells nothing, nor who only gets what no other takes.
+  const last = machine({ speed: 0 });
+  assert.is(learnQuickness(last, 1, 100, past), 1);
+  const odd = [{ machine: "x:22", seconds: 100, speed: 0 }];
+  assert.is(learnQuickness(machine(), 1, 100, odd), 1);
   assert.is(learnQuickness(machine(), 1, 0.5, past), 1);
 });
 
@@ -340,6 +345,31 @@ test("Observations know builds of other versions, and of anything", () => {
   assert.equal(seconds("gcc-toolchain"), [16]);
   assert.equal(seconds("none"), []);
   assert.equal(seconds(""), [16, 5, 8, 8]);
+});
+
+test("it scores unless another does, and has builds wait only then", async () => {
+  const { log } = makeContext().context;
+  const site: Plugin = { name: "site", score: () => 1 };
+  const chosen = async (
+    told: Readonly<Record<string, unknown>>,
+    more: readonly Plugin[] = [],
+  ) => {
+    const all = { ...readSettings("/nonexistent", {}), ...told } as Settings;
+    const plugins = [...more, ...await loadPlugins("", all, log)];
+    const context = { plugins, settings: all };
+    return (["score", "defer"] as const).map((hook) =>
+      pluginsWith(hook, context).map(({ name }) => name).join(" ")
+    );
+  };
+  assert.equal(await chosen({}), ["expected", "expected"]);
+  assert.equal(await chosen({}, [site]), ["site guix", ""]);
+  assert.equal(await chosen({ use: { pressure: {} } }), ["guix pressure", ""]);
+  assert.equal(await chosen({ score: "guix" }), ["guix", ""]);
+  const own = { use: { expected: { longestWait: 5 } } };
+  assert.equal(await chosen(own), ["expected", "expected"]);
+  assert.equal(await chosen({ ...own, score: "locality" }), ["locality", ""]);
+  const both = await chosen({ score: "expected" }, [site]);
+  assert.equal(both, ["site expected", "expected"]);
 });
 
 const settings = { ...readSettings("/nonexistent", {}), score: "expected" };

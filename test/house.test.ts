@@ -9,7 +9,7 @@ import { ROOT } from "./helpers.ts";
 const test = suite("house");
 
 /** How many lines a file may have, and a function. */
-const LINES = { "mod.ts": 6915, others: 600, function: 40 } as const;
+const LINES = { "mod.ts": 6923, others: 600, function: 40 } as const;
 
 const PLUGINS = readdirSync(`${ROOT}/plugins`)
   .filter((file) => file.endsWith(".ts")).map((file) => `plugins/${file}`);

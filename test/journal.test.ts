@@ -172,7 +172,7 @@ test("the most urgent of the builds that wait are told, who waits gains", () => 
   const slot = { file: "/w1:22/0", inode: "1" };
   context.observations.useSlot("w1:22", slot, "/a.drv");
   assert.equal(urgent(), ["/b.drv"]);
-  execute(file, `UPDATE waiting SET seen = ${Date.now() - 9000}`);
+  execute(file, `UPDATE waiting SET seen = ${Date.now() - 16_000}`);
   assert.equal(urgent(), []);
 });
 
