@@ -291,7 +291,7 @@ function expectSlots(
 
 /**
  * What is to be expected of each machine that may take a build; undefined where
- * nothing is known of any.
+ * nothing is known of it, or that it is over at once.
  */
 export async function expect(
   candidates: readonly Candidate[],
@@ -299,7 +299,7 @@ export async function expect(
   learns: boolean,
 ): Promise<ReadonlyMap<Candidate, Expectation> | undefined> {
   const work = expectWork(request.name, request);
-  if (work === undefined) return undefined;
+  if (work === undefined || isShort(work)) return undefined;
   const places = candidates.map((candidate): Place => {
     const speed = speedOf(candidate, learns);
     return { candidate, speed, build: expectBuild(candidate, speed, work) };
@@ -316,7 +316,7 @@ export async function expect(
     const wait = waits.get(place) ?? 0;
     return [candidate, { wait, transfer: 0, build, total: wait + build }];
   }));
-  if (candidates.length > 1 && !isShort(work)) {
+  if (candidates.length > 1) {
     const inputs = await inTime(request.inputs());
     if (inputs !== undefined) addTransfers(expectations, inputs);
   }

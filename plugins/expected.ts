@@ -1,7 +1,8 @@
 /**
  * Scores machines by when a build would be done there, in seconds: what runs
  * there now, what must be sent, and how long builds took before. Where nothing
- * is known yet, it is the reference's choice, the fastest.
+ * is known yet, or a build is over at once, it is the reference's choice, the
+ * fastest.
  *
  * A build waits where a machine that is busy will be done with it sooner than
  * one that is free, and where others that wait are more urgent.

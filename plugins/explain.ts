@@ -217,12 +217,14 @@ function formatExplanation(
       free === undefined ? "-" : `${mebibytes(free)} MiB`,
       scores === undefined ? "-" : formatScore(scores.total),
       chosen ? "takes it" : excluded ?? "another one is as good or better",
-      byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
-      expectation ? formatExpectation(expectation) : "",
+      [
+        byPlugin.length > 1 ? `(${byPlugin.join(", ")})` : "",
+        expectation ? formatExpectation(expectation) : "",
+      ].filter(Boolean).join(" "),
     ];
   });
   const header = ["machine", "free slots", "load", "disk space", "score", ""];
-  return formatTable([[...header, "", ""], ...rows], screen);
+  return formatTable([header, ...rows], screen);
 }
 
 /** A score without digits that tell nothing. */
