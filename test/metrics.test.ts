@@ -65,7 +65,8 @@ test("finishedPhases() tells what a build came to the end of", () => {
     building: 5,
     retrieving: 2,
   });
-  const { built: _, retrieved: __, ...begun } = makeEntry();
+  const entry = makeEntry();
+  const { built: _, retrieved: __, ...begun } = entry;
   const phases = { waiting: 0.5, connecting: 0.5, sending: 1 };
   const failed = { ...begun, outcome: "failed" } as const;
   assert.equal(finishedPhases(failed), { ...phases, building: 7 });
@@ -75,7 +76,7 @@ test("finishedPhases() tells what a build came to the end of", () => {
   assert.is(finishedPhases(set).waiting, 0, "the clock was set back");
   const attempt = { machine: "w2:22", slot: 0, began: accepted, problem: "" };
   const earlier = [{ ...attempt, ended: accepted + 100 }];
-  const again = { ...makeEntry(), earlier, began: accepted + 300 };
+  const again = { ...entry, earlier, began: accepted + 300 };
   assert.is(finishedPhases(again)["failed attempts"], 0.3);
 });
 

@@ -124,11 +124,16 @@ function suiteUnder(runtime: Runtime, master: Master): void {
     ];
     const script = `cd ${STATE} && chmod 755 . w1:22 && touch ${slots[0]} ` +
       `${OBSERVATIONS} && chmod 644 ${slots[0]} ${OBSERVATIONS}`;
-    // As earlier versions left it.
-    must(account, master, script);
-    const before = await lockAs("nobody", files);
-    await before.end();
-    assert.ok(before.locked >= 2, "the test can lock what is open to all");
+    // As earlier versions left it. A process that stays looks at what is shared
+    // now and then, and puts that right.
+    let before = 0;
+    for (let tries = 0; tries < 5 && before < 2; tries++) {
+      must(account, master, script);
+      const holder = await lockAs("nobody", files);
+      await holder.end();
+      before = holder.locked;
+    }
+    assert.ok(before >= 2, "the test can lock what is open to all");
     buildOne();
     const holder = await lockAs("nobody", files);
     assert.is(holder.locked, 0);

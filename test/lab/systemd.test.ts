@@ -338,7 +338,7 @@ async function withDropIn(
 /** The names of the processes that the unit has. */
 function processes(host: string): string[] {
   const script = `cat ${CGROUP}/cgroup.procs 2>/dev/null |
-    while read pid; do cat /proc/$pid/comm; done`;
+    while read pid; do cat /proc/$pid/comm 2>/dev/null; done; true`;
   return inHost(host, "sh", "-c", script).split("\n").filter((it) => it !== "");
 }
 
