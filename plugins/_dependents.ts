@@ -4,21 +4,9 @@
  * @module
  */
 
-import {
-  closeLocalDaemon,
-  derivationName,
-  encode,
-  openLocalDaemon,
-  operateAll,
-  OPERATION,
-  queryValidPaths,
-} from "../mod.ts";
-import type {
-  ByteReader,
-  Context,
-  Dependent,
-  StoreConnection,
-} from "../mod.ts";
+import { derivationName, OPERATION, queryValidPaths } from "../mod.ts";
+import type { Context, Dependent, StoreConnection } from "../mod.ts";
+import { queryLists, withLocalDaemon } from "./_local_store.ts";
 
 /** How many derivations are looked at, and for how many ms, at the most. */
 const LIMITS = { derivations: 500, time: 150 } as const;
@@ -47,25 +35,6 @@ function nodeOf(derivation: string): Node {
   return node;
 }
 
-/** Asks a list for each path, all at once. */
-async function queryLists(
-  store: StoreConnection,
-  operation: number,
-  paths: readonly string[],
-): Promise<string[][]> {
-  const lists: string[][] = [];
-  await operateAll(
-    store,
-    paths.map((path, index) => ({
-      request: encode(operation, path),
-      result: async (reader: ByteReader) => {
-        lists[index] = await reader.strings();
-      },
-    })),
-  );
-  return lists;
-}
-
 /** Those of derivations of which an output is not there. */
 async function withoutOutputs(
   store: StoreConnection,
@@ -73,7 +42,7 @@ async function withoutOutputs(
 ): Promise<string[]> {
   const { queryDerivationOutputs } = OPERATION;
   const outputs = await queryLists(store, queryDerivationOutputs, derivations);
-  const valid = new Set(await queryValidPaths(store, [...outputs.flat()]));
+  const valid = new Set(await queryValidPaths(store, outputs.flat()));
   return derivations.filter((_, index) =>
     outputs[index]!.some((output) => !valid.has(output))
   );
@@ -111,9 +80,7 @@ async function findOut(
   context: Context,
 ): Promise<readonly Dependent[]> {
   if (nodes.size > 10 * LIMITS.derivations) nodes.clear();
-  const store = await openLocalDaemon(context);
-  let isClean = false;
-  try {
+  await withLocalDaemon(context, async (store) => {
     let left = [derivation];
     for (let looked = 0; left.length > 0;) {
       looked += left.length;
@@ -121,10 +88,7 @@ async function findOut(
       if (most <= 0 || Date.now() - now > LIMITS.time) break;
       left = await lookOnce(store, left, most, now);
     }
-    isClean = true;
-  } finally {
-    closeLocalDaemon(store, context, isClean);
-  }
+  });
   return nodeOf(derivation).dependents;
 }
 

@@ -4,49 +4,30 @@
  * @module
  */
 
-import {
-  encode,
-  openLocalDaemon,
-  operateAll,
-  OPERATION,
-  queryPathInfos,
-  queryValidPaths,
-} from "../mod.ts";
-import type {
-  ByteReader,
-  Context,
-  InputItem,
-  StoreConnection,
-} from "../mod.ts";
-
-/** Returns the outputs of all derivations. */
-async function queryDerivationOutputs(
-  store: StoreConnection,
-  derivations: readonly string[],
-): Promise<string[]> {
-  const outputs: string[] = [];
-  const calls = derivations.map((derivation) => ({
-    request: encode(OPERATION.queryDerivationOutputs, derivation),
-    result: async (reader: ByteReader) =>
-      outputs.push(...await reader.strings()),
-  }));
-  await operateAll(store, calls);
-  return outputs;
-}
+import { OPERATION, queryPathInfos, queryValidPaths } from "../mod.ts";
+import type { Context, InputItem } from "../mod.ts";
+import { queryLists, withLocalDaemon } from "./_local_store.ts";
 
 /** Finds out what a derivation needs, without the daemon's telling. */
 async function findOut(
   derivation: string,
   context: Context,
 ): Promise<InputItem[]> {
-  const store = await openLocalDaemon(context);
-  try {
+  return await withLocalDaemon(context, async (store) => {
     const items = new Map<string, InputItem>();
     const infos = await queryPathInfos(store, [derivation]);
     const { references } = infos.get(derivation)!;
     const derivations = references.filter((path) => path.endsWith(".drv"));
-    const outputs = await queryDerivationOutputs(store, derivations);
-    let paths = await queryValidPaths(store, [...references, ...outputs]);
+    const { queryDerivationOutputs } = OPERATION;
+    const outputs = await queryLists(
+      store,
+      queryDerivationOutputs,
+      derivations,
+    );
+    let paths = await queryValidPaths(store, [
+      ...references,
+      ...outputs.flat(),
+    ]);
     while (paths.length > 0) {
       const next = new Set<string>();
       for (const [path, info] of await queryPathInfos(store, paths)) {
@@ -56,9 +37,7 @@ async function findOut(
       paths = [...next].filter((path) => !items.has(path));
     }
     return [...items.values()];
-  } finally {
-    store.stream.destroy();
-  }
+  });
 }
 
 /** How many answers are kept, and for how long, in ms. */

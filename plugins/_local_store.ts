@@ -1,0 +1,48 @@
+/**
+ * What plugins ask of the store here.
+ *
+ * @module
+ */
+
+import {
+  closeLocalDaemon,
+  encode,
+  openLocalDaemon,
+  operateAll,
+} from "../mod.ts";
+import type { ByteReader, Context, StoreConnection } from "../mod.ts";
+
+/** Uses a connection to the daemon here, and leaves it to others. */
+export async function withLocalDaemon<T>(
+  context: Context,
+  use: (store: StoreConnection) => Promise<T>,
+): Promise<T> {
+  const store = await openLocalDaemon(context);
+  let isClean = false;
+  try {
+    const result = await use(store);
+    isClean = true;
+    return result;
+  } finally {
+    closeLocalDaemon(store, context, isClean);
+  }
+}
+
+/** Asks for a list for each path, all at once. */
+export async function queryLists(
+  store: StoreConnection,
+  operation: number,
+  paths: readonly string[],
+): Promise<string[][]> {
+  const lists: string[][] = [];
+  await operateAll(
+    store,
+    paths.map((path, index) => ({
+      request: encode(operation, path),
+      result: async (reader: ByteReader) => {
+        lists[index] = await reader.strings();
+      },
+    })),
+  );
+  return lists;
+}
