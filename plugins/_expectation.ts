@@ -5,7 +5,7 @@
  * @module
  */
 
-import { setTimeout as delay } from "node:timers/promises";
+import { machineId, within } from "../mod.ts";
 import type {
   Candidate,
   InputItem,
@@ -31,8 +31,8 @@ const SHORTEST = 1;
 /** Of how many machines what they lack is looked up: those that may be best. */
 const COMPARED = 16;
 
-/** How long what it needs may take to be found out, in ms. */
-const PATIENCE = 150;
+/** How long what it needs may take to be found out, in seconds. */
+const PATIENCE = 0.15;
 
 /** How much of what was known a build changes. */
 const LEARNING = 0.2;
@@ -63,7 +63,7 @@ export function learnQuickness(
   seconds: number,
   past: readonly PastBuild[],
 ): number {
-  const id = `${machine.name}:${machine.port}`;
+  const id = machineId(machine);
   const elsewhere = past.filter((build) => build.machine !== id);
   const work = median(elsewhere.slice(0, LATEST).map(workOf));
   const isTelling = seconds >= SHORTEST && machine.speed > 0;
@@ -88,10 +88,23 @@ export interface Work {
   readonly past: readonly PastBuild[];
 }
 
+/** What was found out of builds for a request, by their names. */
+const works = new WeakMap<ScoredRequest, Map<string, Work | undefined>>();
+
 /** What is known of how long a build takes; undefined where nothing is. */
 export function expectWork(
   name: string,
-  { history, similar }: Pick<ScoredRequest, "history" | "similar">,
+  request: ScoredRequest,
+): Work | undefined {
+  const known = works.get(request) ?? new Map<string, Work | undefined>();
+  works.set(request, known);
+  if (!known.has(name)) known.set(name, findWork(name, request));
+  return known.get(name);
+}
+
+function findWork(
+  name: string,
+  { history, similar }: ScoredRequest,
 ): Work | undefined {
   const sources = [
     ["this name", () => history(name)],
@@ -113,20 +126,8 @@ export function isShort({ seconds }: Work): boolean {
 }
 
 /** What a promise comes to, if it does so soon: guix-daemon waits. */
-export async function inTime<T>(promise: Promise<T>): Promise<T | undefined> {
-  const answer = promise.catch(() => undefined);
-  const isThere = await Promise.race([
-    answer.then(() => true),
-    Promise.resolve().then(() => {}).then(() => {}).then(() => false),
-  ]);
-  if (isThere) return await answer;
-  const late = new AbortController();
-  const { signal } = late;
-  try {
-    return await Promise.race([answer, delay(PATIENCE, undefined, { signal })]);
-  } finally {
-    late.abort();
-  }
+export function inTime<T>(promise: Promise<T>): Promise<T | undefined> {
+  return within(PATIENCE, promise, "too late").catch(() => undefined);
 }
 
 /** How quick a machine is taken to be. */
@@ -184,13 +185,13 @@ function expectEnds(
 }
 
 /** How long builds that run take, where somebody asks again. */
-const works = new WeakMap<RunningBuild, number>();
+const usualWorks = new WeakMap<RunningBuild, number>();
 
 function usualWork(build: RunningBuild, request: ScoredRequest): number {
-  const known = works.get(build);
+  const known = usualWorks.get(build);
   if (known !== undefined) return known;
   const { seconds = 0 } = expectWork(build.name, request) ?? {};
-  works.set(build, seconds);
+  usualWorks.set(build, seconds);
   return seconds;
 }
 
@@ -259,7 +260,7 @@ function addTransfers(
 }
 
 /** How long a build of some work takes on a machine, in seconds. */
-export function expectBuild(
+function expectBuild(
   { id }: Candidate,
   speed: number,
   { seconds, source, past }: Work,
@@ -304,12 +305,11 @@ export async function expect(
     const speed = speedOf(candidate, learns);
     return { candidate, speed, build: expectBuild(candidate, speed, work) };
   });
-  const full = places.filter(({ candidate }) => isFull(candidate));
-  const best = places.reduce(
-    (least, { candidate, build }) =>
-      isFull(candidate) ? least : Math.min(least, build),
-    Infinity,
+  const { full = [], free = [] } = Object.groupBy(
+    places,
+    ({ candidate }) => isFull(candidate) ? "full" : "free",
   );
+  const best = Math.min(...free.map(({ build }) => build));
   const waits = expectSlots(full, best, request);
   const expectations = new Map(places.map((place) => {
     const { candidate, build } = place;

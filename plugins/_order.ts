@@ -17,16 +17,8 @@ const LIFETIME = 60_000;
 /** What is known of how long chains are. */
 const lengths = new WeakMap<Dependent, { seconds: number; time: number }>();
 
-/** How long builds take, as far as that was looked up for a request. */
-const works = new WeakMap<ScoredRequest, Map<string, number>>();
-
 function workOf(name: string, request: ScoredRequest): number {
-  const known = works.get(request) ?? new Map<string, number>();
-  works.set(request, known);
-  const work = known.get(name) ?? expectWork(name, request)?.seconds ??
-    USUAL_WORK;
-  known.set(name, work);
-  return work;
+  return expectWork(name, request)?.seconds ?? USUAL_WORK;
 }
 
 /** How long the longest of chains takes at speed 1, in seconds. */
@@ -71,12 +63,13 @@ export function urgencyOf(
   return rank + Math.max(0, time - since) / 1000;
 }
 
-/** Others that wait and are more urgent. */
+/** Those of builds that wait that are others, and more urgent. */
 export function aheadOf(
   urgency: number,
+  waiting: readonly WaitingBuild[],
   request: ScoredRequest,
 ): WaitingBuild[] {
-  return request.waiting().filter((other) =>
+  return waiting.filter((other) =>
     other.derivation !== request.derivation &&
     urgencyOf(other, request) > urgency
   );

@@ -114,8 +114,8 @@ function awaitBetter(
   const free = ranking.findIndex(({ candidate }) => !isFull(candidate));
   const alternative = expectationOf(ranking[free]!.candidate);
   if (alternative === undefined) return undefined;
-  let best = alternative.total - GAIN.seconds;
-  best = Math.min(best, alternative.total * (1 - GAIN.share));
+  const { total } = alternative;
+  let best = Math.min(total - GAIN.seconds, total * (1 - GAIN.share));
   let deferral: Deferral | undefined;
   for (const { candidate } of ranking.slice(0, free)) {
     const there = expectAfter(candidate, standing);
@@ -156,16 +156,17 @@ const plugin = {
   async defer(ranking, request, context) {
     const idle = ranking.map(({ candidate }) => candidate)
       .filter((candidate) => !isFull(candidate));
-    const isFirstFree = ranking[0]!.candidate === idle[0];
-    if (isFirstFree && request.waiting().length === 0) return undefined;
     const work = expectWork(request.name, request);
     if (work !== undefined && isShort(work)) return undefined;
+    const waiting = request.waiting();
+    const isFirstFree = ranking[0]!.candidate === idle[0];
+    if (isFirstFree && waiting.length === 0) return undefined;
     const waited = request.waited();
     const isOver = waited > Number(context.options.longestWait);
     if (idle.length > 0 && isOver) return undefined;
     const rank = await rankOf(request);
     const urgency = rank + waited;
-    const ahead = aheadOf(urgency, request);
+    const ahead = aheadOf(urgency, waiting, request);
     if (idle.length === 0) {
       // What was noted of a hook that was killed keeps no slot.
       const isFreed = ranking.some((it) => it.candidate.freeSlots() > 0);
