@@ -2223,21 +2223,6 @@ export async function sumScores(
   }));
 }
 
-/** The first plugin's answer why a build is to wait; one that fails has none. */
-export async function askToDefer(
-  ranking: readonly ScoredCandidate[],
-  request: ScoredRequest,
-  context: Context,
-): Promise<Deferral | undefined> {
-  const answers = await allAnswers(
-    "defer",
-    context,
-    async (plugin, own) => await plugin.defer(ranking, request, own),
-    (error) => context.log.warn(error),
-  );
-  return answers.find(({ answer }) => answer !== undefined)?.answer;
-}
-
 /** The first plugin's answer why a candidate is not even to be asked. */
 async function firstExclusions(
   candidates: readonly Candidate[],
@@ -5183,8 +5168,8 @@ async function waitForSlot(
   return false;
 }
 
-/** Why a build is to wait, which others are told that wait as well. */
-async function firstDeferral(
+/** The first plugin's answer why a build is to wait; one that fails has none. */
+export async function askToDefer(
   ranking: readonly Appraisal[],
   request: ScoredRequest,
   context: Context,
@@ -5193,7 +5178,22 @@ async function firstDeferral(
   const candidates = ranking.map(({ prospect, scores }) => (
     { candidate: prospect, score: scores.total }
   ));
-  const deferral = await askToDefer(candidates, request, context);
+  const answers = await allAnswers(
+    "defer",
+    context,
+    (plugin, own) => plugin.defer(candidates, request, own),
+    (error) => context.log.warn(error),
+  );
+  return answers.find(({ answer }) => answer !== undefined)?.answer;
+}
+
+/** The same, which others are told that wait as well. */
+async function noteDeferral(
+  ranking: readonly Appraisal[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Deferral | undefined> {
+  const deferral = await askToDefer(ranking, request, context);
   if (deferral === undefined) return undefined;
   const { why, rank, candidate } = deferral;
   const { derivation, system, features } = request;
@@ -5240,7 +5240,7 @@ export async function chooseBuildMachine(
     let deferral: Deferral | undefined;
     try {
       ranking = await rank(prospects, request, context);
-      deferral = await firstDeferral(ranking, request, context);
+      deferral = await noteDeferral(ranking, request, context);
       if (deferral === undefined) assignment = takeSlot(ranking, context);
     } finally {
       dismiss(prospects, assignment?.prospect);

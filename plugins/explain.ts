@@ -172,19 +172,15 @@ async function tellExpected(
   request: ScoredRequest,
   context: Context,
 ): Promise<void> {
-  const candidates = ranking.map(({ prospect, scores }) => (
-    { candidate: prospect, score: scores.total }
-  ));
-  const isExpected = candidates.some(({ candidate }) =>
-    expectationOf(candidate) !== undefined
+  const isExpected = ranking.some(({ prospect }) =>
+    expectationOf(prospect) !== undefined
   );
   const { log } = context;
   if (isExpected) {
     const { source, past } = expectWork(request.name, request)!;
     log.info(`expectations go by ${past.length} builds of ${source}`);
   }
-  if (candidates.length === 0) return;
-  const deferral = await askToDefer(candidates, request, context);
+  const deferral = await askToDefer(ranking, request, context);
   const why = deferral?.why === "busy" ? "all slots are taken" : deferral?.why;
   if (why !== undefined) log.info(`it would wait: ${why}`);
 }
