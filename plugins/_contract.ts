@@ -196,6 +196,26 @@ function makeCandidates(): Candidate[] {
   );
 }
 
+/** What a request has where nothing is known, and nothing waits. */
+export const NOTHING_KNOWN: Pick<
+  ScoredRequest,
+  | "history"
+  | "similar"
+  | "inputs"
+  | "dependents"
+  | "waited"
+  | "pace"
+  | "waiting"
+> = {
+  history: () => [],
+  similar: () => [],
+  inputs: () => Promise.resolve([]),
+  dependents: () => Promise.resolve([]),
+  waited: () => 0,
+  pace: () => 0,
+  waiting: () => [],
+};
+
 /** Requests for a build that is new, and for one that was done before. */
 function makeRequests(): ScoredRequest[] {
   const common = {
@@ -211,17 +231,7 @@ function makeRequests(): ScoredRequest[] {
   const path = "/gnu/store/0-input";
   const past = [{ machine: "example:22", seconds: 60 }];
   return [
-    {
-      ...common,
-      time: now,
-      history: () => [],
-      similar: () => [],
-      inputs: () => Promise.resolve([]),
-      dependents: () => Promise.resolve([]),
-      waited: () => 0,
-      pace: () => 0,
-      waiting: () => [],
-    },
+    { ...common, ...NOTHING_KNOWN, time: now },
     {
       ...common,
       time: now + 1,

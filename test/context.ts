@@ -22,6 +22,7 @@ import type {
   Plugin,
   ScoredRequest,
 } from "../mod.ts";
+import { NOTHING_KNOWN } from "../plugins/_contract.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
 import { checkAnswers } from "../plugins/_site.ts";
 
@@ -75,13 +76,7 @@ export function request(fields: Partial<ScoredRequest> = {}): ScoredRequest {
     name: "hello-2.12",
     time: Date.now(),
     isAccepted: false,
-    history: () => [],
-    similar: () => [],
-    inputs: () => Promise.resolve([]),
-    dependents: () => Promise.resolve([]),
-    waited: () => 0,
-    pace: () => 0,
-    waiting: () => [],
+    ...NOTHING_KNOWN,
     ...fields,
   };
 }
