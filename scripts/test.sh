@@ -57,13 +57,11 @@ check "deno check" "$deno" check mod.ts plugins scripts test
 check "deno doc" "$deno" doc --lint mod.ts
 check "deno publish" "$deno" publish --dry-run --allow-dirty --set-version 0.0.0
 
-# units NODE DENO FILE…: runs suites, all without any, under both at a time.
+# units NODE DENO: runs the unit suites under both at a time.
 units() {
-    on_node=$1 on_deno=$2
-    shift 2
-    "$on_node" --disable-warning=ExperimentalWarning \
-        --experimental-strip-types test/run.ts "$@" >"$work/node" 2>&1 &
-    "$on_deno" run --allow-all test/run.ts "$@" >"$work/deno" 2>&1
+    "$1" --disable-warning=ExperimentalWarning --experimental-strip-types \
+        test/run.ts >"$work/node" 2>&1 &
+    "$2" run --allow-all test/run.ts >"$work/deno" 2>&1
     wait $!
     for runtime in node deno; do
         cat "$work/$runtime"
@@ -72,38 +70,43 @@ units() {
 }
 
 units "$node" "$deno"
-# The most see nothing of the runtime.
-suites=
-[ "${1-}" = --unit ] || suites=$(printf "test/%s.test.ts\n" archives bundle \
-    keys plugins requests scheduling signatures slots wire)
-units "$oldest_node" "$oldest_deno" $suites
+units "$oldest_node" "$oldest_deno"
 
-# lane LAB NET: runs suites that the other lane has not taken, in a lab of its
-# own; hosts that were up before are left up.
-lane() (
-    export OFFLOAD_LAB="$1" OFFLOAD_LAB_NET="$2"
-    [ -n "$(scripts/lab/lab list)" ] || trap 'scripts/lab/lab down' EXIT
-    for suite in $lab_suites; do
+result() { echo "$work/$(echo "$1" | tr / .)"; }
+
+# take SUITE…: runs those that nobody else has taken.
+take() {
+    for suite; do
         result=$(result "$suite")
         mkdir "$result" 2>/dev/null || continue
         "$node" --disable-warning=ExperimentalWarning test/run.ts "$suite" \
             >"$result/output" 2>&1
         cat "$result/output"
     done
+}
+
+# lane LAB NET: takes suites, in a lab of its own; hosts that were up before
+# are left up.
+lane() (
+    export OFFLOAD_LAB="$1" OFFLOAD_LAB_NET="$2"
+    [ -n "$(scripts/lab/lab list)" ] || trap 'scripts/lab/lab down' EXIT
+    take $suites
 )
 
-result() { echo "$work/$(echo "$1" | tr / .)"; }
-
-if [ "${1-}" != --unit ]; then
+# What is published is the same under all runtimes.
+suites=$(ls test/release/*.test.ts)
+if [ "${1-}" = --unit ]; then
+    take $suites
+else
     # The largest first: a long one that began last would be waited for. What
     # takes the longest is not in the file that begins it.
     longest=test/faults/faults.test.ts
-    lab_suites=$(
+    suites=$(
         echo "$longest"
-        ls -S test/lab/*.test.ts test/faults/*.test.ts | grep -vx "$longest"
+        ls -S test/*/*.test.ts | grep -vx "$longest"
     )
     if [ "${1-}" = --faults ]; then export OFFLOAD_FAULTS=.
-    else lab_suites=$(echo "$lab_suites" | grep -v /soak)
+    else suites=$(echo "$suites" | grep -v /soak)
     fi
     # Two at a time: they wait as much as they work.
     first=${OFFLOAD_LAB:-/var/cache/offload-lab}
@@ -114,8 +117,8 @@ if [ "${1-}" != --unit ]; then
     lane "$first.second" 127.0.2 &
     lane "$first" "${OFFLOAD_LAB_NET:-127.0.1}"
     wait
-    for suite in $lab_suites; do count "$(result "$suite")/output"; done
 fi
+for suite in $suites; do count "$(result "$suite")/output"; done
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

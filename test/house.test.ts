@@ -19,7 +19,8 @@ const ROOMS = ["deps.ts", "mod.ts", ...PLUGINS];
 
 /** What else there is to read: scripts and tests, but no data. */
 const AROUND = ["scripts", "scripts/lab"]
-  .concat("test", "test/faults", "test/fixtures", "test/lab")
+  .concat("test")
+  .concat(["faults", "fixtures", "lab", "release"].map((it) => `test/${it}`))
   .flatMap((directory) =>
     readdirSync(`${ROOT}/${directory}`, { withFileTypes: true })
       .filter((entry) => entry.isFile())

@@ -15,7 +15,7 @@ import { tmpdir } from "node:os";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { ownRuntime, ROOT, run, runtimes, withDirectory } from "./helpers.ts";
+import { ownRuntime, ROOT, run, runtimes, withDirectory } from "../helpers.ts";
 
 const test = suite("packages");
 
