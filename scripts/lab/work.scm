@@ -8,6 +8,11 @@
 ;;; the lab keeps in /opt/work/busybox; all parameters are in the environment
 ;;; of the build, so that nothing but the .drv differs between two builds
 ;;; unless inputs are asked for.
+;;;
+;;; As 'work.scm --serve=FIFO' it makes that FIFO and stays, for who makes work
+;;; often: a second is saved each time.  A request is a list of strings, a name
+;;; and options; FIFO.NAME then begins with a line 'done' or 'failed', before
+;;; what else would have been printed.
 
 (use-modules (guix store)
              (guix derivations)
@@ -17,7 +22,8 @@
              (ice-9 getopt-long)
              (ice-9 match)
              (rnrs bytevectors)
-             (srfi srfi-1))
+             (srfi srfi-1)
+             (srfi srfi-26))
 
 (define usage "\
 usage: guix repl -- work.scm [OPTION…]
@@ -317,7 +323,7 @@ unless that is #f."
               (cons 'name (format #f "~a-~a" name n))
               options)))))
 
-(define (main arguments)
+(define (make-all arguments)
   (define options (getopt-long arguments option-spec))
   (define seed (option-ref options 'seed (fresh-seed)))
   (define chain? (option-ref options 'chain #f))
@@ -335,5 +341,38 @@ unless that is #f."
               #f
               (iota (number-option options 'count 1))))))
 
+(define (answer fifo name arguments)
+  "Make what ARGUMENTS ask for, and tell it in the file that NAME names."
+  (define file (string-append fifo "." name))
+  (define output (open-output-string))
+  (define done?
+    (catch #t
+      (lambda ()
+        (with-output-to-port output
+          (lambda ()
+            (with-error-to-port output
+              (lambda () (make-all (cons "work.scm" arguments))))))
+        #t)
+      (lambda (key . arguments)
+        (format output "~a: ~s~%" key arguments)
+        #f)))
+  (call-with-output-file (string-append file ".new")
+    (lambda (port)
+      (format port "~a~%~a" (if done? "done" "failed")
+              (get-output-string output))))
+  (rename-file (string-append file ".new") file))
+
+(define (serve fifo)
+  (mknod fifo 'fifo #o600 0)
+  ;; Open for writing, too, it never comes to an end.
+  (let ((port (fdopen (open-fdes fifo O_RDWR) "r")))
+    (let loop ()
+      (match (read port)
+        ((name . arguments) (answer fifo name arguments)))
+      (loop))))
+
 (setlocale LC_ALL "")
-(main (command-line))
+(match (command-line)
+  ((_ (? (cut string-prefix? "--serve=" <>) option))
+   (serve (string-drop option (string-length "--serve="))))
+  (arguments (make-all arguments)))

@@ -24,6 +24,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { gunzipSync } from "node:zlib";
 import * as assert from "uvu/assert";
+import { askForWork } from "./work.ts";
 
 /** What can run Offload: values of OFFLOAD_RUNTIME. */
 export const RUNTIMES = ["node", "deno"] as const;
@@ -381,9 +382,10 @@ export function makeWork(
   master: string,
   ...options: readonly string[]
 ): string[] {
-  const script = "/offload/scripts/lab/work.scm";
-  return inHost(master, "guix", "repl", "--", script, ...options)
-    .trim().split("\n");
+  const start = (...command: readonly string[]) =>
+    spawn(LAB, ["in", master, ...command], { stdio: "ignore", detached: true })
+      .unref();
+  return askForWork(root(master), start, options);
 }
 
 /** The outputs of a derivation, names and paths. */

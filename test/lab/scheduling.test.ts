@@ -173,13 +173,16 @@ function suiteUnder(runtime: Runtime): void {
       (text) => text.replace('(name "back")', '(name "back") (speed 9.)'),
     );
     useOffload("head", runtime, "OFFLOAD_BACKOFF=1");
-    const [first, second, third] = makeWork("head", "--count=3", "--seconds=1");
+    const [first, ...others] = makeWork("head", "--count=9", "--seconds=1");
     inHost("back", "kill", String(sshd("back")));
     assertOffloaded(first!, build("head", first!), ["w1"]);
     lab("sshd", "back");
-    // It has little time to answer, but it is asked.
-    assertOffloaded(second!, build("head", second!), ["w1", "back"]);
-    assertOffloaded(third!, build("head", third!), ["back"]);
+    // It has little time to answer, but it is asked at each build.
+    const isUsed = others.some((derivation) => {
+      const result = build("head", derivation);
+      return assertOffloaded(derivation, result, ["w1", "back"]) === "back";
+    });
+    assert.ok(isUsed);
     useOffload("head", runtime);
     down("back");
   });
