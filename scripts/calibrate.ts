@@ -2,7 +2,10 @@
  * Compares the simulated farm with a real one: 60 builds that keep a processor
  * busy, on three hosts of the lab that may use 15 %, 30 % and 60 % of one.
  *
- *     node scripts/calibrate.ts
+ *     node scripts/calibrate.ts [TURNS]
+ *
+ * With TURNS, it then has the same done through `guix offload` and through
+ * Offload, which has seen builds of these names, so many times in turns.
  *
  * How fast the hosts are, and what a build takes there beside its work, is found
  * by builds of one host alone: one short build, three of them, and a long one.
@@ -18,16 +21,23 @@ import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { readSettings } from "../mod.ts";
 import type { Plugin } from "../mod.ts";
+import { median } from "../plugins/_expectation.ts";
 import { build, hostOf, lab, makeWork } from "./_bench_lab.ts";
 import { Farm } from "./_farm.ts";
 import { makeChances } from "./_workload.ts";
 import type { WorkloadMachine } from "./_workload.ts";
+
+/** What Offload runs on. */
+const NODE = "/offload/node_modules/node/bin/node";
 
 /** The hosts, and what they may use of a processor, in percent. */
 const SHARES: Readonly<Record<string, number>> = { w1: 15, w2: 30, w3: 60 };
 
 /** How far the simulated makespan may be from the real one. */
 const TOLERANCE = 0.1;
+
+/** What Offload's makespan may be, as a share of others. */
+const GOALS = { ofReference: 0.75, ofBound: 1.2 } as const;
 
 /** How many builds, and the median of their seconds with a processor alone. */
 const WORK = { builds: 60, seconds: 0.8, sigma: 0.8 } as const;
@@ -85,11 +95,17 @@ function measure(name: string, rate: number): Measured {
   return { machine, around };
 }
 
+/** What the simulation says, in seconds. */
+interface Simulated {
+  readonly makespan: number;
+  readonly bound: number;
+}
+
 /** What the simulation says of builds that take so many seconds. */
 async function simulate(
   seconds: readonly number[],
   measured: readonly Measured[],
-): Promise<number> {
+): Promise<Simulated> {
   const machines = measured.map(({ machine }) => machine);
   const builds = seconds.map((it, i) => ({ name: `work-${i}`, seconds: it }));
   const farm = new Farm({ machines, builds }, "calibration");
@@ -99,16 +115,50 @@ async function simulate(
   };
   const settings = readSettings("/nonexistent", {});
   const { makespan } = await farm.run([guix], 1, settings);
-  console.log(`lower bound: ${farm.lowerBound().toFixed(1)} s`);
+  const bound = farm.lowerBound();
+  console.log(`lower bound: ${bound.toFixed(1)} s`);
   const around = measured.reduce((sum, { around }) => sum + around, 0);
-  return makespan! + around / measured.length;
+  return { makespan: makespan! + around / measured.length, bound };
 }
 
-async function main(): Promise<number> {
+/** Has head offload through `guix offload`, or through Offload. */
+function useHook(isOurs: boolean, ...variables: readonly string[]): void {
+  const ours = ["GUIX=/offload/scripts/guix", `OFFLOAD_RUNTIME=${NODE}`];
+  lab("daemon", "head", ...isOurs ? ours : [], ...variables);
+}
+
+/** The seconds that builds take through the reference, and through Offload. */
+function compare(turns: number, work: () => number): [number[], number[]] {
+  useHook(true);
+  work(); // which is what Offload knows of them
+  const times: [number[], number[]] = [[], []];
+  for (let turn = 0; turn < turns; turn++) {
+    for (const [index, name] of ["guix offload", "Offload"].entries()) {
+      useHook(index === 1);
+      const seconds = work();
+      times[index]!.push(seconds);
+      console.log(`${name}: ${seconds.toFixed(1)} s`);
+    }
+  }
+  return times;
+}
+
+/** Tells how two ways compare, by their medians; returns whether that will do. */
+function judge([theirs, ours]: [number[], number[]], bound: number): boolean {
+  const own = median(ours)!;
+  const [ofReference, ofBound] = [own / median(theirs)!, own / bound];
+  console.log(
+    `Offload takes ${ofReference.toFixed(2)} of the time of guix offload, ` +
+      `${ofBound.toFixed(2)} x the lower bound`,
+  );
+  return ofReference <= GOALS.ofReference && ofBound <= GOALS.ofBound;
+}
+
+async function main(turns: number): Promise<number> {
   const names = Object.keys(SHARES);
   lab("up", "head", ...names);
-  const runtime = `OFFLOAD_RUNTIME=${process.execPath}`;
-  lab("daemon", "head", "GUIX=/offload/scripts/guix", runtime);
+  // The simulation has no history, and the machines' speeds are as they are.
+  useHook(true, "OFFLOAD_SCORE=guix");
   for (const name of names) lab("cpu", name, String(SHARES[name]));
   const rate = findRate();
   const measured = names.map((name) => measure(name, rate));
@@ -117,21 +167,23 @@ async function main(): Promise<number> {
     { length: WORK.builds },
     () => heavyTailed(1000 * WORK.seconds, WORK.sigma) / 1000,
   );
-  const simulated = await simulate(seconds, measured);
+  const work = () => buildLoops(...seconds.map((it) => it * rate));
+  const { makespan, bound } = await simulate(seconds, measured);
   useHosts(names);
-  const real = buildLoops(...seconds.map((it) => it * rate));
-  const off = simulated / real - 1;
+  const real = work();
+  const off = makespan / real - 1;
   console.log(
-    `simulated: ${simulated.toFixed(1)} s, real: ${real.toFixed(1)} s ` +
+    `simulated: ${makespan.toFixed(1)} s, real: ${real.toFixed(1)} s ` +
       `(${(off * 100).toFixed(1)} % off)`,
   );
-  return Math.abs(off) <= TOLERANCE ? 0 : 1;
+  const isGood = turns === 0 || judge(compare(turns, work), bound);
+  return Math.abs(off) <= TOLERANCE && isGood ? 0 : 1;
 }
 
 /** Takes down what is up, also where something went wrong. */
-async function mainAndDown(): Promise<number> {
+async function mainAndDown(turns: number): Promise<number> {
   try {
-    return await main();
+    return await main(turns);
   } finally {
     const program = fileURLToPath(new URL("lab/lab", import.meta.url));
     execFileSync(program, ["down"], { stdio: "ignore" });
@@ -139,5 +191,5 @@ async function mainAndDown(): Promise<number> {
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  mainAndDown().then((code) => process.exit(code));
+  mainAndDown(Number(process.argv[2] ?? 0)).then((code) => process.exit(code));
 }

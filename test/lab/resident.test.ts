@@ -194,11 +194,15 @@ function suiteUnder(runtime: Runtime): void {
 
   const MUCH = 66 * 2 ** 20;
   const BULKY = { sent: "--input-size", retrieved: "--output-size" } as const;
-  /** Starts a build with much to move, and waits for its carrier. */
-  const startBulky = async (option: string) => {
+  /**
+   * Starts a build with much to move, and runs a command of the shell as soon
+   * as `$carrier` moves it, there: soon it is moved.
+   */
+  const startBulky = (option: string, command: string) => {
     const inputs = option === BULKY.sent ? ["--inputs=1"] : [];
     const build = startWork(...inputs, `${option}=${MUCH}`);
-    await until("a carrier", () => carriers().length === 1);
+    const find = "until carrier=$(pgrep -f '[s]erve --carry'); do :; done";
+    inHost("head", "sh", "-c", `${find}; ${command}`);
     return build;
   };
 
@@ -206,7 +210,7 @@ function suiteUnder(runtime: Runtime): void {
     test(`what is much is ${what} by another process`, async () => {
       useMachines("head", ["w1"]);
       const pid = await serveAnew(runtime);
-      const { derivations, client } = await startBulky(option);
+      const { derivations, client } = startBulky(option, ":");
       const result = await within("its end", client.ended, 60_000);
       assertOffloaded(derivations[0]!, result, ["w1"]);
       assert.equal(carriers(), []);
@@ -217,8 +221,7 @@ function suiteUnder(runtime: Runtime): void {
     test(`where that process is killed, it is ${what} without`, async () => {
       useMachines("head", ["w1"]);
       await serveAnew(runtime);
-      const { derivations, client } = await startBulky(option);
-      carriers().forEach((pid) => signal("KILL", pid));
+      const { derivations, client } = startBulky(option, "kill -KILL $carrier");
       const result = await within("its end", client.ended, 60_000);
       assertOffloaded(derivations[0]!, result, ["w1"]);
       assert.not.match(result.stderr, /warning|fail/);
@@ -229,9 +232,12 @@ function suiteUnder(runtime: Runtime): void {
       for (const end of ["client", "resident"]) {
         const pid = await serveAnew(runtime);
         const before = storeNames("head");
-        const { derivations, client } = await startBulky(option);
-        if (end === "resident") signal("KILL", pid);
-        else run("head", "sh", "-c", "kill -INT $(pgrep -f 'guix build')");
+        const { derivations, client } = startBulky(
+          option,
+          end === "client"
+            ? "kill -INT $(pgrep -f '[g]uix build')"
+            : `kill -KILL ${pid}`,
+        );
         const { status: code } = await within("its end", client.ended, 60_000);
         assert.is.not(code, 0);
         await until("that of the carrier", () => carriers().length === 0);
