@@ -108,13 +108,17 @@ else
     if [ "${1-}" = --faults ]; then export OFFLOAD_FAULTS=.
     else suites=$(echo "$suites" | grep -v /soak)
     fi
-    # Two at a time: they wait as much as they work.
+    # Three at a time: they wait as much as they work.
     first=${OFFLOAD_LAB:-/var/cache/offload-lab}
     scripts/lab/lab roots || exit 1
     scripts/lab/lab browser || exit 1
-    mkdir -p "$first.second"
-    ln -sfn "$first/roots" "$first.second/roots"
-    lane "$first.second" 127.0.2 &
+    net=1
+    for other in second third; do
+        mkdir -p "$first.$other"
+        ln -sfn "$first/roots" "$first.$other/roots"
+        net=$((net + 1))
+        lane "$first.$other" "127.0.$net" &
+    done
     lane "$first" "${OFFLOAD_LAB_NET:-127.0.1}"
     wait
 fi
