@@ -1391,7 +1391,7 @@ export interface WaitingBuild {
   /** How urgent it is: what is more goes first. */
   readonly rank?: number;
   /** NAME:PORT of the machine that it waits for, though others are free. */
-  readonly machine?: string;
+  readonly machine?: string | undefined;
   /** The system type it is for. */
   readonly system?: string;
   /** The features that it requires. */
@@ -3755,6 +3755,8 @@ export interface Course extends Pick<Attempt, "machine" | "slot" | "began"> {
   bytesSent?: number;
   /** How many bytes of outputs were retrieved. */
   bytesRetrieved?: number;
+  /** How many seconds it was expected to take. */
+  expected?: number;
   /** How many bytes have moved of what moves now. */
   moved: number;
   /** How many bytes all of that is. */
@@ -3787,7 +3789,7 @@ export interface JournalEntry
 /** What is kept of builds, and told of those that are under way. */
 export interface Journal {
   /** Tells how far a build in a slot is, until what this returns is called. */
-  follow(slot: Pick<Slot, "file">, course: Course): () => void;
+  follow(slot: Pick<Slot, "file">, course: Course, at?: Candidate): () => void;
   /** Notes that a build waits: what for, and how it stands among others. */
   saveWait(
     derivation: string,
@@ -5197,8 +5199,7 @@ async function noteDeferral(
   if (deferral === undefined) return undefined;
   const { why, rank, candidate } = deferral;
   const { derivation, system, features } = request;
-  const machine = candidate && { machine: candidate.id };
-  const order = { rank, system, features, ...machine };
+  const order = { rank, system, features, machine: candidate?.id };
   context.log.debug(`'${derivation}' waits: ${why}`);
   context.observations.journal?.saveWait(derivation, why, order);
   return deferral;
@@ -6018,8 +6019,7 @@ function beginCourse(
   { courses }: Work,
   { prospect, slot }: Assignment,
 ): Course {
-  const number = Number(basename(slot.file));
-  const its = { machine: prospect.id, slot: number };
+  const its = { machine: prospect.id, slot: Number(basename(slot.file)) };
   const course = { ...its, began: Date.now(), moved: 0 };
   courses.push(course);
   return course;
@@ -6040,7 +6040,7 @@ async function attempt(
   try {
     await clearLeftovers(slot, work.derivation, context);
     observations.useSlot(prospect.id, slot, work.derivation);
-    unfollow = observations.journal?.follow(slot, course);
+    unfollow = observations.journal?.follow(slot, course, prospect);
     const { machine } = prospect;
     const open = () => prospect.opening ?? openSession(machine, context);
     const what = `connecting to '${machine.name}'`;

@@ -12,6 +12,7 @@ import { clearInterval, setInterval } from "node:timers";
 import { cleanUp, derivationName, EXIT, reason } from "../mod.ts";
 import type {
   Attempt,
+  Candidate,
   Context,
   Course,
   Journal,
@@ -33,6 +34,7 @@ import {
   saveReasons,
 } from "./_absences.ts";
 import type { Absence, Reasons } from "./_absences.ts";
+import { expectationOf } from "./_expectation.ts";
 import { checkAll, shorten, withoutNull } from "./_records.ts";
 import type { Row, Types } from "./_records.ts";
 import {
@@ -70,7 +72,7 @@ export const JOURNAL_SCHEMA = `
     slot INTEGER NOT NULL, earlier TEXT NOT NULL, asked REAL NOT NULL,
     accepted REAL NOT NULL, began REAL, connected REAL, sent REAL, built REAL,
     retrieved REAL, ended REAL NOT NULL, items INTEGER, bytesSent REAL,
-    bytesRetrieved REAL, outcome TEXT NOT NULL, problem TEXT);
+    bytesRetrieved REAL, expected REAL, outcome TEXT NOT NULL, problem TEXT);
   CREATE INDEX journal_ended ON journal (ended);
   CREATE TABLE course (
     file TEXT PRIMARY KEY, time REAL NOT NULL, course TEXT NOT NULL);
@@ -106,7 +108,7 @@ const PRUNED = 100;
 const COLUMNS = [
   ...["derivation", "machine", "slot", "earlier", "asked", "accepted"],
   ...["began", "connected", "sent", "built", "retrieved", "ended", "items"],
-  ...["bytesSent", "bytesRetrieved", "outcome", "problem"],
+  ...["bytesSent", "bytesRetrieved", "expected", "outcome", "problem"],
 ] as const;
 
 const INSERTION = `INSERT INTO journal (${COLUMNS.join(", ")})
@@ -144,6 +146,7 @@ const ENTRY_TYPES: Types = {
   items: "number",
   bytesSent: "number",
   bytesRetrieved: "number",
+  expected: "number",
   outcome: "string",
 };
 
@@ -284,6 +287,13 @@ function entryOf(
   };
 }
 
+/** Notes how long a build was expected to take where it has a slot now. */
+function noteExpected(course: Course, at: Candidate | undefined): void {
+  const expectation = at && expectationOf(at);
+  if (expectation === undefined) return;
+  course.expected = expectation.transfer + expectation.build;
+}
+
 /** The journal in the database of all our processes. */
 export class SharedJournal implements Journal {
   readonly #use: <T>(work: (database: DatabaseSync) => T) => T;
@@ -296,8 +306,16 @@ export class SharedJournal implements Journal {
     this.#use = use;
   }
 
-  /** Tells how far a build in a slot is, until what this returns is called. */
-  follow({ file }: Pick<Slot, "file">, course: Course): () => void {
+  /**
+   * Tells how far a build in a slot is, until what this returns is called; notes
+   * what was expected of the machine that was chosen for it.
+   */
+  follow(
+    { file }: Pick<Slot, "file">,
+    course: Course,
+    at?: Candidate,
+  ): () => void {
+    noteExpected(course, at);
     let told = "";
     let time = 0;
     const tell = () => {

@@ -84,7 +84,7 @@ const OBSERVATIONS_PRAGMAS = `
 `;
 
 /** Another number here makes the tables anew that changed. */
-const OBSERVATIONS_VERSION = 5;
+const OBSERVATIONS_VERSION = 6;
 
 const OBSERVATIONS_SCHEMA = `
   DROP TABLE IF EXISTS machine;

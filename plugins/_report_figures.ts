@@ -11,6 +11,7 @@ import { OUTCOMES } from "./_journal.ts";
 import type { Attempt, JournalEntry } from "./_journal.ts";
 import { PHASES, phaseSeconds, phaseTimes } from "./_phases.ts";
 import type { Phase } from "./_phases.ts";
+import { formatShare } from "./_screen.ts";
 
 /** How a build can end. */
 export type Outcome = JournalEntry["outcome"];
@@ -41,6 +42,16 @@ export interface Idleness {
   readonly seconds: number;
 }
 
+/** How well it was foreseen how long builds take. */
+export interface Foresight {
+  /** Builds that were done, and of which that was expected. */
+  readonly builds: number;
+  /** Median of the seconds that they took by those that were expected. */
+  readonly ratio: number;
+  /** Share of those that took from half to twice as long, 0 to 1. */
+  readonly close: number;
+}
+
 /** What a machine did. */
 export interface MachineFigures extends Capacity {
   /** Builds that ended there, whatever came of them. */
@@ -59,6 +70,8 @@ export interface MachineFigures extends Capacity {
   readonly bytesRetrieved: number;
   /** Why it took nothing, what lasted longest first. */
   readonly idle: readonly Idleness[];
+  /** How well builds there were foreseen, where something was expected. */
+  readonly foresight: Foresight | undefined;
 }
 
 /** A build that is worth a look. */
@@ -79,6 +92,15 @@ export interface BuildFigures {
   readonly problem: string | undefined;
 }
 
+/** A build that took another time than was expected. */
+export interface Surprise
+  extends Pick<BuildFigures, "name" | "derivation" | "machine"> {
+  /** So many seconds were expected of the machine that did it. */
+  readonly expected: number;
+  /** And so many it took there. */
+  readonly seconds: number;
+}
+
 /** All that is known of a span of time. */
 export interface Figures extends Span {
   /** Builds by how they ended. */
@@ -91,10 +113,17 @@ export interface Figures extends Span {
   readonly longest: readonly BuildFigures[];
   /** Those that machines failed, the most often first. */
   readonly unluckiest: readonly BuildFigures[];
+  /** How well builds were foreseen, where something was expected of them. */
+  readonly foresight: Foresight | undefined;
+  /** Those that were not, the most seconds off first. */
+  readonly surprises: readonly Surprise[];
 }
 
 /** How many builds are worth a look, of each kind. */
 const WORTH_A_LOOK = 5;
+
+/** How many times as long, or as short, as expected is still close to that. */
+const CLOSE = 2;
 
 /** All attempts of a build, the last one included. */
 export function attemptsOf(entry: JournalEntry): Attempt[] {
@@ -109,6 +138,52 @@ export function attemptsOf(entry: JournalEntry): Attempt[] {
 function overheadOf(entry: JournalEntry): number {
   const { connecting, sending, retrieving } = phaseSeconds(entry);
   return connecting + sending + retrieving;
+}
+
+/** The builds of which something was expected, and what they took instead. */
+function findSurprises(entries: readonly JournalEntry[]): Surprise[] {
+  return entries.flatMap((entry) => {
+    const { name, derivation, machine, expected = 0, outcome } = entry;
+    if (outcome !== "built" || expected <= 0) return [];
+    const { began, ended } = attemptsOf(entry).at(-1)!;
+    const seconds = (ended - began) / 1000;
+    return [{ name, derivation, machine, expected, seconds }];
+  });
+}
+
+function isClose({ expected, seconds }: Surprise): boolean {
+  return seconds <= expected * CLOSE && seconds >= expected / CLOSE;
+}
+
+/** How well builds were foreseen, where something was expected of some. */
+function foresightOf(entries: readonly JournalEntry[]): Foresight | undefined {
+  const all = findSurprises(entries);
+  const ratio = median(all.map(({ expected, seconds }) => seconds / expected));
+  if (ratio === undefined) return undefined;
+  const close = all.filter(isClose).length / all.length;
+  return { builds: all.length, ratio, close };
+}
+
+/** The columns of a table of that. */
+export const FORESIGHT = ["builds", "took / expected", "within a factor of 2"];
+
+/** Its rows: of all builds, and of those of each machine. */
+export function foresightRows(
+  { foresight, machines }: Pick<Figures, "foresight" | "machines">,
+): string[][] {
+  const all = { machine: "all machines", foresight };
+  return [all, ...machines].flatMap(({ machine, foresight }) => {
+    if (foresight === undefined) return [];
+    const { builds, ratio, close } = foresight;
+    return [[machine, `${builds}`, ratio.toFixed(2), formatShare(close)]];
+  });
+}
+
+/** Those that were not, the most seconds off first. */
+function worstSurprises(entries: readonly JournalEntry[]): Surprise[] {
+  const off = ({ expected, seconds }: Surprise) => Math.abs(seconds - expected);
+  return findSurprises(entries).filter((it) => !isClose(it))
+    .sort((a, b) => off(b) - off(a)).slice(0, WORTH_A_LOOK);
 }
 
 function sum(numbers: readonly number[]): number {
@@ -172,6 +247,7 @@ function machineFigures(
     bytesSent: total("bytesSent"),
     bytesRetrieved: total("bytesRetrieved"),
     idle: reasonsOf(absences, span),
+    foresight: foresightOf(builds),
   };
 }
 
@@ -267,5 +343,7 @@ export function countFigures(
       );
     }),
     ...remarkable(entries),
+    foresight: foresightOf(entries),
+    surprises: worstSurprises(entries),
   };
 }

@@ -15,6 +15,7 @@ import type { Attempt, JournalEntry } from "./_journal.ts";
 import { PHASES, phaseTimes } from "./_phases.ts";
 import type { Phase } from "./_phases.ts";
 import * as drawing from "./_report_draw.ts";
+import { FORESIGHT, foresightRows } from "./_report_figures.ts";
 import type {
   BuildFigures,
   Figures,
@@ -37,7 +38,7 @@ import {
 export interface PageBuild
   extends
     Pick<JournalEntry, "name" | "derivation" | "slot" | "outcome" | "problem">,
-    Pick<JournalEntry, "items" | "bytesSent" | "bytesRetrieved"> {
+    Pick<JournalEntry, "items" | "bytesSent" | "bytesRetrieved" | "expected"> {
   /** Place of the machine in the list. */
   readonly machine: number;
   /** Between which its phases lie. */
@@ -156,10 +157,10 @@ function pageBuild(
   { inPage, placeOf }: Places,
 ): PageBuild {
   const { name, derivation, slot, outcome, problem } = entry;
-  const { items, bytesSent, bytesRetrieved } = entry;
+  const { items, bytesSent, bytesRetrieved, expected } = entry;
   return {
     ...{ name, derivation, slot, outcome, problem },
-    ...{ items, bytesSent, bytesRetrieved },
+    ...{ items, bytesSent, bytesRetrieved, expected },
     machine: placeOf(entry.machine),
     times: phaseTimes(entry).map(inPage),
     earlier: entry.earlier.map(({ machine, began, ended, ...rest }) => ({
@@ -277,6 +278,14 @@ function buildTable(
     "problem",
   ];
   return makeTable(heading, rows, empty);
+}
+
+/** How well builds were foreseen. */
+function foresightTable(figures: Figures): string {
+  const rows = foresightRows(figures)
+    .map(([machine, ...cells]) => [escapeText(machine!), ...cells]);
+  const empty = "Nothing was expected of any build.";
+  return makeTable(["machine", ...FORESIGHT], rows, empty);
 }
 
 /** Where the time of all builds went: a bar, and what its parts are. */
@@ -431,6 +440,7 @@ ${numbers(figures, entries)}</header>
 <main><section><h2>Where the time went</h2>${phaseBar(figures)}</section>
 <section><h2>Timeline</h2>${timeline(figures)}</section>
 <section><h2>Machines</h2>${machineTable(figures.machines)}</section>
+<section><h2>What was expected</h2>${foresightTable(figures)}</section>
 <section><h2>The longest builds</h2>
 ${buildTable(longest, entries, "There was no build.")}</section>
 <section><h2>The unluckiest builds</h2>

@@ -147,7 +147,7 @@ export function describe(page: Page, lane: Lane, bar: Bar): string[][] {
   if (problem !== undefined) {
     return [[build.name, "attempt that failed"], place, when, ["why", problem]];
   }
-  const { times, items = 0, bytesSent, bytesRetrieved } = build;
+  const { times, items = 0, bytesSent, bytesRetrieved, expected } = build;
   const [sent, retrieved] = [bytesSent, bytesRetrieved]
     .map((bytes) => bytes === undefined ? "" : formatSize(bytes));
   return [
@@ -158,6 +158,7 @@ export function describe(page: Page, lane: Lane, bar: Bar): string[][] {
       const length = times[index + 1]! - times[index]!;
       return [phase, length > 0 ? lengthText(length) : ""];
     }),
+    ["expected", expected === undefined ? "" : lengthText(1000 * expected)],
     ["sent", sent! && `${items} items, ${sent}`],
     ["retrieved", retrieved!],
     ["why", build.problem ?? ""],

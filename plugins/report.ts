@@ -19,12 +19,18 @@ import { warnOfLack, warnOfState } from "./_first_steps.ts";
 import { readJournal } from "./_journal.ts";
 import { hasErrors, JSON_OPTION } from "./_machines.ts";
 import { PHASES } from "./_phases.ts";
-import { capacities, countFigures } from "./_report_figures.ts";
+import {
+  capacities,
+  countFigures,
+  FORESIGHT,
+  foresightRows,
+} from "./_report_figures.ts";
 import type {
   BuildFigures,
   Figures,
   MachineFigures,
   Span,
+  Surprise,
 } from "./_report_figures.ts";
 import {
   formatJson,
@@ -131,6 +137,21 @@ function phaseTable({ phases }: Figures, screen: Screen): string {
   return formatTable([["phase", "all builds", "share"], ...rows], screen);
 }
 
+/** A table of builds that were not foreseen. */
+function surpriseTable(
+  surprises: readonly Surprise[],
+  screen: Screen,
+): string {
+  const rows = surprises.map((it) => [
+    it.name,
+    formatTook(it.expected),
+    formatTook(it.seconds),
+    it.machine,
+  ]);
+  const heading = ["least expected build", "expected", "took", "machine"];
+  return formatTable([heading, ...rows], screen);
+}
+
 /** How many builds there were, and what came of them. */
 function formatCounts({ outcomes, since, until }: Figures): string {
   const all = Object.values(outcomes).reduce((sum, count) => sum + count, 0);
@@ -143,7 +164,8 @@ function formatCounts({ outcomes, since, until }: Figures): string {
 
 /** All that there is to say, in tables. */
 export function formatReport(figures: Figures, screen: Screen): string {
-  const { machines, longest, unluckiest } = figures;
+  const { foresight, longest, machines, surprises, unluckiest } = figures;
+  const rows = foresightRows(figures);
   return [
     formatCounts(figures),
     machineTable(machines, screen),
@@ -154,6 +176,10 @@ export function formatReport(figures: Figures, screen: Screen): string {
     ...(unluckiest.length > 0
       ? [buildTable("unluckiest build", unluckiest, screen)]
       : []),
+    ...(foresight
+      ? [formatTable([["foreseen", ...FORESIGHT], ...rows], screen)]
+      : []),
+    ...(surprises.length > 0 ? [surpriseTable(surprises, screen)] : []),
   ].join("\n\n");
 }
 
@@ -213,7 +239,10 @@ const plugin = {
       "how long a build took there beside the build itself (the median), how " +
       "many builds failed by themselves and how many attempts the machine " +
       "lost, for how long it took nothing and why; where the time of all builds " +
-      "went; and which builds took the longest, or were failed by machines.",
+      "went; which builds took the longest, or were failed by machines; and, of " +
+      "those whose machine was chosen by what was expected, how well that was " +
+      "foreseen: what they took there by what was expected (the median), and " +
+      "which were the furthest off.",
       "TIME is how long ago, such as 90min, 24h, 7d or 2w, or a date, such as " +
       "2026-11-24 or 2026-11-24T18:00.",
       "The page that --html writes needs no other file, and fetches nothing. " +

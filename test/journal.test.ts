@@ -5,9 +5,10 @@ import { DatabaseSync } from "node:sqlite";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import type { Course } from "../mod.ts";
+import { noteExpectation } from "../plugins/_expectation.ts";
 import { journalOf, readJournal } from "../plugins/_journal.ts";
 import { SharedObservations } from "../plugins/_observations.ts";
-import { machine, makeContext } from "./context.ts";
+import { candidate, machine, makeContext } from "./context.ts";
 import { ROOT, run, runtimes, until } from "./helpers.ts";
 import { makeEntry } from "./journal.ts";
 
@@ -48,7 +49,7 @@ test("what is noted of a build is read as it was", () => {
     ...{ machine: "w2:22", slot: 1, began: 1, ended: 2, problem: "gone" },
   };
   const builds = [
-    makeEntry(),
+    makeEntry({ expected: 7.5 }),
     makeEntry({ earlier: [attempt, attempt], name: "again-1" }),
   ];
   const { built: _, retrieved: __, ...begun } = makeEntry();
@@ -305,6 +306,18 @@ test("builds that are under way tell how far they are, and nothing at once", asy
   assert.equal(told(), course);
   end();
   assert.is(told(), undefined);
+});
+
+test("a build tells how long it was expected to take where it has a slot", () => {
+  const { journal } = makeJournal();
+  const course: Course = { machine: "w1:22", slot: 2, began: 1, moved: 0 };
+  const at = candidate();
+  journal.follow({ file: "/2" }, course, at)();
+  assert.is(course.expected, undefined, "nothing was");
+  const expectation = { wait: 100, transfer: 2, build: 30, total: 132 };
+  noteExpectation(at, expectation);
+  journal.follow({ file: "/2" }, course, at)();
+  assert.is(course.expected, 32, "what runs there takes another slot");
 });
 
 test("it has when machines were left alone", () => {

@@ -201,6 +201,7 @@ test("countFigures() counts as one does by hand", () => {
   assert.equal(w0, {
     ...{ machine: "w0:22", slots: 4, builds: 0, failed: 0, lost: 0, used: 0 },
     ...{ overhead: undefined, bytesSent: 0, bytesRetrieved: 0, idle: [] },
+    foresight: undefined,
   });
   assert.equal(w1, {
     ...{ machine: "w1:22", slots: 2, builds: 3, failed: 1, lost: 2 },
@@ -213,6 +214,7 @@ test("countFigures() counts as one does by hand", () => {
       { why: "refused", times: 2, seconds: 20 },
       { why: "reset", times: 1, seconds: 10 },
     ],
+    foresight: undefined,
   });
   assert.is(w2!.used, 76 / (2 * 3600));
   assert.equal([w2!.builds, w2!.lost, w2!.overhead], [1, 0, 16]);

@@ -6,7 +6,9 @@ import * as assert from "uvu/assert";
 import {
   build,
   makeWork,
+  offloadCommand,
   root,
+  run,
   RUNTIMES,
   up,
   useMachines,
@@ -83,6 +85,11 @@ for (const runtime of RUNTIMES) {
     const { stderr: log } = build("head", ...work(2));
     assert.is(count(log, "w1"), 2, log);
     assert.is(count(log, "w2"), 0, log);
+    const command = offloadCommand(runtime, "report", "--json");
+    const { machines, foresight } = JSON.parse(run("head", ...command).stdout);
+    assert.ok(foresight.builds >= 2, "what was expected is told");
+    assert.ok(foresight.ratio > 0.5 && foresight.ratio < 3, foresight.ratio);
+    assert.is(machines[0].foresight.builds, foresight.builds);
     // Who goes by speed takes what is free.
     useOffload("head", runtime, "OFFLOAD_SCORE=guix");
     assert.is(count(build("head", ...work(2)).stderr, "w2"), 1);
