@@ -1487,6 +1487,8 @@ export interface Deferral {
   readonly isHeld: boolean;
   /** The machine whose slot it waits for; else any. */
   readonly candidate?: Candidate;
+  /** Whether it does not wait: guix-daemon, where it would, builds it here. */
+  readonly isHere?: boolean;
 }
 
 /** What a plugin is given beside the matter at hand. */
@@ -3588,7 +3590,7 @@ export function isLocked(file: string): boolean {
   // Looks share their lock, so that they don't meet each other's.
   let database: DatabaseSync | undefined;
   try {
-    database = new DatabaseSync(file, { timeout: 0 });
+    database = new DatabaseSync(file, { timeout: 0, readOnly: true });
     database.exec("PRAGMA schema_version");
     return false;
   } catch (error) {
@@ -3796,6 +3798,8 @@ export interface Journal {
     why: string,
     order?: WaitingOrder,
   ): void;
+  /** Notes that a build does not wait any more. */
+  endWait(derivation: string): void;
   /** For how many seconds a build has waited. */
   waited(derivation: string): number;
   /** How many builds a second have ended in the last minute. */
@@ -5196,7 +5200,7 @@ async function noteDeferral(
   context: Context,
 ): Promise<Deferral | undefined> {
   const deferral = await askToDefer(ranking, request, context);
-  if (deferral === undefined) return undefined;
+  if (deferral === undefined || deferral.isHere) return deferral;
   const { why, rank, candidate } = deferral;
   const { derivation, system, features } = request;
   const order = { rank, system, features, machine: candidate?.id };
@@ -5225,7 +5229,7 @@ async function startMachine(
 }
 
 /** Why nobody takes a build; where it is deferred, that is noted already. */
-export type Unassigned = "busy" | "deferred" | "unreachable";
+export type Unassigned = "busy" | "deferred" | "here" | "unreachable";
 
 /** Chooses who takes a build, waiting until `end`, or says why nobody does. */
 export async function chooseBuildMachine(
@@ -5247,7 +5251,7 @@ export async function chooseBuildMachine(
       dismiss(prospects, assignment?.prospect);
     }
     if (assignment !== undefined) return assignment;
-    const refusal = deferral === undefined ? "busy" : "deferred";
+    const refusal = deferral?.isHere ? "here" : deferral ? "deferred" : "busy";
     if (deferral?.isHeld === false) return refusal;
     const able = prospects.filter((prospect) =>
       ranking.some((it) => it.prospect === prospect) ||
@@ -5345,26 +5349,16 @@ async function chooseReadyMachine(
   }
 }
 
-/** Finds out what a derivation needs, for a score that asks. */
-async function queryInputs(
+/** Finds out more of a derivation, for a plugin that asks. */
+async function findOut<T>(
+  file: "_inputs" | "_dependents",
   derivation: string,
   context: Context,
-): Promise<InputItem[]> {
-  type Module = { default: typeof queryInputs };
-  const what = `nothing here tells what '${derivation}' needs`;
-  const inputs = await demandFromPlugins<Module>("_inputs", what);
-  return await inputs.default(derivation, context);
-}
-
-/** Finds out what needs a derivation, for a plugin that asks. */
-async function queryDependents(
-  derivation: string,
-  context: Context,
-): Promise<readonly Dependent[]> {
-  type Module = { default: typeof queryDependents };
-  const what = `nothing here tells what needs '${derivation}'`;
-  const dependents = await demandFromPlugins<Module>("_dependents", what);
-  return await dependents.default(derivation, context);
+): Promise<T> {
+  type Module = { default(...its: [string, Context]): Promise<T> };
+  const what = `nothing here tells what is about '${derivation}'`;
+  const { default: find } = await demandFromPlugins<Module>(file, what);
+  return await find(derivation, context);
 }
 
 /** A request as scores see it: with what is known of earlier builds. */
@@ -5380,12 +5374,14 @@ export function scoredRequest(
   return {
     ...request,
     name,
+    wantsLocal: mayBuildHere(request, context),
     time: Date.now(),
     isAccepted: false,
     history: (of = name) => observations.history(of),
     similar: (beginning) => observations.similar(beginning),
-    inputs: () => inputs ??= queryInputs(derivation, context),
-    dependents: () => dependents ??= queryDependents(derivation, context),
+    inputs: () => inputs ??= findOut("_inputs", derivation, context),
+    dependents: () =>
+      dependents ??= findOut("_dependents", derivation, context),
     waited: () => observations.journal?.waited(derivation) ?? 0,
     pace: () => observations.journal?.pace() ?? 0,
     waiting: () => observations.journal?.urgent() ?? [],
@@ -6315,6 +6311,7 @@ export async function processRequest(
   context: Context,
 ): Promise<boolean> {
   const asked = Date.now();
+  const { derivation } = request;
   const { machines: listed, areAll } = await concatMachines(context);
   const machines = listed.filter((machine) => machineMatches(machine, request));
   if (machines.length === 0) {
@@ -6326,18 +6323,17 @@ export async function processRequest(
   const choice = await chooseReadyMachine(machines, scored, context);
   const { journal } = context.observations;
   if (typeof choice === "string") {
-    const gone = choice === "unreachable" && mayBuildHere(request, context);
-    if (!gone && choice !== "deferred") {
-      journal?.saveWait(request.derivation, choice);
-    }
-    await conversation.answer(gone ? "decline" : "postpone");
+    const stays = scored.wantsLocal && /here|unreachable/.test(choice);
+    if (stays) journal?.endWait(derivation);
+    else if (choice !== "deferred") journal?.saveWait(derivation, choice);
+    await conversation.answer(stays ? "decline" : "postpone");
     journal?.watch(listed, scored, context);
     return false;
   }
   let work;
   try {
     await conversation.answer("accept");
-    work = await readWork(request.derivation, asked, conversation);
+    work = await readWork(derivation, asked, conversation);
   } catch (error) {
     letGo(choice, context);
     throw error;

@@ -370,6 +370,11 @@ export class SharedJournal implements Journal {
     );
   }
 
+  /** Notes that a build does not wait any more. */
+  endWait(derivation: string): void {
+    this.#run("DELETE FROM waiting WHERE derivation = ?", derivation);
+  }
+
   /** For how many seconds a build has waited. */
   waited(derivation: string): number {
     const now = Date.now();
