@@ -54,6 +54,21 @@ function workOf({ seconds, speed = 1 }: PastBuild): number {
 }
 
 /**
+ * How quick a machine is, now that a build took so many seconds there which by
+ * its `speed` should have taken so many: as `before`, and a little as that.
+ */
+export function adjustQuickness(
+  before: number,
+  expected: number,
+  seconds: number,
+): number {
+  if (seconds < SHORTEST || expected <= 0) return before;
+  const seen = expected / seconds;
+  const learned = before ** (1 - LEARNING) * seen ** LEARNING;
+  return Math.min(Math.max(learned, 1 / QUICKEST), QUICKEST);
+}
+
+/**
  * How quick a machine is, a multiple of its `speed`, now that a build took so
  * many seconds there: as `before`, and a little as beside other machines.
  */
@@ -66,11 +81,8 @@ export function learnQuickness(
   const id = machineId(machine);
   const elsewhere = past.filter((build) => build.machine !== id);
   const work = median(elsewhere.slice(0, LATEST).map(workOf));
-  const isTelling = seconds >= SHORTEST && machine.speed > 0;
-  if (work === undefined || work <= 0 || !isTelling) return before;
-  const seen = work / seconds / machine.speed;
-  const learned = before ** (1 - LEARNING) * seen ** LEARNING;
-  return Math.min(Math.max(learned, 1 / QUICKEST), QUICKEST);
+  if (work === undefined || machine.speed <= 0) return before;
+  return adjustQuickness(before, work / machine.speed, seconds);
 }
 
 /** The name without the version, as far as one is told from the other. */
@@ -291,13 +303,15 @@ function expectSlots(
 }
 
 /**
- * What is to be expected of each machine that may take a build; undefined where
- * nothing is known of it, or that it is over at once.
+ * What is to be expected of each machine that may take a build, with what must
+ * be sent if that `isCompared`; undefined where nothing is known of it, or that
+ * it is over at once.
  */
 export async function expect(
   candidates: readonly Candidate[],
   request: ScoredRequest,
   learns: boolean,
+  isCompared: boolean = candidates.length > 1,
 ): Promise<ReadonlyMap<Candidate, Expectation> | undefined> {
   const work = expectWork(request.name, request);
   if (work === undefined || isShort(work)) return undefined;
@@ -316,7 +330,7 @@ export async function expect(
     const wait = waits.get(place) ?? 0;
     return [candidate, { wait, transfer: 0, build, total: wait + build }];
   }));
-  if (candidates.length > 1) {
+  if (isCompared) {
     const inputs = await inTime(request.inputs());
     if (inputs !== undefined) addTransfers(expectations, inputs);
   }

@@ -4,7 +4,6 @@
  * @module
  */
 
-import { readFileSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import {
   inodeOf,
@@ -15,6 +14,7 @@ import {
   temporaryName,
 } from "../mod.ts";
 import type { Context, Log, Slot, UsedSlot } from "../mod.ts";
+import { outputsOf } from "./_local_store.ts";
 
 /** What it takes to see to what was left. */
 type Leaving = Pick<Context, "observations" | "log" | "signal" | "settings">;
@@ -22,10 +22,8 @@ type Leaving = Pick<Context, "observations" | "log" | "signal" | "settings">;
 /** Removes what the hook of a derivation left in the store. */
 function removeLeftovers(derivation: string, log: Log): void {
   try {
-    // It begins with its outputs: (NAME,PATH,...) each (guix/derivations.scm).
-    const [outputs = ""] = readFileSync(derivation, "utf8").split("]", 1);
-    for (const [, path] of outputs.matchAll(/\("[^"]*","([^"]+)"/g)) {
-      removeFile(temporaryName(path!));
+    for (const output of outputsOf(derivation)) {
+      removeFile(temporaryName(output));
     }
   } catch (error) { // where it is gone, so are they
     log.debug(`leftovers of '${derivation}': ${reason(error)}`);

@@ -4,6 +4,7 @@
  * @module
  */
 
+import { readFileSync } from "node:fs";
 import {
   closeLocalDaemon,
   encode,
@@ -11,6 +12,13 @@ import {
   operateAll,
 } from "../mod.ts";
 import type { ByteReader, Context, StoreConnection } from "../mod.ts";
+
+/** The outputs of a derivation, by its file; fails where that is gone. */
+export function outputsOf(derivation: string): string[] {
+  // It begins with its outputs: (NAME,PATH,...) each (guix/derivations.scm).
+  const [outputs = ""] = readFileSync(derivation, "utf8").split("]", 1);
+  return [...outputs.matchAll(/\("[^"]*","([^"]+)"/g)].map(([, path]) => path!);
+}
 
 /** Uses a connection to the daemon here, and leaves it to others. */
 export async function withLocalDaemon<T>(

@@ -5,8 +5,20 @@
  * @module
  */
 
-import type { Dependent, ScoredRequest, WaitingBuild } from "../mod.ts";
-import { expectWork, inTime } from "./_expectation.ts";
+import type {
+  Candidate,
+  Dependent,
+  PluginContext,
+  ScoredRequest,
+  WaitingBuild,
+} from "../mod.ts";
+import {
+  expectationOf,
+  expectSlot,
+  expectWork,
+  inTime,
+  speedOf,
+} from "./_expectation.ts";
 
 /** What is assumed of a build where nothing is known of any, in seconds. */
 const USUAL_WORK = 60;
@@ -73,4 +85,55 @@ export function aheadOf(
     other.derivation !== request.derivation &&
     urgencyOf(other, request) > urgency
   );
+}
+
+/** A build that is asked about, and how it stands. */
+export interface Standing {
+  /** It. */
+  readonly request: ScoredRequest;
+  /** How urgent it is in itself. */
+  readonly rank: number;
+  /** That, and how long it has waited. */
+  readonly urgency: number;
+  /** The others that go first. */
+  readonly ahead: readonly WaitingBuild[];
+  /** What the plugin is given. */
+  readonly context: PluginContext;
+}
+
+/** How a build stands among those that wait. */
+export async function standingOf(
+  request: ScoredRequest,
+  context: PluginContext,
+): Promise<Standing> {
+  const rank = await rankOf(request);
+  const urgency = rank + request.waited();
+  const ahead = aheadOf(urgency, request.waiting(), request);
+  return { request, rank, urgency, ahead, context };
+}
+
+/** Whether a build waits that a machine could do. */
+export function couldDo(
+  { machine }: Candidate,
+  { system = "", features = [] }: WaitingBuild,
+): boolean {
+  return machine.systems.includes(system) &&
+    features.every((feature) => machine.features.includes(feature));
+}
+
+/** When a machine would be done, after the others that wait for it. */
+export function expectAfter(
+  candidate: Candidate,
+  { request, ahead, context }: Pick<Standing, "request" | "ahead" | "context">,
+): { slot: number; total: number } | undefined {
+  const expectation = expectationOf(candidate);
+  if (expectation === undefined) return undefined;
+  const { transfer, build } = expectation;
+  const before = ahead.filter((other) =>
+    other.machine === candidate.id ||
+    (other.machine === undefined && couldDo(candidate, other))
+  ).length;
+  const speed = speedOf(candidate, context.options.learn === true);
+  const slot = expectSlot({ candidate, speed, build }, before, request);
+  return { slot, total: slot + transfer + build };
 }

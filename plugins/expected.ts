@@ -5,7 +5,8 @@
  * fastest.
  *
  * A build waits where a machine that is busy will be done with it sooner than
- * one that is free, and where others that wait are more urgent.
+ * one that is free, and where others that wait are more urgent. It stays here
+ * where that is sooner, and a site has said how quick this machine is.
  *
  * @module
  */
@@ -23,7 +24,6 @@ import type {
 import {
   expect,
   expectationOf,
-  expectSlot,
   expectWork,
   isFull,
   isShort,
@@ -31,7 +31,10 @@ import {
   speedOf,
 } from "./_expectation.ts";
 import type { Expectation } from "./_expectation.ts";
-import { aheadOf, rankOf, urgencyOf } from "./_order.ts";
+import { considerHere } from "./_here.ts";
+import { couldDo, expectAfter, standingOf, urgencyOf } from "./_order.ts";
+import type { Standing } from "./_order.ts";
+import { noteStay } from "./_stays.ts";
 
 /** How much sooner it must be done for a build to wait: seconds, and a share. */
 const GAIN = { seconds: 5, share: 0.1 } as const;
@@ -47,26 +50,6 @@ const expectations = new WeakMap<
   readonly Candidate[],
   Awaitable<ReadonlyMap<Candidate, Expectation> | undefined>
 >();
-
-/** A build that is asked about, and how it stands. */
-interface Standing {
-  readonly request: ScoredRequest;
-  readonly rank: number;
-  /** That, and how long it has waited. */
-  readonly urgency: number;
-  /** The others that go first. */
-  readonly ahead: readonly WaitingBuild[];
-  readonly context: PluginContext;
-}
-
-/** Whether a build waits that a machine could do. */
-function couldDo(
-  { machine }: Candidate,
-  { system = "", features = [] }: WaitingBuild,
-): boolean {
-  return machine.systems.includes(system) &&
-    features.every((feature) => machine.features.includes(feature));
-}
 
 /** Leaves the slots that are free to others, where these are more urgent. */
 function yieldToOthers(
@@ -88,21 +71,20 @@ function yieldToOthers(
   return { why: "more urgent builds go first", rank, isHeld: false };
 }
 
-/** When a busy machine would be done, after the others that wait for it. */
-function expectAfter(
-  candidate: Candidate,
-  { request, ahead, context }: Standing,
-): { slot: number; total: number } | undefined {
-  const expectation = expectationOf(candidate);
-  if (expectation === undefined) return undefined;
-  const { transfer, build } = expectation;
+/** Waits for a slot where all are taken. */
+function awaitAny(
+  ranking: readonly ScoredCandidate[],
+  { rank, ahead, request }: Standing,
+): Deferral | undefined {
+  // What was noted of a hook that was killed keeps no slot.
+  const isFreed = ranking.some((it) => it.candidate.freeSlots() > 0);
+  if (isFreed) return undefined;
   const before = ahead.filter((other) =>
-    other.machine === candidate.id ||
-    (other.machine === undefined && couldDo(candidate, other))
-  ).length;
-  const speed = speedOf(candidate, context.options.learn === true);
-  const slot = expectSlot({ candidate, speed, build }, before, request);
-  return { slot, total: slot + transfer + build };
+    ranking.some(({ candidate }) => couldDo(candidate, other))
+  );
+  // Who is more urgent has asked, and gets a slot that is freed till then.
+  const isHeld = before.length <= POLL * request.pace();
+  return { why: "busy", rank, isHeld };
 }
 
 /** Waits for a busy machine that will be done sooner than one that is free. */
@@ -131,6 +113,44 @@ function awaitBetter(
   return deferral;
 }
 
+/** Has guix-daemon build here what it is done with sooner, as far as it may. */
+async function stayHere(
+  ranking: readonly ScoredCandidate[],
+  request: ScoredRequest,
+  context: PluginContext,
+): Promise<Deferral | undefined> {
+  if (!request.wantsLocal) return undefined;
+  const { derivation } = request;
+  const here = await considerHere(ranking, request, context);
+  const { why, most } = here;
+  const told = here.isBetter ? here.told : undefined;
+  if (!await noteStay(derivation, told, most, context)) return undefined;
+  context.log.info(`'${derivation}' stays here: ${why}`);
+  return { why, rank: 0, isHeld: false, isHere: true };
+}
+
+/** Has a build wait for a better machine, or others; or take a slot now. */
+async function takeTurn(
+  ranking: readonly ScoredCandidate[],
+  request: ScoredRequest,
+  context: PluginContext,
+): Promise<Deferral | undefined> {
+  const idle = ranking.map(({ candidate }) => candidate)
+    .filter((candidate) => !isFull(candidate));
+  const work = expectWork(request.name, request);
+  if (work !== undefined && isShort(work)) return undefined;
+  const isFirstFree = ranking[0]!.candidate === idle[0];
+  if (isFirstFree && request.waiting().length === 0) return undefined;
+  const isOver = request.waited() > Number(context.options.longestWait);
+  if (idle.length > 0 && isOver) return undefined;
+  const standing = await standingOf(request, context);
+  if (idle.length === 0) return awaitAny(ranking, standing);
+  const runs = ranking.some(({ candidate }) => candidate.running().length > 0);
+  // Where nothing runs, nothing is waited for.
+  const isYielding = runs && yieldToOthers(idle, standing);
+  return isYielding || awaitBetter(ranking, standing);
+}
+
 const plugin = {
   name: "expected",
   options: {
@@ -144,47 +164,30 @@ const plugin = {
       description: "seconds for which a build waits at most where a machine " +
         "is free",
     },
+    localSpeed: {
+      ...{ default: 0, minimum: 0, maximum: 1000 },
+      description: "the `speed` of this machine beside the others, where " +
+        "builds stay here that guix-daemon is done with sooner; 0: none do",
+    },
+    localBuilds: {
+      ...{ default: 1, minimum: 0, maximum: 1000 },
+      description: "how many such builds run here at a time",
+    },
   },
   async score(candidate, request, { options }, all = [candidate]) {
     const learns = options.learn === true;
-    const known = expectations.get(all) ?? expect(all, request, learns);
+    const isCompared = all.length > 1 || Number(options.localSpeed) > 0;
+    const known = expectations.get(all) ??
+      expect(all, request, learns, isCompared);
     expectations.set(all, known);
     const expectation = (await known)?.get(candidate);
     noteExpectation(candidate, expectation);
     return expectation ? -expectation.total : speedOf(candidate, learns);
   },
   async defer(ranking, request, context) {
-    const idle = ranking.map(({ candidate }) => candidate)
-      .filter((candidate) => !isFull(candidate));
-    const work = expectWork(request.name, request);
-    if (work !== undefined && isShort(work)) return undefined;
-    const waiting = request.waiting();
-    const isFirstFree = ranking[0]!.candidate === idle[0];
-    if (isFirstFree && waiting.length === 0) return undefined;
-    const waited = request.waited();
-    const isOver = waited > Number(context.options.longestWait);
-    if (idle.length > 0 && isOver) return undefined;
-    const rank = await rankOf(request);
-    const urgency = rank + waited;
-    const ahead = aheadOf(urgency, waiting, request);
-    if (idle.length === 0) {
-      // What was noted of a hook that was killed keeps no slot.
-      const isFreed = ranking.some((it) => it.candidate.freeSlots() > 0);
-      if (isFreed) return undefined;
-      const before = ahead.filter((other) =>
-        ranking.some(({ candidate }) => couldDo(candidate, other))
-      );
-      // Who is more urgent has asked, and gets a slot that is freed till then.
-      const isHeld = before.length <= POLL * request.pace();
-      return { why: "busy", rank, isHeld };
-    }
-    const standing = { request, rank, urgency, ahead, context };
-    const runs = ranking.some(({ candidate }) =>
-      candidate.running().length > 0
-    );
-    // Where nothing runs, nothing is waited for.
-    const isYielding = runs && yieldToOthers(idle, standing);
-    return isYielding || awaitBetter(ranking, standing);
+    const isOn = Number(context.options.localSpeed) > 0;
+    return isOn && await stayHere(ranking, request, context) ||
+      await takeTurn(ranking, request, context);
   },
 } satisfies Plugin;
 
