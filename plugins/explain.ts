@@ -8,6 +8,7 @@ import { readFileSync } from "node:fs";
 import { machine as architecture } from "node:os";
 import {
   askToDefer,
+  contextFor,
   countFreeSlots,
   dismiss,
   exclusion,
@@ -18,6 +19,7 @@ import {
   mebibytes,
   normalizedLoad,
   OffloadError,
+  pluginsWith,
   rank,
   reason,
   scoredRequest,
@@ -40,6 +42,7 @@ import type {
 import { expectationOf, expectWork } from "./_expectation.ts";
 import type { Expectation } from "./_expectation.ts";
 import { warnOfGaps } from "./_first_steps.ts";
+import { considerHere } from "./_here.ts";
 import { JSON_OPTION, systemOf } from "./_machines.ts";
 import { formatDuration, formatJson, formatTable } from "./_screen.ts";
 
@@ -139,17 +142,17 @@ async function explain(
   const prospects = await surveyMachines(matching, request, context);
   const asked = scoredRequest(request, context);
   const ranking = await rank(prospects, asked, context);
-  await tellExpected(ranking, asked, context);
+  const here = await explainHere(ranking, asked, context);
+  await tellExpected(ranking, asked, here, context);
   dismiss(prospects);
   if (ranking.length === 0) warnOfFailures(prospects, context);
-  const ranked = new Map(
-    ranking.map(({ prospect, scores }) => [prospect.machine, scores] as const),
+  const chosen = ranking.find(({ prospect }) =>
+    !here?.chosen && prospect.freeSlots() > 0
   );
-  const chosen = ranking.find(({ prospect }) => prospect.freeSlots() > 0);
-  return machines.map((machine): Explanation => {
-    const prospect = prospects.find((prospect) => prospect.machine === machine);
+  const others = machines.map((machine): Explanation => {
+    const prospect = prospects.find((it) => it.machine === machine);
     const freeSlots = countFreeSlots(machine, context.stateDirectory);
-    const scores = ranked.get(machine);
+    const scores = ranking.find((it) => it.prospect === prospect)?.scores;
     return {
       machine: machineId(machine),
       chosen: prospect !== undefined && prospect === chosen?.prospect,
@@ -164,12 +167,52 @@ async function explain(
       facts: prospect?.facts,
     };
   });
+  return here ? [here, ...others] : others;
 }
 
-/** Says by what a build is expected, and what it would wait for. */
+/** How this machine is shown; a build machine's name has its port, too. */
+const HERE = "here";
+
+/** Says whether the build would stay here, where that may be. */
+async function explainHere(
+  ranking: readonly Appraisal[],
+  request: ScoredRequest,
+  context: Context,
+): Promise<Explanation | undefined> {
+  const plugin = pluginsWith("defer", context)
+    .find(({ options = {} }) => "localSpeed" in options);
+  const own = plugin && contextFor(plugin, context);
+  const isOn = own !== undefined && Number(own.options.localSpeed) > 0 &&
+    own.settings.buildLocally;
+  if (!isOn || ranking.length === 0 || !isBuiltHere(request.system)) {
+    return undefined;
+  }
+  const candidates = ranking.map(({ prospect, scores }) => (
+    { candidate: prospect, score: scores.total }
+  ));
+  const here = await considerHere(candidates, request, own);
+  const { expectation, isBetter, most, running, why } = here;
+  const isFull = running >= most;
+  const full = isFull ? "as many builds stay here as may" : undefined;
+  const chosen = isBetter && !isFull;
+  if (chosen) {
+    context.log.info(`it would stay here, if guix-daemon has a slot: ${why}`);
+  }
+  return {
+    machine: HERE,
+    chosen,
+    excluded: chosen ? undefined : full ?? why,
+    expectation,
+    freeSlots: Math.max(0, most - running),
+    slots: most,
+  };
+}
+
+/** Says by what a build is expected, and what it would wait for elsewhere. */
 async function tellExpected(
   ranking: readonly Appraisal[],
   request: ScoredRequest,
+  here: Explanation | undefined,
   context: Context,
 ): Promise<void> {
   const isExpected = ranking.some(({ prospect }) =>
@@ -180,6 +223,7 @@ async function tellExpected(
     const { source, past } = expectWork(request.name, request)!;
     log.info(`expectations go by ${past.length} builds of ${source}`);
   }
+  if (here?.chosen) return;
   const deferral = await askToDefer(ranking, request, context);
   const why = deferral?.why === "busy" ? "all slots are taken" : deferral?.why;
   if (why !== undefined) log.info(`it would wait: ${why}`);
