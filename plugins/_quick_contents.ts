@@ -5,7 +5,7 @@
  * @module
  */
 
-import { createHash } from "node:crypto";
+import { hash } from "node:crypto";
 import { lstatSync, readFileSync } from "node:fs";
 import { dirname } from "node:path";
 import {
@@ -26,14 +26,14 @@ const NIX_BASE32 = "0123456789abcdfghijklmnpqrsvwxyz";
 
 /** Folds a hash to 160 bits and writes it as the names in the store do. */
 function storeHash(fingerprint: string): string {
-  const folded = new Uint8Array(20);
-  createHash("sha256").update(fingerprint).digest()
-    .forEach((byte, i) => folded[i % 20]! ^= byte);
+  const bytes = hash("sha256", fingerprint, "buffer");
+  for (let i = 20; i < bytes.length; i++) bytes[i - 20]! ^= bytes[i]!;
+  bytes[20] = 0;
   // The last five bits come first.
   let text = "";
   for (let bit = 5 * (HASH_PART_LENGTH - 1); bit >= 0; bit -= 5) {
-    const [low, high = 0] = folded.subarray(bit >> 3);
-    text += NIX_BASE32[(low! | high << 8) >> (bit & 7) & 31];
+    const pair = bytes.readUInt16LE(bit >> 3);
+    text += NIX_BASE32[pair >> (bit & 7) & 31];
   }
   return text;
 }
@@ -51,6 +51,25 @@ function readPlainFile(path: string): Buffer | undefined {
   return plain ? readFileSync(path) : undefined;
 }
 
+/** Of what is read, so many bytes are kept until it is sent. */
+const KEPT = 2 ** 22;
+
+/** What a small file takes in memory beside its contents, in bytes. */
+const OVERHEAD = 256;
+
+/** Reads plain files, and keeps the first ones for who reads them once more. */
+export function makeReader(): (path: string) => Buffer | undefined {
+  const kept = new Map<string, Buffer>();
+  let room = KEPT;
+  return (path) => {
+    const contents = kept.get(path) ?? readPlainFile(path);
+    if (kept.delete(path) || contents === undefined) return contents;
+    room -= contents.length + OVERHEAD;
+    if (room > 0) kept.set(path, contents);
+    return contents;
+  };
+}
+
 /** Finds out what the name of an item follows from (guix/store.scm). */
 export function contentAddress(
   path: string,
@@ -58,23 +77,23 @@ export function contentAddress(
   read: (path: string) => Buffer | undefined = readPlainFile,
 ): ContentAddress | undefined {
   const store = dirname(path);
-  const is = (type: string, hash: string) =>
+  const name = itemName(path);
+  const is = (type: string, digest: string) =>
     path === `${store}/` +
-        storeHash(`${type}:sha256:${hash}:${store}:${itemName(path)}`) +
-        `-${itemName(path)}`;
+        storeHash(`${type}:sha256:${digest}:${store}:${name}`) + `-${name}`;
   const alone = references.length === 0;
   if (narSize > LARGEST_ADDRESSED) return undefined;
   if (alone && is("source", narHash)) return "recursive";
   const contents = read(path);
   if (contents === undefined) return undefined;
-  const hash = sha256(contents);
-  if (is(["text", ...references.toSorted()].join(":"), hash)) return "text";
-  const fixed = sha256(`fixed:out:sha256:${hash}:`);
+  const digest = sha256(contents);
+  if (is(["text", ...references.toSorted()].join(":"), digest)) return "text";
+  const fixed = sha256(`fixed:out:sha256:${digest}:`);
   return alone && is("output:out", fixed) ? "flat" : undefined;
 }
 
 function sha256(data: string | Uint8Array): string {
-  return createHash("sha256").update(data).digest("hex");
+  return hash("sha256", data, "hex");
 }
 
 /** Items to send by one means: by their contents, or as signed archives. */
@@ -136,24 +155,31 @@ function drain(
   return batches;
 }
 
+/** With what the nar of a file that is not executable begins. */
+const FILE_NAR = encode("nix-archive-1", "(", "type", "regular", "contents");
+
 /** The nar of a file that is not executable. */
 function fileNar(contents: Uint8Array): Buffer {
-  const head = ["nix-archive-1", "(", "type", "regular", "contents"];
-  return Buffer.concat([encode(...head), encode(contents, ")")]);
+  return Buffer.concat([FILE_NAR, encode(contents, ")")]);
 }
 
-/** The request that adds an item to a store by what its name follows from. */
+/** An item to send by what its name follows from. */
+interface Addressed extends PathInfo {
+  readonly path: string;
+  readonly address: ContentAddress;
+  /** What is in it, where it is a plain file. */
+  readonly contents: Buffer | undefined;
+}
+
+/** The request that adds an item to a store. */
 async function addressedRequest(
-  path: string,
-  address: ContentAddress,
-  { references, narSize }: PathInfo,
+  { path, address, references, narSize, contents }: Addressed,
   local: StoreConnection,
 ): Promise<Buffer> {
   const name = itemName(path);
-  if (address === "text") {
-    return addTextRequest(name, readFileSync(path), references);
+  if (address === "text" && contents !== undefined) {
+    return addTextRequest(name, contents, references);
   }
-  const contents = readPlainFile(path);
   const nar = contents === undefined
     ? await readNar(local, path, narSize)
     : fileNar(contents);
@@ -176,6 +202,7 @@ export async function sendAddressed(
   paths: readonly string[],
   items: ReadonlyMap<string, PathInfo>,
   addresses: ReadonlyMap<string, ContentAddress>,
+  read: (path: string) => Buffer | undefined,
   { local, log, machine, remote }: TransportContext,
 ): Promise<void> {
   const what = `sending ${count(paths.length)} to '${machine.name}'`;
@@ -185,7 +212,8 @@ export async function sendAddressed(
     for (const path of paths) {
       const item = items.get(path)!;
       const address = addresses.get(path)!;
-      const request = await addressedRequest(path, address, item, local);
+      const addressed = { ...item, path, address, contents: read(path) };
+      const request = await addressedRequest(addressed, local);
       yield addCall(request, (added) => {
         if (added === path) return;
         problems.push(`'${machine.name}' made '${added}' of '${path}'`);

@@ -41,6 +41,7 @@ import {
 import {
   contentAddress,
   makeBatches,
+  makeReader,
   sendAddressed,
 } from "./_quick_contents.ts";
 import type { ContentAddress } from "./_quick_contents.ts";
@@ -153,8 +154,9 @@ async function send(
 ): Promise<void> {
   const { remote, roundTrip } = context;
   const addresses = new Map<string, ContentAddress>();
+  const read = makeReader();
   for (const [path, item] of items) {
-    const address = contentAddress(path, item);
+    const address = contentAddress(path, item, read);
     if (address !== undefined) addresses.set(path, address);
   }
   const addressed = [...addresses.keys()].map((path) => items.get(path)!);
@@ -167,7 +169,7 @@ async function send(
   for (const { addressed, paths } of batches) {
     const size = paths.reduce((n, path) => n + items.get(path)!.narSize, 0);
     if (!addressed) await sendSigned(paths, size, context);
-    else await sendAddressed(paths, items, addresses, context);
+    else await sendAddressed(paths, items, addresses, read, context);
   }
 }
 
