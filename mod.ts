@@ -3281,9 +3281,8 @@ export function readAcl(configDirectory: string): Acl {
     const acl = parseAcl(readFileSync(file, "latin1"), file);
     if (acl.size > 0) return acl;
   } catch (cause) {
-    throw new LocalError(`failed to read '${file}': ${reason(cause)}`, {
-      cause,
-    });
+    const message = `failed to read '${file}': ${reason(cause)}`;
+    throw new LocalError(message, { cause });
   }
   throw new LocalError(`'${file}' authorizes no key`, {
     hint: "run 'guix archive --authorize' with the build machines' " +
@@ -4018,17 +4017,12 @@ export function readPrivateKey(file: string): string {
     return withoutSign(key, parsed);
   } catch (cause) {
     locked ||= /passphrase/.test(String(cause)); // ssh2's and OpenSSL's word
-    throw new OffloadError(
-      `failed to load SSH private key from '${file}': ` +
-        (locked ? "it is protected by a passphrase" : reason(cause)),
-      {
-        cause,
-        code: "private-key",
-        hint: locked
-          ? `nobody can type it in here: run 'ssh-keygen -p -f ${file}'`
-          : undefined,
-      },
-    );
+    const why = locked ? "it is protected by a passphrase" : reason(cause);
+    const message = `failed to load SSH private key from '${file}': ${why}`;
+    const hint = locked
+      ? `nobody can type it in here: run 'ssh-keygen -p -f ${file}'`
+      : undefined;
+    throw new OffloadError(message, { cause, code: "private-key", hint });
   }
 }
 
@@ -6182,10 +6176,8 @@ function noteDoubts(
   winner: Machine,
   { observations }: Context,
 ): void {
-  for (const machine of doubted) {
-    if (machine === winner) continue;
-    observations.saveDoubt(machineId(machine), derivation);
-  }
+  doubted.filter((machine) => machine !== winner)
+    .forEach((it) => observations.saveDoubt(machineId(it), derivation));
 }
 
 /** What to type where no machine does a build that was accepted. */
@@ -6656,19 +6648,25 @@ export function parseHookArguments(
   return { system, buildOptions: { maxSilentTime, buildTimeout } };
 }
 
-/** Evaluates a machine file; a missing one lists no machines. */
-function readMachineFile(file: string): MachineFile {
-  let content;
-  try {
-    content = readFileSync(file);
-  } catch (cause) {
-    if ((cause as NodeJS.ErrnoException).code === "ENOENT") {
-      return { file, machines: [], problems: [] };
+/** Evaluates a machine file once a change; a missing one lists no machines. */
+function machineFileReader(file: string): () => MachineFile {
+  let last: { content: Buffer; result: MachineFile } | undefined;
+  return () => {
+    let content;
+    try {
+      content = readFileSync(file);
+    } catch (cause) {
+      if ((cause as NodeJS.ErrnoException).code === "ENOENT") {
+        return { file, machines: [], problems: [] };
+      }
+      const message = `failed to open machine file '${file}': ${reason(cause)}`;
+      throw new OffloadError(message, { cause });
     }
-    const message = `failed to open machine file '${file}': ${reason(cause)}`;
-    throw new OffloadError(message, { cause });
-  }
-  return evaluateMachineFile(content, file, userInfo().homedir);
+    if (last?.content.equals(content)) return last.result;
+    const result = evaluateMachineFile(content, file, userInfo().homedir);
+    last = { content, result };
+    return result;
+  };
 }
 
 /** Where plugins and settings are. */
@@ -6751,7 +6749,7 @@ export async function makeContext(
     guix: environment.OFFLOAD_GUIX ?? "guix",
     asOwner,
     writable: writableDirectory,
-    machineFile: () => readMachineFile(machines),
+    machineFile: machineFileReader(machines),
     machineFromFields,
     problems,
     report,

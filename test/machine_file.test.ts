@@ -1,4 +1,11 @@
-import { readFileSync } from "node:fs";
+import {
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { userInfo } from "node:os";
 import { join } from "node:path";
 import { suite } from "uvu";
@@ -9,8 +16,10 @@ import {
   type Machine,
   machineFromFields,
   machineToJson,
+  makeContext,
 } from "../mod.ts";
-import { processorTime } from "./helpers.ts";
+import { makeContext as anyContext } from "./context.ts";
+import { processorTime, withDirectory } from "./helpers.ts";
 import {
   corpus,
   corpusInLab,
@@ -478,6 +487,41 @@ records("says what is wrong with other fields than Scheme's", () => {
     (machineFromFields({}, "here") as { message: string }).message,
     /^here: machine 'undefined': field 'name'/,
   );
+});
+
+records("are made anew once a machine file says something else", async () => {
+  await withDirectory(async (directory) => {
+    const { context: { buildOptions, log, signal } } = anyContext();
+    const file = `${directory}/machines.scm`;
+    const { machineFile } = await makeContext(
+      { system: "x86_64-linux", buildOptions },
+      { GUIX_CONFIGURATION_DIRECTORY: directory },
+      log,
+      signal,
+    );
+    const names = async () =>
+      (await machineFile()).machines.map(({ name }) => name);
+    const write = (name: string, to = file) =>
+      writeFileSync(to, `(list ${machine("", `"${name}"`)})`);
+    assert.equal(await names(), []);
+    write("ada");
+    assert.equal(await names(), ["ada"]);
+    const first = await machineFile();
+    assert.is(await machineFile(), first, "it is the same");
+    const { atime, mtime } = statSync(file);
+    write("bob"); // of the same size, and no later
+    utimesSync(file, atime, mtime);
+    assert.equal(await names(), ["bob"]);
+    write("eve", `${file}.new`);
+    renameSync(`${file}.new`, file);
+    assert.equal(await names(), ["eve"]);
+    writeFileSync(file, "(list 1");
+    assert.throws(machineFile, /machines.scm:1/);
+    write("eve");
+    assert.equal(await names(), ["eve"]);
+    rmSync(file);
+    assert.equal(await names(), []);
+  });
 });
 
 records.run();
