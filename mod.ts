@@ -2315,17 +2315,14 @@ function encodeNumber(value: number): Buffer {
 }
 
 function encodeBytes(bytes: Uint8Array): Buffer {
-  const buffer = Buffer.alloc(8 + bytes.length + padding(bytes.length));
-  buffer.writeBigUInt64LE(BigInt(bytes.length));
-  buffer.set(bytes, 8);
-  return buffer;
+  const size = 8 + bytes.length + padding(bytes.length);
+  return Buffer.concat([encodeNumber(bytes.length), bytes], size);
 }
 
 function encodeValue(value: WireValue): Buffer {
-  if (typeof value === "number") return encodeNumber(value);
-  if (typeof value === "boolean") return encodeNumber(value ? 1 : 0);
   if (typeof value === "string") return encodeBytes(Buffer.from(value));
   if (value instanceof Uint8Array) return encodeBytes(value);
+  if (typeof value !== "object") return encodeNumber(Number(value));
   return Buffer.concat([encodeNumber(value.length), encode(...value)]);
 }
 
@@ -3353,17 +3350,16 @@ export interface Slot {
 
 /** Whose a file is, if not root's, or else what is on the way to it. */
 export function ownerOf(file: string): Stats | undefined {
-  const above = dirname(file);
-  const owner = above === file ? undefined : ownerOf(above);
-  // A link is of whom made it, what it leads to maybe of another.
-  const stats = owner ? [] : [lstatSync, statSync].map((look) => {
-    try {
-      return look(file);
-    } catch {
-      return undefined; // the others are told where it is used
-    }
-  });
-  return owner ?? stats.find((it) => it !== undefined && it.uid !== 0);
+  const owner = dirname(file) === file ? undefined : ownerOf(dirname(file));
+  if (owner !== undefined) return owner;
+  try {
+    let stat = lstatSync(file, { throwIfNoEntry: false });
+    // A link is of whom made it, what it leads to maybe of another.
+    if (stat?.uid === 0 && stat.isSymbolicLink()) stat = statSync(file);
+    return stat?.uid === 0 ? undefined : stat;
+  } catch {
+    return undefined; // the others are told where it is used
+  }
 }
 
 /**
@@ -3439,9 +3435,7 @@ function findStandIn(directory: string): string | undefined {
 
 /** The same, made if need be, by a name that nobody can have taken before. */
 function standIn(directory: string): string {
-  const place = findStandIn(directory);
-  if (place !== undefined) return place;
-  mkdtempSync(`${MEMORY}/${MEMORY_PREFIX}`);
+  if (!findStandIn(directory)) mkdtempSync(`${MEMORY}/${MEMORY_PREFIX}`);
   return findStandIn(directory)!;
 }
 
@@ -3501,6 +3495,9 @@ export function slotDirectory(
   return `${stateDirectory}/offload/${machineId(machine)}`;
 }
 
+/** The inodes of the files that this process has locked. */
+const lockedHere = new Set<string>();
+
 /**
  * Locks a file against `guix offload` and our own processes alike.
  *
@@ -3508,6 +3505,7 @@ export function slotDirectory(
  * but SQLite takes them too.  The file stays empty.
  */
 export function lockFile(file: string): Slot | undefined {
+  if (lockedHere.has(inodeOf(file))) return undefined;
   return asOwner(file, () => lockOwn(file));
 }
 
@@ -3528,7 +3526,12 @@ function lockOwn(file: string, isDamaged = false): Slot | undefined {
   const database = new DatabaseSync(file, { timeout: 0 });
   try {
     database.exec(LOCK);
-    return { file, inode, release: () => database.close() };
+    lockedHere.add(inode);
+    const release = () => {
+      lockedHere.delete(inode);
+      database.close();
+    };
+    return { file, inode, release };
   } catch (error) {
     database.close();
     if (/database is locked/.test(String(error))) return undefined;
@@ -3585,6 +3588,7 @@ export function acquireBuildSlot(
  * names a device and an inode as they need not be known here.
  */
 export function isLocked(file: string): boolean {
+  if (lockedHere.has(inodeOf(file))) return true;
   if (!statSync(file, { throwIfNoEntry: false })?.isFile()) return false;
   // Looks share their lock, so that they don't meet each other's.
   let database: DatabaseSync | undefined;
@@ -3617,13 +3621,10 @@ export function takenSlots(
   const directory = slotDirectory(machine, stateDirectory);
   if (!maySee(directory)) return [];
   return asOwner(directory, () => {
-    const files = [directory, findStandIn(directory)].flatMap((place) =>
-      Array.from(
-        { length: place === undefined ? 0 : machine.parallelBuilds },
-        (_, slot) => `${place}/${slot}`,
-      )
-    );
-    return files.filter(isLocked);
+    const slots = Array.from({ length: machine.parallelBuilds }, (_, n) => n);
+    return [directory, findStandIn(directory)]
+      .flatMap((place) => place ? slots.map((slot) => `${place}/${slot}`) : [])
+      .filter(isLocked);
   });
 }
 
@@ -3691,7 +3692,7 @@ export function leftAloneUntil(
   record: MachineRecord | undefined,
   { backoff, backoffLimit }: Settings,
 ): number {
-  if (record?.definition !== definitionOf(machine)) return 0;
+  if (!record?.until || record.definition !== definitionOf(machine)) return 0;
   // Times too far in the future are of before the clock was set back.
   const latest = Date.now() + 1000 * Math.max(backoff, backoffLimit);
   return record.until <= latest ? record.until : 0;

@@ -19,7 +19,7 @@ import process from "node:process";
 import { createInterface } from "node:readline";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { acquireBuildSlot } from "../mod.ts";
+import { acquireBuildSlot, takenSlots } from "../mod.ts";
 import type { Slot, UsedSlot } from "../mod.ts";
 import { readJournal } from "../plugins/_journal.ts";
 import clearLeftovers from "../plugins/_leftovers.ts";
@@ -108,6 +108,23 @@ test("acquireBuildSlot() hands out each slot once", async () => {
     assert.is(acquire(directory, 3), undefined);
     for (const slot of [again, slots[0]!, slots[2]!]) slot.release();
     assert.is(acquire(directory, 0), undefined);
+  });
+});
+
+test("acquireBuildSlot() takes another file by a held one's name", async () => {
+  await withDirectory((directory) => {
+    const taken = () => takenSlots(makeMachine({}), directory).length;
+    const first = acquire(directory)!;
+    assert.is(taken(), 1);
+    rmSync(first.file);
+    assert.is(taken(), 0);
+    const second = acquire(directory)!;
+    assert.is(taken(), 1);
+    first.release();
+    assert.is(acquire(directory), undefined);
+    assert.is(taken(), 1);
+    second.release();
+    assert.is(taken(), 0);
   });
 });
 
