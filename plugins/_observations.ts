@@ -6,10 +6,11 @@
  */
 
 import { createHash } from "node:crypto";
-import { rmSync } from "node:fs";
+import { rmSync, statSync } from "node:fs";
+import type { Stats } from "node:fs";
 import { basename, dirname } from "node:path";
-import { DatabaseSync } from "node:sqlite";
-import type { SQLInputValue } from "node:sqlite";
+import process from "node:process";
+import type { DatabaseSync, SQLInputValue } from "node:sqlite";
 import {
   afterFailure,
   asOwner,
@@ -36,11 +37,13 @@ import type {
 } from "../mod.ts";
 
 import { END_OF_ABSENCE } from "./_absences.ts";
+import { Database } from "./_database.ts";
 import { learnQuickness } from "./_expectation.ts";
-import { JOURNAL_SCHEMA, SharedJournal } from "./_journal.ts";
+import { SharedJournal } from "./_journal.ts";
 import {
   checkTypes,
   PAST_TYPES,
+  Records,
   SLOT_TYPES,
   toRecord,
   USE_TYPES,
@@ -74,70 +77,6 @@ const OBSERVATIONS_RETRY = { locked: 1000, other: 10_000 } as const;
 /** Of what is wrong with a database that is sound. */
 const UNUSABLE =
   /locked|full|readonly|read-only|I\/O|open|permission|^E[A-Z]+:/i;
-
-// The journal is in memory: whatever file lay beside the database would be of
-// the next one, too, when that is replaced, and what is mapped can be cut off.
-const OBSERVATIONS_PRAGMAS = `
-  PRAGMA busy_timeout = 250;
-  PRAGMA journal_mode = MEMORY;
-  PRAGMA synchronous = OFF;
-`;
-
-/** Another number here makes the tables anew that changed. */
-const OBSERVATIONS_VERSION = 6;
-
-const OBSERVATIONS_SCHEMA = `
-  DROP TABLE IF EXISTS machine;
-  DROP TABLE IF EXISTS build;
-  CREATE TABLE IF NOT EXISTS machine (
-    id TEXT PRIMARY KEY, facts TEXT, failures INTEGER NOT NULL DEFAULT 0,
-    until REAL NOT NULL DEFAULT 0, problem TEXT NOT NULL DEFAULT '',
-    definition TEXT NOT NULL DEFAULT '',
-    asked REAL NOT NULL DEFAULT 0, bandwidth REAL, quickness REAL);
-  CREATE TABLE IF NOT EXISTS build (
-    name TEXT, machine TEXT, seconds REAL, speed REAL, time REAL);
-  CREATE INDEX IF NOT EXISTS build_name ON build (name, time);
-  DROP TABLE IF EXISTS held;
-  DROP TABLE IF EXISTS slot;
-  CREATE TABLE held (key INTEGER PRIMARY KEY);
-  CREATE TABLE IF NOT EXISTS held_before (key INTEGER PRIMARY KEY);
-  CREATE TABLE IF NOT EXISTS noted (
-    id INTEGER PRIMARY KEY, since REAL NOT NULL, rows INTEGER NOT NULL);
-  CREATE TABLE slot (
-    file TEXT PRIMARY KEY, derivation TEXT, time REAL, inode TEXT);
-  CREATE TABLE IF NOT EXISTS own (
-    definition TEXT PRIMARY KEY, own INTEGER NOT NULL, time REAL NOT NULL);
-  CREATE TABLE IF NOT EXISTS doubt (
-    machine TEXT, derivation TEXT, time REAL, PRIMARY KEY (machine, derivation))
-    WITHOUT ROWID;
-  CREATE TABLE IF NOT EXISTS used (machine TEXT PRIMARY KEY, time REAL);
-  CREATE TABLE IF NOT EXISTS wait (
-    id INTEGER PRIMARY KEY, released REAL NOT NULL, vain REAL NOT NULL);
-  INSERT OR IGNORE INTO wait VALUES (0, 0, 0);
-  ${JOURNAL_SCHEMA}
-  PRAGMA user_version = ${OBSERVATIONS_VERSION};
-`;
-
-/** Views and triggers are not ours: what reads and writes would run them. */
-const OBSERVATIONS_STATE = `
-  SELECT user_version AS version, (SELECT count(*) FROM sqlite_schema
-    WHERE type NOT IN ('table', 'index')) AS code
-  FROM pragma_user_version`;
-
-/** Which version the tables are of; `code` counts what would be run. */
-function stateOf(database: DatabaseSync): { version: number; code: number } {
-  return database.prepare(OBSERVATIONS_STATE).all()[0] as ReturnType<
-    typeof stateOf
-  >;
-}
-
-/** Makes the tables, unless another process has meanwhile: it may use them. */
-function makeTables(database: DatabaseSync): void {
-  database.exec("BEGIN IMMEDIATE"); // closing it takes back what fails
-  const isDone = stateOf(database).version === OBSERVATIONS_VERSION;
-  if (!isDone) database.exec(OBSERVATIONS_SCHEMA);
-  database.exec("COMMIT");
-}
 
 /** What is noted of a build that succeeded. */
 const NOTES_OF_BUILD = [
@@ -175,13 +114,14 @@ export class SharedObservations implements Observations {
   readonly #file: string;
   readonly #log: Log;
   readonly #told = new Set<string>();
-  #database: DatabaseSync | undefined;
+  #database: Database | undefined;
   #inode = "";
   #retry = 0;
   /** What became of builds. */
   readonly journal: SharedJournal = new SharedJournal((work) =>
     this.#use(work)
   );
+  readonly #records = new Records();
   /** What went to memory, and others must learn, or take a build for dead. */
   readonly #unwritten: ((database: DatabaseSync) => void)[] = [];
 
@@ -209,12 +149,8 @@ export class SharedObservations implements Observations {
     }
     const name = isMemory ? ":memory:" : this.#file;
     this.#inode = isMemory ? inode : inodeOf(name);
-    this.#database = new DatabaseSync(name);
-    this.#database.exec(OBSERVATIONS_PRAGMAS);
-    const { version, code } = stateOf(this.#database);
-    if (code !== 0) throw new SyntaxError("it holds what would be run");
-    // Who only opens it writes nothing, and so waits for nobody.
-    if (version !== OBSERVATIONS_VERSION) makeTables(this.#database);
+    this.#database = new Database(name);
+    this.#database.makeReady();
     if (!isMemory) {
       for (const notes = this.#unwritten; notes.length > 0; notes.shift()) {
         notes[0]!(this.#database); // where that fails, it is left
@@ -269,13 +205,36 @@ export class SharedObservations implements Observations {
     this.#retry = performance.now() + (isLocked ? locked : other);
   }
 
-  /** Does some work with the database, whatever is wrong with that. */
-  #use<T>(work: (database: DatabaseSync) => T): T {
-    return asOwner(this.#file, () => this.#try(work));
+  /**
+   * Whether the database by that name is open, and this account's alone: then
+   * there is nobody who could lead it anywhere.
+   */
+  #isAtHand(): boolean {
+    if (!this.#database || performance.now() < this.#retry) return false;
+    const [file, directory] = [this.#file, dirname(this.#file)]
+      .map((it) => statSync(it, { throwIfNoEntry: false }));
+    const account = process.geteuid!();
+    const isOurs = (stat: Stats) =>
+      stat.uid === account && (stat.mode & 0o077) === 0;
+    return file !== undefined && `${file.dev}:${file.ino}` === this.#inode &&
+      isOurs(file) && directory !== undefined && isOurs(directory);
   }
 
-  #try<T>(work: (database: DatabaseSync) => T): T {
-    for (let attempts = 1;; attempts++) {
+  /** Does some work with the database, whatever is wrong with that. */
+  #use<T>(work: (database: DatabaseSync) => T): T {
+    if (!this.#isAtHand()) return asOwner(this.#file, () => this.#try(work));
+    try {
+      return work(this.#database!);
+    } catch (error) {
+      return asOwner(this.#file, () => {
+        this.#recover(error, true);
+        return this.#try(work, 2);
+      });
+    }
+  }
+
+  #try<T>(work: (database: DatabaseSync) => T, attempts = 1): T {
+    for (;; attempts++) {
       try {
         return work(this.#open());
       } catch (error) {
@@ -312,7 +271,7 @@ export class SharedObservations implements Observations {
         : database.prepare(`${all} WHERE id = ?`).all(...times, id);
       // A value that is cut is damage as well.
       return new Map(
-        (rows as Row[]).map((row) => [`${row.id}`, toRecord(row)]),
+        (rows as Row[]).map((row) => [`${row.id}`, this.#records.of(row)]),
       );
     });
   }

@@ -13,11 +13,6 @@ import { inOneLine } from "./_screen.ts";
 /** A row of the database. */
 export type Row = Record<string, SQLOutputValue>;
 
-/** Undoes that JSON has null where a number of inodes is infinite. */
-function restoreInfinity(key: string, value: unknown): unknown {
-  return key === "inodes" ? value ?? Infinity : value;
-}
-
 /** The latest time that there is, in milliseconds since 1970. */
 const LATEST_TIME = 8.64e15;
 
@@ -35,7 +30,8 @@ export function checkTypes<T extends object>(
   value: object,
   types: Types,
 ): T {
-  for (const [name, type] of Object.entries(types)) {
+  for (const name in types) {
+    const type = types[name]!;
     const it = (value as Record<string, unknown>)[name] ?? undefined;
     if (it === undefined) continue;
     const expected = type === "time" ? "number" : type;
@@ -98,11 +94,13 @@ const FACTS_PARTS: Types = {
 };
 
 function toFacts(text: string): Facts {
-  const facts: Facts = JSON.parse(text, restoreInfinity);
+  const facts = JSON.parse(text);
   checkTypes({ facts }, { facts: "object" });
   checkTypes(facts, FACTS_TYPES);
   for (const part of [facts.pressure, facts.store, facts.build]) {
     checkTypes(part ?? {}, FACTS_PARTS);
+    // JSON has null where a number of inodes is infinite.
+    if (part?.inodes === null) part.inodes = Infinity;
   }
   return facts;
 }
@@ -151,4 +149,24 @@ export function toRecord(row: Row): MachineRecord {
     quickness: quickness as number | null ?? undefined,
     facts: facts === null ? undefined : toFacts(`${facts}`),
   };
+}
+
+/** Whether rows of the same columns hold the same. */
+function isSame(before: Row, row: Row): boolean {
+  for (const name in row) if (row[name] !== before[name]) return false;
+  return true;
+}
+
+/** Records of machines, made anew of those rows alone that have changed. */
+export class Records {
+  readonly #known = new Map<string, { row: Row; record: MachineRecord }>();
+
+  /** What a row says. */
+  of(row: Row): MachineRecord {
+    const known = this.#known.get(`${row.id}`);
+    if (known && isSame(known.row, row)) return known.record;
+    const record = toRecord(row);
+    this.#known.set(`${row.id}`, { row, record });
+    return record;
+  }
 }
