@@ -1815,15 +1815,21 @@ export function builtinNames(): string[] {
     .map((file) => file.slice(0, -".ts".length).replaceAll("_", "-")).sort();
 }
 
+/** What was imported of plugins/: to import it again takes its time. */
+const imported = new Map<string, unknown>();
+
 /**
  * Imports a file of plugins/, by its name without the end, if it is there.
  *
  * @throws {LocalError} where it can't be: that is no machine's fault.
  */
 async function importFromPlugins<T>(name: string): Promise<T | undefined> {
+  if (imported.has(name)) return imported.get(name) as T;
   if (!listBuiltinFiles().includes(`${name}.ts`)) return undefined;
   try {
-    return await import(`./plugins/${name}.ts`);
+    const found = await import(`./plugins/${name}.ts`);
+    imported.set(name, found);
+    return found;
   } catch (cause) {
     const message = `failed to load plugins/${name}.ts: ${reason(cause)}`;
     throw new LocalError(message, { cause });
@@ -3257,15 +3263,16 @@ export type Acl = ReadonlySet<string>;
  */
 export function parseAcl(text: string, file: string): Acl {
   const acl = parseSexp(text, file);
-  const invalid = new OffloadError(`${file}: invalid access-control list`);
+  const invalid = () =>
+    new OffloadError(`${file}: invalid access-control list`);
   const importTag = sexpKey(parseSexp("(tag (guix import))", file));
   const keys = new Set<string>();
-  if (findToken(acl, "acl") !== acl) throw invalid;
+  if (findToken(acl, "acl") !== acl) throw invalid();
   for (const entry of acl.slice(1)) {
     const key = findToken(entry, "public-key");
     const tag = findToken(entry, "tag");
     const isEntry = findToken(entry, "entry") === entry;
-    if (!isEntry || key === undefined || tag === undefined) throw invalid;
+    if (!isEntry || key === undefined || tag === undefined) throw invalid();
     if (sexpKey(tag) === importTag) keys.add(sexpKey(key));
   }
   return keys;
@@ -6857,16 +6864,10 @@ async function serveDaemon(
     // which listens to both outputs, or end the build.
     const print = (...values: unknown[]) =>
       log.info(`plugin: ${format(...values)}`);
-    console.debug =
-      console.dir =
-      console.error =
-      console.info =
-        print;
-    console.log =
-      console.table =
-      console.trace =
-      console.warn =
-        print;
+    const methods = ["debug", "dir", "error", "info", "log"] as const;
+    for (const name of [...methods, "table", "trace", "warn"] as const) {
+      console[name] = print;
+    }
     process.on("unhandledRejection", (error) => log.warn(error));
     process.on("uncaughtException", (error) => log.warn(error));
     const start = (log: Log) => makeContext(hook, environment, log, signal);

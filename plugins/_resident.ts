@@ -125,7 +125,8 @@ export class Resident {
     self: string,
     { idle, daemon }: End,
   ) {
-    this.#context = context;
+    // To ask the runtime for each variable takes its time.
+    this.#context = { ...context, environment: { ...context.environment } };
     this.#directory = directory;
     this.#self = realpathSync(self);
     this.#idle = idle;

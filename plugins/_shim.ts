@@ -37,6 +37,9 @@ import {
 /** Descriptors of the shim's. */
 const SHIM = { buildLog: 4, reply: 7, input: 8, messages: 9 } as const;
 
+/** Our environment, which stays as it is. */
+const OURS = withoutRuntime(process.env);
+
 /** A FIFO in which a shim is answered. */
 export interface Reply {
   /** Its descriptor, open both ways. */
@@ -198,8 +201,7 @@ export class Hook {
     if (realpathSync(script) !== self) {
       throw new Error(`'${script}' is not '${self}'`);
     }
-    const ours = withoutRuntime(process.env);
-    const name = differentVariable(ours, this.environment);
+    const name = differentVariable(OURS, this.environment);
     if (name !== undefined) {
       throw new Error(`it has another environment variable ${name}`);
     }

@@ -135,10 +135,10 @@ async function takeTurn(
   request: ScoredRequest,
   context: PluginContext,
 ): Promise<Deferral | undefined> {
-  const idle = ranking.map(({ candidate }) => candidate)
-    .filter((candidate) => !isFull(candidate));
   const work = expectWork(request.name, request);
   if (work !== undefined && isShort(work)) return undefined;
+  const idle = ranking.map(({ candidate }) => candidate)
+    .filter((candidate) => !isFull(candidate));
   const isFirstFree = ranking[0]!.candidate === idle[0];
   if (isFirstFree && request.waiting().length === 0) return undefined;
   const isOver = request.waited() > Number(context.options.longestWait);
