@@ -48,6 +48,12 @@ export function median(numbers: readonly number[]): number | undefined {
   return (sorted[Math.floor(half)]! + sorted[Math.ceil(half)]!) / 2;
 }
 
+/** The mean of numbers; of none, none. */
+function mean(numbers: readonly number[]): number | undefined {
+  if (numbers.length === 0) return undefined;
+  return numbers.reduce((sum, it) => sum + it, 0) / numbers.length;
+}
+
 /** How long a build would have taken at speed 1, in seconds. */
 function workOf({ seconds, speed = 1 }: PastBuild): number {
   return seconds * speed;
@@ -125,8 +131,10 @@ function findWork(
   ] as const;
   for (const [source, find] of sources) {
     const past = find();
-    const latest = source === "any build" ? past : past.slice(0, LATEST);
-    const seconds = median(latest.map(workOf));
+    const isAny = source === "any build";
+    const latest = isAny ? past : past.slice(0, LATEST);
+    // Of any build, the few that are long matter more than the many short ones.
+    const seconds = (isAny ? mean : median)(latest.map(workOf));
     if (seconds !== undefined) return { seconds, source, past: latest };
   }
   return undefined;
@@ -181,7 +189,8 @@ export function noteExpectation(
 
 /**
  * Seconds until each build that runs somewhere ends, the first first. One that
- * takes longer than it should is given as long again as it is late.
+ * takes longer than it should is given as long again as it is late; one of which
+ * nothing is known, as long again as it has taken: the long ones are left.
  */
 function expectEnds(
   running: readonly RunningBuild[],
@@ -190,21 +199,24 @@ function expectEnds(
 ): number[] {
   return running.map((build) => {
     const elapsed = Math.max(0, request.time - build.since) / 1000;
-    const usual = usualWork(build, request) / speed;
+    const { seconds = 0, source } = usualWork(build, request) ?? {};
+    const usual = seconds / speed;
+    if (source === "any build") return Math.max(usual, elapsed);
     const left = usual - elapsed;
     return left > 0 ? left : Math.max(usual / 10, -left);
   }).sort((a, b) => a - b);
 }
 
 /** How long builds that run take, where somebody asks again. */
-const usualWorks = new WeakMap<RunningBuild, number>();
+const usualWorks = new WeakMap<RunningBuild, Work>();
 
-function usualWork(build: RunningBuild, request: ScoredRequest): number {
-  const known = usualWorks.get(build);
-  if (known !== undefined) return known;
-  const { seconds = 0 } = expectWork(build.name, request) ?? {};
-  usualWorks.set(build, seconds);
-  return seconds;
+function usualWork(
+  build: RunningBuild,
+  request: ScoredRequest,
+): Work | undefined {
+  const known = usualWorks.get(build) ?? expectWork(build.name, request);
+  if (known !== undefined) usualWorks.set(build, known);
+  return known;
 }
 
 /** Whether all slots of a machine are taken, as far as was noted. */

@@ -152,6 +152,21 @@ test("it goes by the name, another version, or any build", () => {
   assert.equal(find([]), [undefined, undefined]);
 });
 
+test("of any build the mean counts, and who is not known may take as long again", async () => {
+  const builds = [1, 1, 1, 97].map((seconds) => (
+    { machine: "old:22", seconds, speed: 1 }
+  ));
+  const similar = (name: string) => name === "" ? builds : [];
+  const asked = ask({ "gcc-15": 30 }, { similar });
+  assert.is(expectWork("hello-2.12", asked)!.seconds, 25);
+  const wait = async (name: string, ago: number) => {
+    const busy = host("busy", 1, running([name, ago]));
+    return (await expect([busy], asked, true))!.get(busy)!.wait;
+  };
+  assert.equal([await wait("gcc-15", 10), await wait("gcc-15", 40)], [20, 10]);
+  assert.equal([await wait("new-1", 10), await wait("new-1", 80)], [25, 80]);
+});
+
 test("it counts the slot, the transfer and the build", async () => {
   const inputs = [{ path: "/gnu/store/x", size: 3e7 }];
   const asked = ask({ "hello-2.12": 60, "gcc-15": 100 }, {
