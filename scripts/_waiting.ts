@@ -35,10 +35,14 @@ export class Waiting {
   note(job: Job, { why, rank, candidate }: Deferral, now: number): void {
     const { derivation, system, features } = job.request;
     const since = job.waiting?.since ?? now;
-    this.forget(job);
-    const machine = candidate && { machine: candidate.id };
     const build = { derivation, since, seen: now, why, rank, system, features };
-    job.waiting = { ...build, ...machine };
+    const noted = { ...build, machine: candidate?.id };
+    if (job.waiting && keyOf(job.waiting) === keyOf(noted)) {
+      Object.assign(job.waiting, noted); // it keeps its place among thousands
+      return;
+    }
+    this.forget(job);
+    job.waiting = noted;
     this.#builds.splice(this.#placeOf(keyOf(job.waiting)), 0, job.waiting);
   }
 
