@@ -269,7 +269,7 @@ export function synthesize(
     const below = Math.floor((index - index % layer) / 4);
     const inputs = list(3, () => `shared-${pick(shared, 3)}`);
     inputs.push(...chooseParents(index, below, chances), `source-${number}`);
-    const name = `package-${number}`;
+    const name = `package${number}`; // no version of another
     const id = `build-${index}`;
     return { id, name, system: system(index), inputs, ...packages[number]! };
   });
