@@ -79,11 +79,9 @@ function awaitAny(
   // What was noted of a hook that was killed keeps no slot.
   const isFreed = ranking.some((it) => it.candidate.freeSlots() > 0);
   if (isFreed) return undefined;
-  const before = ahead.filter((other) =>
-    ranking.some(({ candidate }) => couldDo(candidate, other))
-  );
-  // Who is more urgent has asked, and gets a slot that is freed till then.
-  const isHeld = before.length <= POLL * request.pace();
+  // Who is more urgent has asked, and gets a slot that is freed till then: also
+  // one of other machines, which nobody could ask for meanwhile.
+  const isHeld = ahead.length <= POLL * request.pace();
   return { why: "busy", rank, isHeld };
 }
 

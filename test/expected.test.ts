@@ -236,6 +236,9 @@ test("the first of those that wait is held, the others ask again", async () => {
   assert.equal(await standing({}), ["busy", 100, true]);
   const urgent = [waits(150)];
   assert.equal(await standing({ waiting: () => urgent }), ["busy", 100, false]);
+  // Nor may it keep those from asking that other machines could build.
+  const others = [waits(150, 0, { system: "riscv64-linux" })];
+  assert.equal(await standing({ waiting: () => others }), ["busy", 100, false]);
   // Its turn comes before who is ahead asks again.
   const soon = { waiting: () => urgent, pace: () => 0.5 };
   assert.equal(await standing(soon), ["busy", 100, true]);
