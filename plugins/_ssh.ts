@@ -6,10 +6,14 @@
  */
 
 import { spawn } from "node:child_process";
-import type { ChildProcess, StdioOptions } from "node:child_process";
+import type {
+  ChildProcess,
+  ChildProcessWithoutNullStreams,
+  StdioOptions,
+} from "node:child_process";
 import { randomUUID } from "node:crypto";
 import { closeSync, existsSync, openSync, readFileSync, rmSync } from "node:fs";
-import { Duplex } from "node:stream";
+import { Duplex, Writable } from "node:stream";
 import type { Machine, Settings } from "../mod.ts";
 
 /** How much of a command's complaints is kept, in bytes. */
@@ -107,6 +111,21 @@ export function control(
   return ["-F", "none", "-o", place, "-O", command, ...args, "--", ALIAS];
 }
 
+/**
+ * The input of a process. Its own is closed at the process's end, which would
+ * end a duplex stream before what the process has written was read.
+ */
+function inputOf({ stdin }: ChildProcessWithoutNullStreams): Writable {
+  return new Writable({
+    write: (chunk, _encoding, done) => void stdin.write(chunk, done),
+    final: (done) => void stdin.end(done),
+    destroy: (error, done) => {
+      stdin.destroy();
+      done(error);
+    },
+  });
+}
+
 /** Runs a command on the machine. */
 export function execute(args: readonly string[], command: string) {
   const child = spawn("ssh", [...args, command], { stdio: "pipe" });
@@ -117,7 +136,7 @@ export function execute(args: readonly string[], command: string) {
   child.stdin.on("error", () => {});
   const channel = Duplex.from({
     readable: child.stdout,
-    writable: child.stdin,
+    writable: inputOf(child),
   });
   channel.on("error", () => {}); // who reads or writes learns of it
   const ended = exitOf(child).then((code) => ({ code, errors }));
