@@ -60,16 +60,15 @@ function workOf({ seconds, speed = 1 }: PastBuild): number {
 }
 
 /**
- * How quick a machine is, now that a build took so many seconds there which by
- * its `speed` should have taken so many: as `before`, and a little as that.
+ * How quick a machine is, now that a build of so many seconds was seen there: as
+ * `before`, and a little as it was `seen` to be.
  */
 export function adjustQuickness(
   before: number,
-  expected: number,
+  seen: number,
   seconds: number,
 ): number {
-  if (seconds < SHORTEST || expected <= 0) return before;
-  const seen = expected / seconds;
+  if (seconds < SHORTEST || seen <= 0) return before;
   const learned = before ** (1 - LEARNING) * seen ** LEARNING;
   return Math.min(Math.max(learned, 1 / QUICKEST), QUICKEST);
 }
@@ -88,7 +87,7 @@ export function learnQuickness(
   const elsewhere = past.filter((build) => build.machine !== id);
   const work = median(elsewhere.slice(0, LATEST).map(workOf));
   if (work === undefined || machine.speed <= 0) return before;
-  return adjustQuickness(before, work / machine.speed, seconds);
+  return adjustQuickness(before, work / seconds / machine.speed, seconds);
 }
 
 /** The name without the version, as far as one is told from the other. */

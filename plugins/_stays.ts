@@ -109,7 +109,7 @@ function tookOf(stay: Stay): number | undefined {
 function learnFrom(stay: Stay, before: number): number {
   const took = tookOf(stay);
   if (took === undefined) return before;
-  return adjustQuickness(before, stay.expected, took);
+  return adjustQuickness(before, stay.expected / took, took);
 }
 
 /** Builds that stay here and run, and how quick this machine was seen to be. */
