@@ -76,6 +76,7 @@ import {
   makeDirectories,
   openSocket,
   pieceSizeOf,
+  quicken,
   renameToBytes,
   reopen,
   runtimeProblem,
@@ -1827,9 +1828,8 @@ async function importFromPlugins<T>(name: string): Promise<T | undefined> {
   if (imported.has(name)) return imported.get(name) as T;
   if (!listBuiltinFiles().includes(`${name}.ts`)) return undefined;
   try {
-    const found = await import(`./plugins/${name}.ts`);
-    imported.set(name, found);
-    return found;
+    imported.set(name, await import(`./plugins/${name}.ts`));
+    return imported.get(name) as T;
   } catch (cause) {
     const message = `failed to load plugins/${name}.ts: ${reason(cause)}`;
     throw new LocalError(message, { cause });
@@ -4301,7 +4301,7 @@ export async function connect(
   others: Readonly<Record<string, unknown>> = {},
 ): Promise<Connection> {
   signal.throwIfAborted();
-  const client = new ssh2.Client();
+  const client = quicken(new ssh2.Client());
   const ended = Promise.withResolvers<void>();
   let failure: Error | undefined;
   const note = (error: Error) => void (failure ??= error);
@@ -4313,7 +4313,6 @@ export async function connect(
   const abort = () => fail(signal.reason);
   signal.addEventListener("abort", abort);
   await new Promise<void>((resolve, reject) => {
-    client.on("connect", () => client.setNoDelay(true));
     if (reached !== undefined) tellReached(client, reached);
     client.on("ready", resolve).on("error", fail);
     client.on("close", () => {

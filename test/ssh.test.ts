@@ -1,11 +1,16 @@
 /** What connections are made of, beside servers and programs that are none. */
 
+import { KeyObject } from "node:crypto";
 import { once } from "node:events";
 import { chmodSync, writeFileSync } from "node:fs";
+import type { AddressInfo } from "node:net";
 import process from "node:process";
+import type { Duplex } from "node:stream";
+import { buffer } from "node:stream/consumers";
 import { setTimeout as delay } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { deno, quicken, ssh2 } from "../deps.ts";
 import { execute } from "../plugins/_ssh.ts";
 import { withDirectory } from "./helpers.ts";
 
@@ -64,6 +69,65 @@ test("execute() closes a command's input with its channel", async () => {
     channel.destroy();
     assert.equal(await ended, { code: 4, errors: "" });
   });
+});
+
+/** The keys of packets in GCM, by the place where ssh2 has them. */
+function packetKeys(client: unknown): readonly unknown[] {
+  const { _protocol: { _cipher, _decipher } } = client as {
+    _protocol: {
+      _cipher: { _encKey: unknown };
+      _decipher: { _decipherKey: unknown };
+    };
+  };
+  return [_cipher._encKey, _decipher._decipherKey];
+}
+
+/** Whether all are of the kind of which the runtime is the quickest. */
+function areQuick(keys: readonly unknown[]): boolean {
+  return keys.every((key) =>
+    deno === undefined ? key instanceof KeyObject : key instanceof Uint8Array
+  );
+}
+
+test("quicken() has packets made of keys, also of new ones", async () => {
+  const { private: hostKey } = ssh2.utils.generateKeyPairSync("ed25519");
+  const exchanged = Promise.withResolvers<void>();
+  const server = new ssh2.Server({ hostKeys: [hostKey] }, (peer) => {
+    peer.on("authentication", (it) => it.accept());
+    peer.on("error", () => {});
+    peer.on("session", (accept) => {
+      accept().on("exec", (acceptCommand) => {
+        const channel = acceptCommand();
+        peer.rekey(() => channel.end("after the exchange"));
+      });
+    });
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as AddressInfo;
+  const client = quicken(new ssh2.Client());
+  let count = 0;
+  client.on("handshake", () => ++count === 2 && exchanged.resolve());
+  try {
+    client.connect({
+      ...{ host: "127.0.0.1", port, username: "u", password: "p" },
+      algorithms: { cipher: ["aes128-gcm@openssh.com"] },
+    });
+    await once(client, "ready");
+    const before = packetKeys(client);
+    assert.ok(areQuick(before));
+    const channel = await new Promise<Duplex>((resolve, reject) =>
+      client.exec("x", (error, it) => error ? reject(error) : resolve(it))
+    );
+    assert.is((await buffer(channel)).toString(), "after the exchange");
+    await exchanged.promise;
+    const after = packetKeys(client);
+    assert.ok(areQuick(after));
+    assert.ok(after.every((key, index) => key !== before[index]));
+  } finally {
+    client.end();
+    server.close();
+  }
 });
 
 test.run();
