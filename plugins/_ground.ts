@@ -6,9 +6,10 @@
  */
 
 import { existsSync, readdirSync, rmdirSync, statSync } from "node:fs";
-import type { Dirent } from "node:fs";
+import type { Dirent, Stats } from "node:fs";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
+import { deno } from "../deps.ts";
 import type { Variables } from "../mod.ts";
 
 /** Where this file is: beside what it is a part of. */
@@ -43,12 +44,33 @@ function filesIn(place: string): string[] {
   return [place, ...files];
 }
 
+/** What is asked of a file again and again. */
+export type Status = Pick<
+  Stats,
+  "dev" | "ino" | "mode" | "uid" | "size" | "mtime"
+>;
+
+/**
+ * Looks at a file, where there is one: by Deno's own call, for which it takes a
+ * fifth of the time that it takes for Node's.
+ */
+export function statusOf(file: string): Status | undefined {
+  if (deno === undefined) return statSync(file, { throwIfNoEntry: false });
+  try {
+    return deno.statSync(file) as Status;
+  } catch (error) {
+    const { code = "" } = error as NodeJS.ErrnoException;
+    if (["ENOENT", "ENOTDIR"].includes(code)) return undefined;
+    throw error;
+  }
+}
+
 /** What says whether a file is still the same. */
 function lookOf(file: string): string {
-  const stat = statSync(file, { throwIfNoEntry: false });
+  const stat = statusOf(file);
   if (stat === undefined) return "";
-  const { dev, ino, size, mtimeMs, mode, uid } = stat;
-  return [dev, ino, size, mtimeMs, mode, uid].join(" ");
+  const { dev, ino, size, mtime, mode, uid } = stat;
+  return [dev, ino, size, Number(mtime), mode, uid].join(" ");
 }
 
 /** What the program, the settings and the plugins of a site look like now. */

@@ -6,8 +6,7 @@
  */
 
 import { createHash } from "node:crypto";
-import { rmSync, statSync } from "node:fs";
-import type { Stats } from "node:fs";
+import { rmSync } from "node:fs";
 import { basename, dirname } from "node:path";
 import process from "node:process";
 import type { DatabaseSync, SQLInputValue } from "node:sqlite";
@@ -38,6 +37,8 @@ import type {
 
 import { END_OF_ABSENCE } from "./_absences.ts";
 import { Database } from "./_database.ts";
+import { statusOf } from "./_ground.ts";
+import type { Status } from "./_ground.ts";
 import { learnQuickness } from "./_expectation.ts";
 import { SharedJournal } from "./_journal.ts";
 import {
@@ -211,10 +212,9 @@ export class SharedObservations implements Observations {
    */
   #isAtHand(): boolean {
     if (!this.#database || performance.now() < this.#retry) return false;
-    const [file, directory] = [this.#file, dirname(this.#file)]
-      .map((it) => statSync(it, { throwIfNoEntry: false }));
+    const [file, directory] = [this.#file, dirname(this.#file)].map(statusOf);
     const account = process.geteuid!();
-    const isOurs = (stat: Stats) =>
+    const isOurs = (stat: Status) =>
       stat.uid === account && (stat.mode & 0o077) === 0;
     return file !== undefined && `${file.dev}:${file.ino}` === this.#inode &&
       isOurs(file) && directory !== undefined && isOurs(directory);
