@@ -9,6 +9,7 @@ import { randomUUID } from "node:crypto";
 import {
   closeSync,
   constants,
+  copyFileSync,
   existsSync,
   openSync,
   readFileSync,
@@ -17,7 +18,7 @@ import {
   writeSync,
 } from "node:fs";
 
-const SCRIPT = "scripts/lab/work.scm";
+const SCRIPT = new URL("../../scripts/lab/work.scm", import.meta.url);
 
 /** In milliseconds: how often to look, and when to give up. */
 const TIMES = { look: 2, all: 120_000 } as const;
@@ -50,12 +51,15 @@ type Start = (...command: readonly string[]) => void;
 /** A FIFO's descriptor, and where it is in the master; started where need be. */
 function openWorkshop(root: string, start: Start): [number, string] {
   // Who is there was started by the same text.
-  const { mtimeMs } = statSync(new URL(`../../${SCRIPT}`, import.meta.url));
+  const { mtimeMs } = statSync(SCRIPT);
   const fifo = `/run/work-${Math.round(mtimeMs)}`;
   let fd = openFifo(root + fifo);
   if (fd === undefined) {
     rmSync(root + fifo, { force: true });
-    start("guix", "repl", "--", `/offload/${SCRIPT}`, `--serve=${fifo}`);
+    // A suite may take the checkout away: a copy is what stays open.
+    const script = `${fifo}.scm`;
+    copyFileSync(SCRIPT, root + script);
+    start("env", "-C", "/", "guix", "repl", "--", script, `--serve=${fifo}`);
     fd = waitFor("work.scm", () => openFifo(root + fifo));
   }
   return [fd, fifo];
