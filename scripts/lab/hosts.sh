@@ -11,13 +11,18 @@
 # for it; the zeros between arguments are not read.
 find_pid() {
     read -r pid 2>/dev/null <"$lab/hosts/$1/pid" || return
-    line=
-    until read -r line 2>/dev/null <"/proc/$pid/cmdline" || [ -n "$line" ]; do
-        # It is empty while a process becomes another program, too.
+    before=
+    while :; do
+        line=
+        read -r line 2>/dev/null <"/proc/$pid/cmdline" || :
+        case $line in *"$lab/hosts/$1") return ;; esac
+        # While a process becomes another program there is nothing, or, as this
+        # is read byte by byte, some of both.
+        [ -z "$line" ] || [ "$line" != "$before" ] || return 1
         ! is_dead "$pid" || return 1
+        before=$line
         sleep 0.02
     done
-    case $line in *"$lab/hosts/$1") ;; *) return 1 ;; esac
 }
 
 is_up() { [ -e "$lab/hosts/$1/ready" ] && find_pid "$1"; }
