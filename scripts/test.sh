@@ -57,20 +57,24 @@ check "deno check" "$deno" check mod.ts plugins scripts test
 check "deno doc" "$deno" doc --lint mod.ts
 check "deno publish" "$deno" publish --dry-run --allow-dirty --set-version 0.0.0
 
-# units NODE DENO: runs the unit suites under both at a time.
+# units NAME COMMAND…: runs the unit suites with a runtime.
 units() {
-    "$1" --disable-warning=ExperimentalWarning --experimental-strip-types \
-        test/run.ts >"$work/node" 2>&1 &
-    "$2" run --allow-all test/run.ts >"$work/deno" 2>&1
-    wait $!
-    for runtime in node deno; do
-        cat "$work/$runtime"
-        count "$work/$runtime"
-    done
+    name=$1
+    shift
+    "$@" test/run.ts >"$work/$name" 2>&1
 }
 
-units "$node" "$deno"
-units "$oldest_node" "$oldest_deno"
+# The oldest Node strips types where it is told to, and all take the option.
+strip="--disable-warning=ExperimentalWarning --experimental-strip-types"
+units node "$node" $strip &
+units deno "$deno" run --allow-all &
+units oldest-node "$oldest_node" $strip &
+units oldest-deno "$oldest_deno" run --allow-all
+wait
+for name in node deno oldest-node oldest-deno; do
+    cat "$work/$name"
+    count "$work/$name"
+done
 
 result() { echo "$work/$(echo "$1" | tr / .)"; }
 
