@@ -201,7 +201,8 @@ function suiteUnder(runtime: Runtime): void {
   const startBulky = (option: string, command: string) => {
     const inputs = option === BULKY.sent ? ["--inputs=1"] : [];
     const build = startWork(...inputs, `${option}=${MUCH}`);
-    const find = "until carrier=$(pgrep -f '[s]erve --carry'); do :; done";
+    const find =
+      "until carrier=$(pgrep -f '[s]erve --carry'); do sleep 0.05; done";
     inHost("head", "sh", "-c", `${find}; ${command}`);
     return build;
   };
