@@ -4,12 +4,30 @@
  * @module
  */
 
+import type { Screen } from "../mod.ts";
 import type { Absence } from "../plugins/_absences.ts";
 import type { Attempt, JournalEntry } from "../plugins/_journal.ts";
 import { makeEntry } from "./journal.ts";
 
 /** When the days of these journals begin, in milliseconds since 1970. */
 export const MORNING = Date.parse("2026-11-24T06:00:00Z");
+
+/** Milliseconds since 1970 of so many seconds after the beginning. */
+export function at(seconds: number): number {
+  return MORNING + 1000 * seconds;
+}
+
+/** A screen that nobody looks at, or a wide terminal without colours. */
+export function screen(isTerminal = false): Screen {
+  return {
+    isTerminal,
+    paint: (_, text) => text,
+    size: () => [1000, 1000],
+    print: () => {},
+    bar: () => "",
+    progress: () => ({ step: () => {}, end: () => {} }),
+  };
+}
 
 /** A build of a minute in the morning, with these fields. */
 export function morningBuild(fields: Partial<JournalEntry> = {}): JournalEntry {

@@ -2,29 +2,13 @@
 
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import type { Screen } from "../mod.ts";
 import type { JournalEntry } from "../plugins/_journal.ts";
 import { countFigures } from "../plugins/_report_figures.ts";
 import { makePage } from "../plugins/_report_page.ts";
 import { formatReport, reportToJson } from "../plugins/report.ts";
-import { MORNING, morningBuild } from "./day.ts";
+import { at, MORNING, morningBuild, screen } from "./day.ts";
 
 const test = suite("foresight");
-
-/** A screen that nobody looks at. */
-const SCREEN: Screen = {
-  isTerminal: false,
-  paint: (_, text) => text,
-  size: () => [1000, 1000],
-  print: () => {},
-  bar: () => "",
-  progress: () => ({ step: () => {}, end: () => {} }),
-};
-
-/** Milliseconds since 1970 of so many seconds after the beginning. */
-function at(seconds: number): number {
-  return MORNING + seconds * 1000;
-}
 
 /** A build of 59 s, after one more for its answer. */
 function build(
@@ -81,7 +65,7 @@ test("countFigures() finds the builds that were foreseen the worst", () => {
 });
 
 test("what was expected is in the tables, in JSON and in the page", () => {
-  const tables = formatReport(FIGURES, SCREEN).split("\n\n");
+  const tables = formatReport(FIGURES, screen()).split("\n\n");
   assert.equal(tables.at(-2)!.split("\n"), [
     "foreseen\tbuilds\ttook / expected\twithin a factor of 2",
     "all machines\t5\t2.00\t40 %",
@@ -100,7 +84,7 @@ test("what was expected is in the tables, in JSON and in the page", () => {
 test("where nothing was expected, there is no table of it", () => {
   const builds = [morningBuild()];
   const figures = countFigures(builds, [], MACHINES, SPAN);
-  assert.not.match(formatReport(figures, SCREEN), "foreseen");
+  assert.not.match(formatReport(figures, screen()), "foreseen");
   assert.match(makePage(builds, [], figures), "Nothing was expected");
 });
 

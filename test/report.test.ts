@@ -5,7 +5,6 @@ import { performance } from "node:perf_hooks";
 import process from "node:process";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import type { Screen } from "../mod.ts";
 import type { Absence } from "../plugins/_absences.ts";
 import { median } from "../plugins/_expectation.ts";
 import type { JournalEntry } from "../plugins/_journal.ts";
@@ -17,7 +16,7 @@ import { makeTrace } from "../plugins/_report_trace.ts";
 import { formatJson } from "../plugins/_screen.ts";
 import { formatReport, parseTime, reportToJson } from "../plugins/report.ts";
 import { makeContext } from "./context.ts";
-import { HOSTILE, makeDay, MORNING, morningBuild } from "./day.ts";
+import { at, HOSTILE, makeDay, MORNING, morningBuild, screen } from "./day.ts";
 import { ownRuntime, ROOT, run, settled, throws } from "./helpers.ts";
 import { conforms } from "./schema.ts";
 
@@ -26,23 +25,6 @@ const test = suite("report");
 const SECOND = 1000;
 const HOUR = 3600 * SECOND;
 const SPAN = { since: MORNING, until: MORNING + HOUR };
-
-/** A screen that nobody looks at, or a wide terminal without colours. */
-function screen(isTerminal = false): Screen {
-  return {
-    isTerminal,
-    paint: (_, text) => text,
-    size: () => [1000, 1000],
-    print: () => {},
-    bar: () => "",
-    progress: () => ({ step: () => {}, end: () => {} }),
-  };
-}
-
-/** Milliseconds since 1970 of so many seconds after the beginning. */
-function at(seconds: number): number {
-  return MORNING + seconds * SECOND;
-}
 
 // ---------------------------------------------------------------------------
 // Figures
