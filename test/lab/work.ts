@@ -17,6 +17,7 @@ import {
   statSync,
   writeSync,
 } from "node:fs";
+import { sleep } from "../../deps.ts";
 
 const SCRIPT = new URL("../../scripts/lab/work.scm", import.meta.url);
 
@@ -25,11 +26,10 @@ const TIMES = { look: 2, all: 120_000 } as const;
 
 /** Waits without a turn of the event loop, as those who ask for work do. */
 function waitFor<T>(what: string, look: () => T | undefined): T {
-  const cell = new Int32Array(new SharedArrayBuffer(4));
   for (let waited = 0; waited < TIMES.all; waited += TIMES.look) {
     const found = look();
     if (found !== undefined) return found;
-    Atomics.wait(cell, 0, 0, TIMES.look);
+    sleep(TIMES.look);
   }
   throw new Error(`waited in vain: ${what}`);
 }
