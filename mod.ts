@@ -3595,8 +3595,9 @@ export function acquireBuildSlot(
  * names a device and an inode as they need not be known here.
  */
 export function isLocked(file: string): boolean {
-  if (lockedHere.has(inodeOf(file))) return true;
-  if (!statSync(file, { throwIfNoEntry: false })?.isFile()) return false;
+  const stat = statSync(file, { throwIfNoEntry: false });
+  if (!stat?.isFile()) return false;
+  if (lockedHere.has(inodeOf(file, stat))) return true;
   // Looks share their lock, so that they don't meet each other's.
   let database: DatabaseSync | undefined;
   try {
@@ -3676,8 +3677,12 @@ export const UNANSWERED = "no answer yet";
 export const DOUBTS = 2;
 
 /** Names a file that has a name, so that another by that name is noticed. */
-export function inodeOf(file: string): string {
-  const stat = statSync(file, { throwIfNoEntry: false });
+export function inodeOf(
+  file: string,
+  stat: Pick<Stats, "dev" | "ino"> | undefined = statSync(file, {
+    throwIfNoEntry: false,
+  }),
+): string {
   return stat === undefined ? "none" : `${stat.dev}:${stat.ino}`;
 }
 

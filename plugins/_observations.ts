@@ -216,7 +216,7 @@ export class SharedObservations implements Observations {
     const account = process.geteuid!();
     const isOurs = (stat: Status) =>
       stat.uid === account && (stat.mode & 0o077) === 0;
-    return file !== undefined && `${file.dev}:${file.ino}` === this.#inode &&
+    return file !== undefined && inodeOf(this.#file, file) === this.#inode &&
       isOurs(file) && directory !== undefined && isOurs(directory);
   }
 
