@@ -5,12 +5,12 @@
  * @module
  */
 
-import type { PluginContext, ScoredCandidate, ScoredRequest } from "../mod.ts";
+import type { Candidate, PluginContext, ScoredRequest } from "../mod.ts";
 import { expectWork, isShort } from "./_expectation.ts";
 import type { Expectation } from "./_expectation.ts";
 import { expectAfter, standingOf } from "./_order.ts";
 import { formatTook } from "./_screen.ts";
-import { staysHere } from "./_stays.ts";
+import { quicknessHere } from "./_stays.ts";
 
 /** What there is to say for and against a build's staying here. */
 export interface Prospects {
@@ -18,10 +18,6 @@ export interface Prospects {
   readonly expectation?: Expectation;
   /** Seconds that it takes here, were this machine as quick as told. */
   readonly told?: number;
-  /** How many builds that stayed here run. */
-  readonly running: number;
-  /** How many may. */
-  readonly most: number;
   /** Why it had better stay here, or not: as users read it. */
   readonly why: string;
   /** Whether it had. */
@@ -30,7 +26,7 @@ export interface Prospects {
 
 /** When it would be done elsewhere at the earliest, and where. */
 async function expectElsewhere(
-  ranking: readonly ScoredCandidate[],
+  candidates: readonly Candidate[],
   request: ScoredRequest,
   context: PluginContext,
 ): Promise<readonly [seconds: number, name: string] | undefined> {
@@ -38,7 +34,7 @@ async function expectElsewhere(
   const standing = isAlone
     ? { request, ahead: [], context }
     : await standingOf(request, context);
-  return ranking.flatMap(({ candidate }) => {
+  return candidates.flatMap((candidate) => {
     const { total } = expectAfter(candidate, standing) ?? {};
     const { name } = candidate.machine;
     return total === undefined ? [] : [[total, name] as const];
@@ -63,23 +59,21 @@ async function compare(
 
 /** Finds out whether a build had better stay here; takes no place. */
 export async function considerHere(
-  ranking: readonly ScoredCandidate[],
+  candidates: readonly Candidate[],
   request: ScoredRequest,
   context: PluginContext,
 ): Promise<Prospects> {
-  const { localSpeed, localBuilds, learn } = context.options;
-  const { builds, quickness } = staysHere(context);
-  const own = { running: builds.length, most: Number(localBuilds) };
-  const not = (why: string) => ({ ...own, why, isBetter: false });
+  const { localSpeed, learn } = context.options;
+  const not = (why: string) => ({ why, isBetter: false });
   if (request.features.length > 0) return not("it requires features");
   const work = expectWork(request.name, request);
   if (work === undefined) return not("nothing is known of builds yet");
   const told = work.seconds / Number(localSpeed);
-  const build = told / (learn === true ? quickness : 1);
+  const build = told / (learn === true ? quicknessHere(context) : 1);
   const expectation = { wait: 0, transfer: 0, build, total: build };
-  const known = { ...own, told, expectation };
+  const known = { told, expectation };
   if (!isShort(work)) {
-    return { ...known, ...await compare(build, ranking, request, context) };
+    return { ...known, ...await compare(build, candidates, request, context) };
   }
   const isBetter = isShort({ ...work, seconds: build });
   const why = isBetter ? "it is over at once" : "it is over at once elsewhere";

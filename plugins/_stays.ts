@@ -112,6 +112,11 @@ function learnFrom(stay: Stay, before: number): number {
   return adjustQuickness(before, stay.expected / took, took);
 }
 
+/** How quick this machine was seen to be: a multiple of what is told. */
+export function quicknessHere(context: Place): number {
+  return readNotes(directoryOf(context)).quickness;
+}
+
 /** Builds that stay here and run, and how quick this machine was seen to be. */
 export function staysHere(context: Place): Stays {
   const notes = readNotes(directoryOf(context));

@@ -119,9 +119,11 @@ async function stayHere(
 ): Promise<Deferral | undefined> {
   if (!request.wantsLocal) return undefined;
   const { derivation } = request;
-  const here = await considerHere(ranking, request, context);
-  const { why, most } = here;
+  const candidates = ranking.map(({ candidate }) => candidate);
+  const here = await considerHere(candidates, request, context);
+  const { why } = here;
   const told = here.isBetter ? here.told : undefined;
+  const most = Number(context.options.localBuilds);
   if (!await noteStay(derivation, told, most, context)) return undefined;
   context.log.info(`'${derivation}' stays here: ${why}`);
   return { why, rank: 0, isHeld: false, isHere: true };

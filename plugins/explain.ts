@@ -45,6 +45,7 @@ import { warnOfGaps } from "./_first_steps.ts";
 import { considerHere } from "./_here.ts";
 import { JSON_OPTION, systemOf } from "./_machines.ts";
 import { formatDuration, formatJson, formatTable } from "./_screen.ts";
+import { staysHere } from "./_stays.ts";
 
 /**
  * Reads from a derivation what decides on the machine (guix/derivations.scm).
@@ -187,11 +188,11 @@ async function explainHere(
   if (!isOn || ranking.length === 0 || !isBuiltHere(request.system)) {
     return undefined;
   }
-  const candidates = ranking.map(({ prospect, scores }) => (
-    { candidate: prospect, score: scores.total }
-  ));
+  const candidates = ranking.map(({ prospect }) => prospect);
   const here = await considerHere(candidates, request, own);
-  const { expectation, isBetter, most, running, why } = here;
+  const { expectation, isBetter, why } = here;
+  const running = staysHere(own).builds.length;
+  const most = Number(own.options.localBuilds);
   const isFull = running >= most;
   const full = isFull ? "as many builds stay here as may" : undefined;
   const chosen = isBetter && !isFull;
